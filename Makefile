@@ -1,0 +1,76 @@
+# One command a question: see `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+NGPU ?= 4
+PYTEST_ARGS ?=
+IMPL ?=
+FRESH ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# With VENV empty, PYTHON is used as it is and nothing is installed into it; otherwise every target waits for the stamp,
+# which only a change of what it lists makes stale.
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+PYTEST = $(PY) -m pytest $(if $(IMPL),--impl=$(IMPL))
+
+.PHONY: help setup lint unit integration system perf train test doctor clean
+
+help:  ## list the targets and variables
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  PYTHON=python3    makes the environment: Python 3.11 or 3.12'
+	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
+	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
+	@echo '  IMPL=             the implementation under test: NAME or package.module:object'
+	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
+	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
+
+setup: $(READY)  ## make the environment (every target below does so by itself)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+	    echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing): nsa needs Python 3.11 or 3.12." \
+	         "Say which one to use: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lint: $(READY)  ## style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# A layer that ran nothing fails: pytest says 5 where it collected nothing, conftest.py 1 where everything was skipped.
+
+unit: $(READY)  ## is each stage right?
+	$(PYTEST) validation/unit $(PYTEST_ARGS)
+
+integration: $(READY)  ## do the parts work together, across NGPU processes?
+	NGPU=$(NGPU) $(PYTEST) validation/integration $(PYTEST_ARGS)
+
+system: $(READY)  ## does it do its job? short training runs against a dense twin
+	$(PYTEST) validation/system $(PYTEST_ARGS)
+
+perf: $(READY)  ## is it fast, and still as fast as yesterday?
+	$(PYTEST) validation/perf --benchmark-only $(PYTEST_ARGS)
+
+train: $(READY)  ## train NSA and its dense twin on the same data, side by side
+	$(PY) -m validation.system.twins $(if $(FRESH),--fresh)
+
+test: lint unit integration system  ## all that any machine can run
+
+doctor: $(READY)  ## what this machine has, and which layers it can run
+	$(PY) -m validation.doctor
+
+clean:  ## remove what runs leave behind; the environment stays
+	rm -rf out outputs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .tox .coverage htmlcov
+	find nsa validation -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""Native Sparse Attention (arXiv 2502.11089): three gated branches in place of dense attention.
+
+`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer; `nsa.train_spec` plugs a model made of
+such layers into TorchTitan and is the only part that needs it installed.
+"""
+
+from nsa.config import NSAConfig
+from nsa.functional import (
+    CompressionParams,
+    compress,
+    compressed_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+    sliding_window_attention,
+)
+from nsa.module import NativeSparseAttention, rope_table
+
+__all__ = [
+    "CompressionParams",
+    "NSAConfig",
+    "NativeSparseAttention",
+    "compress",
+    "compressed_attention",
+    "nsa_attention",
+    "rope_table",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+]
+__version__ = "0.1.0"

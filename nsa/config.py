@@ -1,0 +1,82 @@
+"""What defines one Native Sparse Attention: block sizes, block counts and the two structural choices.
+
+Everything here is checked when the object is made, so no kernel and no module ever meets an illegal combination.
+Notation follows the paper (arXiv 2502.11089, section 3): `l`, `d`, `l'`, `n`, `w`.
+"""
+
+import operator
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Compression = Literal["mlp", "linear", "mean"]
+"""How a block of keys or values becomes one vector (paper, section 3.3.1)."""
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """Block sizes and counts of Native Sparse Attention, in tokens; the defaults are the paper's.
+
+    Attributes:
+        compress_block_size: `l`, tokens under one compressed key.
+        compress_stride: `d`, tokens between the starts of neighbouring compressed blocks; divides `l` and `l'`.
+        select_block_size: `l'`, tokens in one selectable block; at least `l`.
+        num_selected_blocks: `n`, blocks each query attends to, the forced ones included.
+        num_initial_blocks: forced blocks at the start of the sequence.
+        num_local_blocks: forced blocks that end with the query's own.
+        window_size: `w`, tokens a query sees in the window branch, itself included.
+        compression: `"mlp"` (two layers, as in the paper), `"linear"` (one layer) or `"mean"` (nothing learned).
+        shared_kv: one key and value projection for all three branches instead of one each (paper, section 3.3.3).
+
+    Raises:
+        TypeError: a size or count that is not an integer, or a flag that is not a bool.
+        ValueError: a size or count out of range, sizes that do not divide one another, an unknown compression.
+    """
+
+    compress_block_size: int = 32
+    compress_stride: int = 16
+    select_block_size: int = 64
+    num_selected_blocks: int = 16
+    num_initial_blocks: int = 1
+    num_local_blocks: int = 2
+    window_size: int = 512
+    compression: Compression = "mlp"
+    shared_kv: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                if isinstance(value, bool) or not hasattr(value, "__index__"):
+                    raise TypeError(f"{field.name} must be an int, got {value!r} ({type(value).__name__})")
+                object.__setattr__(self, field.name, operator.index(value))
+                least = 0 if field.name in ("num_initial_blocks", "num_local_blocks") else 1
+                if value < least:
+                    raise ValueError(f"{field.name} must be at least {least}, got {value}")
+        if not isinstance(self.shared_kv, bool):
+            raise TypeError(f"shared_kv must be a bool, got {self.shared_kv!r} ({type(self.shared_kv).__name__})")
+        if self.compression not in get_args(Compression):
+            raise ValueError(f"compression must be one of {get_args(Compression)}, got {self.compression!r}")
+        for name in ("compress_block_size", "select_block_size"):
+            if getattr(self, name) % self.compress_stride:
+                raise ValueError(
+                    f"{name} must be a multiple of compress_stride ({self.compress_stride}), got {getattr(self, name)}"
+                )
+        if self.compress_block_size > self.select_block_size:
+            raise ValueError(
+                f"compress_block_size must be at most select_block_size ({self.select_block_size}), "
+                f"got {self.compress_block_size}"
+            )
+        forced = self.num_initial_blocks + self.num_local_blocks
+        if self.num_selected_blocks < forced:
+            raise ValueError(
+                f"num_selected_blocks must be at least num_initial_blocks + num_local_blocks ({forced}), "
+                f"got {self.num_selected_blocks}"
+            )
+
+    def num_compressed(self, num_keys: int) -> int:
+        """Number of compressed blocks `C` behind `num_keys` tokens: `max(0, (T - l) // d + 1)`."""
+        return max(0, (num_keys - self.compress_block_size) // self.compress_stride + 1)
+
+    def num_selectable(self, num_keys: int) -> int:
+        """Number of selection blocks `S` that `num_keys` tokens fill, the last one perhaps in part."""
+        return -(-num_keys // self.select_block_size)

@@ -1,0 +1,530 @@
+"""Every stage of Native Sparse Attention in plain PyTorch: any device, any float dtype, float64 included.
+
+All three branches are softmax attention over some set of keys, so one pair of functions (`_attend` and
+`_attend_backward`) holds the arithmetic and each branch only says which keys a tile of queries looks at:
+
+- compressed: a prefix of the compressed blocks (paper, section 3.3.1);
+- selected: the chosen blocks of keys, gathered for every query (section 3.3.2);
+- window: the keys just before the tile (section 3.3.3).
+
+Queries are taken a tile at a time and the backward pass computes the probabilities again from the saved log-sum-exp, so
+memory beyond inputs and outputs is that of a tile (`_rows`) whatever the length. Arithmetic is done in float32, or in
+float64 for float64 inputs; results are rounded once, when they are returned.
+
+Tensors inside this file are head-major: `[B, Hk, T, G, D]` for queries, `[B, Hk, T, D]` for keys and values.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+
+class _Segment(NamedTuple):
+    """One sequence: where its queries, keys and compressed blocks stand, and the position of its first query."""
+
+    queries: slice
+    keys: slice
+    blocks: slice
+    first_position: int
+
+
+class _Tile(NamedTuple):
+    """A run of queries of one sequence: where they stand, and their first and last positions in it."""
+
+    queries: slice
+    first: int
+    last: int
+
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.arange(self.first, self.last + 1, device=device)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _segments(
+    num_queries: int, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, config: NSAConfig
+) -> Iterator[_Segment]:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        bounds_q, bounds_k = [0, num_queries], [0, num_keys]
+    else:
+        bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    first_block = 0
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        last_block = first_block + config.num_compressed(k1 - k0)
+        if q1 > q0:
+            yield _Segment(slice(q0, q1), slice(k0, k1), slice(first_block, last_block), (k1 - k0) - (q1 - q0))
+        first_block = last_block
+
+
+def _rows(bytes_per_query: int, device: torch.device) -> int:
+    """Queries in a tile whose largest intermediate has a good size: a CPU's cache, or enough to fill an accelerator."""
+    tile_bytes, fewest = (2 << 20, 4) if device.type == "cpu" else (512 << 20, 1)
+    return max(fewest, tile_bytes // max(1, bytes_per_query))
+
+
+def _tiles(segment: _Segment, rows: int) -> Iterator[_Tile]:
+    offset = segment.first_position - segment.queries.start
+    for start in range(segment.queries.start, segment.queries.stop, rows):
+        stop = min(start + rows, segment.queries.stop)
+        yield _Tile(slice(start, stop), start + offset, stop + offset - 1)
+
+
+def _grouped(x: Tensor, num_kv_heads: int) -> Tensor:
+    """`[B, T, Hq, ...]` to `[B, Hk, T, G, ...]` in the accumulation dtype."""
+    return x.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).to(accumulation_dtype(x.dtype))
+
+
+def _head_major(x: Tensor) -> Tensor:
+    """`[B, T, Hk, D]` to contiguous `[B, Hk, T, D]` in the accumulation dtype."""
+    return x.transpose(1, 2).to(accumulation_dtype(x.dtype)).contiguous()
+
+
+def _token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, Hk, T, ...]` back to contiguous `[B, T, Hk, ...]` in the caller's dtype."""
+    return x.transpose(1, 2).to(dtype).contiguous()
+
+
+def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, Hk, T, G, ...]` back to contiguous `[B, T, Hq, ...]` in the caller's dtype."""
+    return _token_major(x, dtype).flatten(2, 3)
+
+
+# The arithmetic of one tile, shared by all branches: M query rows over L keys. What a row sees is said by how far each
+# key lies ahead of it, `ahead [..., M, L]`: positive hides the key, 0 or less shows it. A boolean mask would say the
+# same several times slower on a CPU, where filling by mask does not vectorise.
+
+_HIDDEN = -1e30  # far below any logit, and finite: a row that sees nothing must not become NaN
+
+
+def _probabilities(q: Tensor, k: Tensor, ahead: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax `[..., M, L]` over visible keys and its log-sum-exp `[..., M]`.
+
+    A row that sees nothing gets some probabilities and `-inf`; `_seen` tells it from the others.
+    """
+    scores = ((q * scale) @ k.mT).add_(ahead.clamp(0, 1) * _HIDDEN)
+    if not scores.shape[-1]:
+        return scores, scores.new_full(scores.shape[:-1], -torch.inf)
+    peak = scores.amax(-1)
+    p = scores.softmax(-1)
+    return p, (peak - p.amax(-1).log_()).masked_fill_(peak < _HIDDEN / 2, -torch.inf)
+
+
+def _seen(x: Tensor, lse: Tensor) -> Tensor:
+    """`x [..., M, D]` with 0 in the rows that see nothing."""
+    return x * (lse != -torch.inf).unsqueeze(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, ahead: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of `q [..., M, Dk]` over `k [..., L, Dk]`, `v [..., L, Dv]`; 0 and `-inf` where nothing is seen."""
+    p, lse = _probabilities(q, k, ahead, scale)
+    return _seen(p @ v, lse), lse
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ahead: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_attend` with respect to `q`, `k` and `v`."""
+    p, _ = _probabilities(q, k, ahead, scale)
+    dout = _seen(dout, lse)
+    ds = (dout @ v.mT).sub_((out * dout).sum(-1, keepdim=True)).mul_(p)
+    return (ds @ k) * scale, ds.mT @ (q * scale), p.mT @ dout
+
+
+# Compressed and window branches: all queries of a tile look at one contiguous run of keys, under a mask.
+
+_Spans = Iterator[tuple[_Tile, slice, Tensor]]
+"""Tiles of queries, the run of keys each looks at, and how far those lie ahead: `[c G, L]`."""
+
+
+def _prefixes(q: Tensor, k: Tensor, segments: Iterable[_Segment], config: NSAConfig) -> _Spans:
+    """Compressed block `i` is seen by the positions from its last token, `i d + l - 1`, onwards."""
+    group = q.shape[2] // k.shape[2]
+    for segment in segments:
+        first = segment.blocks.start
+        score_bytes = 4 * q.shape[0] * q.shape[2] * (segment.blocks.stop - first)
+        for tile in _tiles(segment, _rows(score_bytes, q.device)):
+            seen = config.num_compressed(tile.last + 1)
+            last_token = torch.arange(seen, device=q.device) * config.compress_stride + config.compress_block_size - 1
+            ahead = last_token - tile.positions(q.device)[:, None]
+            yield tile, slice(first, first + seen), ahead.repeat_interleave(group, 0)
+
+
+def _windows(q: Tensor, k: Tensor, segments: Iterable[_Segment], config: NSAConfig) -> _Spans:
+    """Position `t` sees the `w` keys `t - w < s <= t`."""
+    group = q.shape[2] // k.shape[2]
+    for segment in segments:
+        window = min(config.window_size, segment.keys.stop - segment.keys.start)
+        # In a tile as long as the window half of the products are masked; a shorter one would read keys more often.
+        longest = max(window, 64)
+        score_bytes = 4 * q.shape[0] * q.shape[2] * (longest + window)
+        for tile in _tiles(segment, min(longest, _rows(score_bytes, q.device))):
+            start = max(0, tile.first - window + 1)
+            keys = slice(segment.keys.start + start, segment.keys.start + tile.last + 1)
+            ahead = torch.arange(start, tile.last + 1, device=q.device) - tile.positions(q.device)[:, None]
+            behind = 1 - window - ahead
+            yield tile, keys, torch.maximum(ahead, behind).repeat_interleave(group, 0)
+
+
+def _contiguous_forward(
+    spans: Callable[..., _Spans],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: None,
+    segments: Iterable[_Segment],
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    queries, keys, values = _grouped(q, k.shape[2]), _head_major(k), _head_major(v)
+    out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
+    lse = queries.new_full(queries.shape[:-1], -torch.inf)
+    for tile, span, ahead in spans(q, k, segments, config):
+        rows = tile.queries
+        o, z = _attend(queries[:, :, rows].flatten(2, 3), keys[:, :, span], values[:, :, span], ahead, scale)
+        out[:, :, rows] = o.view_as(out[:, :, rows])
+        lse[:, :, rows] = z.view_as(lse[:, :, rows])
+    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)
+
+
+def _contiguous_backward(
+    spans: Callable[..., _Spans],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: None,
+    segments: Iterable[_Segment],
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_query = [_grouped(x, k.shape[2]) for x in (dout, q, out, lse)]
+    keys, values = _head_major(k), _head_major(v)
+    dq, dk, dv = torch.zeros_like(per_query[1]), torch.zeros_like(keys), torch.zeros_like(values)
+    for tile, span, ahead in spans(q, k, segments, config):
+        do, queries, o, z = (x[:, :, tile.queries].flatten(2, 3) for x in per_query)
+        tile_dq, tile_dk, tile_dv = _attend_backward(
+            do, queries, keys[:, :, span], values[:, :, span], o, z, ahead, scale
+        )
+        dq[:, :, tile.queries] = tile_dq.view_as(dq[:, :, tile.queries])
+        dk[:, :, span] += tile_dk
+        dv[:, :, span] += tile_dv
+    return _ungrouped(dq, q.dtype), _token_major(dk, k.dtype), _token_major(dv, v.dtype)
+
+
+# Selected branch: every query gathers its own blocks from a table of them.
+
+
+def _choices(
+    q: Tensor, v: Tensor, indices: Tensor, segment: _Segment, config: NSAConfig
+) -> Iterator[tuple[_Tile, Tensor, Tensor]]:
+    """Tiles of queries, the table rows each gathers `[B, Hk, c, N]`, how far those lie ahead `[B, Hk, c, 1, N l']`."""
+    size = config.select_block_size
+    batch, heads, slots = q.shape[0], indices.shape[2], indices.shape[3]
+    blocks = config.num_selectable(segment.keys.stop - segment.keys.start)
+    first_rows = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * blocks
+    within = torch.arange(size, device=q.device, dtype=torch.float32)
+    gathered_bytes = 4 * batch * heads * slots * size * (q.shape[3] + v.shape[3])
+    for tile in _tiles(segment, _rows(gathered_bytes, q.device)):
+        chosen = indices[:, tile.queries].transpose(1, 2).long()
+        first_ahead = (chosen * size - tile.positions(q.device).view(-1, 1)).masked_fill_(chosen < 0, 1)
+        ahead = first_ahead.float().unsqueeze(-1) + within
+        # What is hidden is read all the same, so its address has to be a legal one.
+        yield tile, first_rows + chosen.clamp(0, blocks - 1), ahead.flatten(3).unsqueeze(3)
+
+
+def _table(x: Tensor, keys: slice, size: int) -> Tensor:
+    """The keys or values of one sequence as rows to gather: `[B, Hk, T, D]` to `[B Hk S, l', D]`."""
+    x = x[:, :, keys]
+    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).flatten(0, 2)
+
+
+def _gather(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[B, Hk, c, N]` of a table as keys one after the other: `[B, Hk, c, N l', D]`."""
+    return table.index_select(0, rows.flatten()).view(*rows.shape[:3], -1, table.shape[-1])
+
+
+def _selected_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    segments: Iterable[_Segment],
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    queries, keys, values = _grouped(q, k.shape[2]), _head_major(k), _head_major(v)
+    out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
+    lse = queries.new_full(queries.shape[:-1], -torch.inf)
+    for segment in segments:
+        k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
+        for tile, rows, ahead in _choices(q, v, indices, segment, config):
+            out[:, :, tile.queries], lse[:, :, tile.queries] = _attend(
+                queries[:, :, tile.queries], _gather(k_table, rows), _gather(v_table, rows), ahead, scale
+            )
+    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)
+
+
+def _selected_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    segments: Iterable[_Segment],
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_query = [_grouped(x, k.shape[2]) for x in (dout, q, out, lse)]
+    keys, values = _head_major(k), _head_major(v)
+    dq, dk, dv = torch.zeros_like(per_query[1]), torch.zeros_like(keys), torch.zeros_like(values)
+    for segment in segments:
+        k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
+        dk_table, dv_table = torch.zeros_like(k_table), torch.zeros_like(v_table)
+        for tile, rows, ahead in _choices(q, v, indices, segment, config):
+            do, queries, o, z = (x[:, :, tile.queries] for x in per_query)
+            dq[:, :, tile.queries], tile_dk, tile_dv = _attend_backward(
+                do, queries, _gather(k_table, rows), _gather(v_table, rows), o, z, ahead, scale
+            )
+            dk_table.index_add_(0, rows.flatten(), tile_dk.reshape(-1, *k_table.shape[1:]))
+            dv_table.index_add_(0, rows.flatten(), tile_dv.reshape(-1, *v_table.shape[1:]))
+        for total, table in ((dk, dk_table), (dv, dv_table)):
+            length = segment.keys.stop - segment.keys.start
+            total[:, :, segment.keys] = table.view(*total.shape[:2], -1, total.shape[-1])[:, :, :length]
+    return _ungrouped(dq, q.dtype), _token_major(dk, k.dtype), _token_major(dv, v.dtype)
+
+
+# Importance and selection.
+
+
+def _importance(p: Tensor, num_blocks: int, config: NSAConfig) -> Tensor:
+    """Paper, equation 9: compressed probabilities `[..., C]` shared out to selection blocks `[..., S]` by overlap.
+
+    The sum over the few overlapping blocks is written out so that equal inputs give exactly equal importances.
+    """
+    length, stride, size = config.compress_block_size, config.compress_stride, config.select_block_size
+    ratio, earlier = size // stride, length // stride - 1
+    padded = F.pad(p, (earlier, num_blocks * ratio - p.shape[-1]))
+    total = p.new_zeros(*p.shape[:-1], num_blocks)
+    for tap in range(earlier + ratio):
+        start = (tap - earlier) * stride
+        overlap = min(start + length, size) - max(start, 0)
+        total += padded[..., tap : tap + (num_blocks - 1) * ratio + 1 : ratio] * (overlap / stride)
+    return total
+
+
+def _take_best(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tensor:
+    """The chosen blocks `[..., c, N]`, ascending with `-1` at the end, from importances `[..., c, S]`."""
+    wanted, blocks = config.num_selected_blocks, importance.shape[-1]
+    block = torch.arange(blocks, device=importance.device)
+    own = (positions // config.select_block_size).unsqueeze(-1)
+    forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
+    score = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    # A stable sort is what sends ties to the lower index; topk promises no order.
+    best, chosen = score.sort(dim=-1, descending=True, stable=True)
+    best, chosen = best[..., :wanted], chosen[..., :wanted]
+    ascending = chosen.masked_fill(best == -torch.inf, blocks).sort(dim=-1).values
+    ascending = ascending.masked_fill(ascending == blocks, -1)
+    return F.pad(ascending, (0, wanted - ascending.shape[-1]), value=-1)
+
+
+# Operators. The branches share one signature, so that one function registers them all, and each ignores what it does
+# not need. An operator's schema knows no NSAConfig: its integers travel in the order of the dataclass.
+
+
+def _sizes(config: NSAConfig) -> list[int]:
+    return [getattr(config, field.name) for field in fields(config) if field.type is int]
+
+
+def _config(sizes: Sequence[int]) -> NSAConfig:
+    return NSAConfig(*sizes)  # type: ignore[arg-type]
+
+
+def _register(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a branch as the operator `nsa_eager::name` and its gradient as another; returns the former."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        num_keys: int,
+        sizes: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        config = _config(sizes)
+        segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
+        return forward(q, k, v, indices, segments, config, scale)
+
+    def run_backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        indices: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        num_keys: int,
+        sizes: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = _config(sizes)
+        segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
+        return backward(dout, q, k, v, out, lse, indices, segments, config, scale)
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
+
+    def fake_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
+        ctx.rest = inputs[6:]
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*op_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 6)
+
+    op = torch.library.custom_op(f"nsa_eager::{name}", run, mutates_args=())
+    op_backward = torch.library.custom_op(f"nsa_eager::{name}_backward", run_backward, mutates_args=())
+    op.register_fake(fake)
+    op_backward.register_fake(fake_backward)
+    op.register_autograd(differentiate, setup_context=setup_context)
+    return op
+
+
+_compressed = _register(
+    "compressed_attention", partial(_contiguous_forward, _prefixes), partial(_contiguous_backward, _prefixes)
+)
+_selected = _register("selected_attention", _selected_forward, _selected_backward)
+_window = _register(
+    "sliding_window_attention", partial(_contiguous_forward, _windows), partial(_contiguous_backward, _windows)
+)
+
+
+@torch.library.custom_op("nsa_eager::select_blocks", mutates_args=())
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_keys: int,
+    sizes: Sequence[int],
+    scale: float,
+) -> Tensor:
+    config, heads = _config(sizes), k_cmp.shape[2]
+    segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
+    queries, keys = _grouped(q, heads), _head_major(k_cmp)
+    indices = q.new_empty((q.shape[0], heads, q.shape[1], config.num_selected_blocks), dtype=torch.int32)
+    for tile, span, ahead in _prefixes(q, k_cmp, segments, config):
+        p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale)
+        p = _seen(p, lse).unflatten(2, (-1, queries.shape[3])).sum(3)
+        importance = _importance(p, tile.last // config.select_block_size + 1, config)
+        indices[:, :, tile.queries] = _take_best(importance, tile.positions(q.device), config).int()
+    return _token_major(indices, torch.int32)
+
+
+@_select.register_fake
+def _(q: Tensor, k_cmp: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, scale: float) -> Tensor:
+    return q.new_empty((*q.shape[:2], k_cmp.shape[2], sizes[3]), dtype=torch.int32)
+
+
+# The backend's side of nsa.functional, which has checked every argument.
+
+
+def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
+    """`[B, T, Hk, D] -> [B, C, Hk, D]` for blocks that start where `nsa.functional.block_starts` says."""
+    within = torch.arange(config.compress_block_size, device=x.device)
+    tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)
+    if params is None:
+        out = tokens.to(accumulation_dtype(x.dtype)).mean(3).to(x.dtype)
+    else:
+        rows = (tokens + params.position.to(x.dtype)).flatten(3)
+        out = torch.einsum("bchi,hif->bchf", rows, params.weight.to(x.dtype))
+        if params.weight_out is not None:
+            out = torch.einsum("bchf,hfd->bchd", F.silu(out), params.weight_out.to(x.dtype))
+    return out if blocks.filled is None else out * blocks.filled.view(-1, 1, 1)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    config: NSAConfig,
+    num_keys: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]`; see `nsa.functional.compressed_attention`."""
+    return _compressed(q, k_cmp, v_cmp, None, cu_seqlens_q, cu_seqlens_k, num_keys, _sizes(config), scale)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    num_keys: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Indices `[B, Tq, Hk, N]`; see `nsa.functional.select_blocks`. `lse` would save nothing here."""
+    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, _sizes(config), scale)
+    return cast(Tensor, _select(q.detach(), k_cmp.detach(), *rest))
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
+    return _selected(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, k.shape[1], _sizes(config), scale)[0]
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
+    return _window(q, k, v, None, cu_seqlens_q, cu_seqlens_k, k.shape[1], _sizes(config), scale)[0]
+
+
+def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]` (paper, equation 5)."""
+    dtype = accumulation_dtype(gates.dtype)
+    compressed, selected, window = (
+        out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1), strict=True)
+    )
+    return (compressed + selected + window).to(branches[0].dtype)

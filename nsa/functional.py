@@ -1,0 +1,462 @@
+"""The public stages of Native Sparse Attention: check the arguments, pick a backend, dispatch.
+
+Layout is `[B, T, H, D]` throughout, any strides. Queries are the last `Tq` of `Tk` tokens, so one rule serves training
+(`Tq == Tk`), chunked prefill and decoding. Packed sequences come as one batch row with `cu_seqlens_q` and
+`cu_seqlens_k` (int32 `[N + 1]`); every stage then treats each sequence by itself, block indices included.
+
+Legend: `B` batch, `T` tokens, `C` compressed blocks, `S` selection blocks, `Hq`, `Hk` query and key/value heads,
+`G = Hq / Hk`, `Dk`, `Dv` head dims, `N` selected blocks. Section and equation numbers are those of arXiv 2502.11089.
+
+Errors raised by every function, before any work starts, naming the argument, what was expected and what came:
+`TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, size, device or value, `NotImplementedError` for
+a backend that does not exist yet.
+"""
+
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from nsa import eager
+from nsa.config import NSAConfig
+
+Backend = Literal["auto", "eager", "triton"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class CompressionParams(NamedTuple):
+    """What `compress` learns, for keys or for values; `None` stands for the `"mean"` kind, which learns nothing.
+
+    Attributes:
+        position: `[Hk, l, D]`, intra-block position embedding, added to every block.
+        weight: `[Hk, l * D, F]`, first layer over the block's tokens, token-major; `F == D` for the `"linear"` kind.
+        weight_out: `[Hk, F, D]`, second layer of the `"mlp"` kind, after a SiLU.
+    """
+
+    position: Tensor
+    weight: Tensor
+    weight_out: Tensor | None = None
+
+
+class BlockStarts(NamedTuple):
+    """Where compressed blocks begin, each `[C]`.
+
+    Attributes:
+        tokens: int64, first token of each block in the packed row.
+        positions: int64, the same within its own sequence.
+        filled: bool, or `None` where every block is: packed sequences leave room at the end.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    filled: Tensor | None
+
+
+def block_starts(
+    num_keys: int, config: NSAConfig, cu_seqlens: Tensor | None = None, *, device: torch.device | None = None
+) -> BlockStarts:
+    """First tokens of the `C` compressed blocks of `num_keys` tokens; block `i` of a sequence starts at `i d`.
+
+    Sequence ends waste blocks, so packed sequences have at most as many as one sequence of their total length. `C` is
+    always that many, a static shape; blocks that do not exist start at 0 and are not `filled`.
+    """
+    block = torch.arange(config.num_compressed(num_keys), device=device)
+    if cu_seqlens is None:
+        return BlockStarts(block * config.compress_stride, block * config.compress_stride, None)
+    bounds = cu_seqlens.long()
+    counts = ((bounds.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
+    ends = counts.cumsum(0)
+    sequence = torch.searchsorted(ends, block, right=True)
+    filled = sequence < len(ends)
+    sequence = sequence.clamp(max=len(ends) - 1)
+    positions = (block - (ends - counts)[sequence]) * config.compress_stride * filled
+    return BlockStarts((bounds[sequence] + positions) * filled, positions, filled)
+
+
+def compress(
+    x: Tensor,
+    params: CompressionParams | None,
+    config: NSAConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Blocks of keys or values, each as one vector (section 3.3.1, equation 7).
+
+    Block `i` covers tokens `[i d, i d + l)`. Packed input gives the blocks of all sequences one after the other,
+    followed by zeros: `C` depends on `T` alone, so shapes stay static.
+
+    Args:
+        x: `[B, T, Hk, D]`, unrotated.
+        params: what `config.compression` calls for; cast to the dtype of `x`.
+        cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences.
+
+    Returns:
+        `[B, C, Hk, D]` with `C = max(0, (T - l) // d + 1)`.
+    """
+    _check_config(config)
+    _check_tensor("x", x, "[B, T, Hk, D]")
+    _check_params(params, x, config)
+    if cu_seqlens is not None:
+        _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
+    blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
+    return _load(backend, x.device).compress(x, params, config, blocks)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention over compressed keys: query `t` sees block `i` once all of it has passed, `i d + l - 1 <= t`.
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`.
+        k_cmp: `[B, C, Hk, Dk]`.
+        v_cmp: `[B, C, Hk, Dv]`.
+        num_keys: tokens `Tk` behind `k_cmp`; `Tq` unless given.
+        scale: of the logits; `Dk ** -0.5` unless given.
+
+    Returns:
+        Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
+        differentiable). A query that sees no block gets 0, `-inf` and zero gradients.
+    """
+    num_keys = q.shape[1] if num_keys is None and isinstance(q, Tensor) and q.dim() == 4 else num_keys
+    _check_config(config)
+    _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
+    tokens = _check_blocks(k_cmp, config, num_keys)
+    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    return _load(backend, q.device).compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, _scale(scale, q))
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    *,
+    num_keys: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The blocks each query attends to, by importance (section 3.3.2, equations 8 to 12). Not differentiable.
+
+    The importance of block `j` is the compressed probability that overlaps it, summed over the query heads of a KV
+    head. Of the candidates `j <= t // l'` the first `num_initial_blocks` and the last `num_local_blocks` are always
+    taken and count towards `n`; ties go to the lower index; a candidate is never lost to padding.
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`.
+        k_cmp: `[B, C, Hk, Dk]`.
+        lse: `[B, Tq, Hq]`, as `compressed_attention` returned it for the same `q`, `k_cmp` and `scale`.
+        num_keys: tokens `Tk` behind `k_cmp`; `Tq` unless given.
+
+    Returns:
+        int32 `[B, Tq, Hk, N]`, ascending, `-1` at the end where there are fewer candidates than `N = n`.
+    """
+    num_keys = q.shape[1] if num_keys is None and isinstance(q, Tensor) and q.dim() == 4 else num_keys
+    _check_config(config)
+    _check_attention(q, k_cmp, None, ("k_cmp", ""), "C")
+    _check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
+    tokens = _check_blocks(k_cmp, config, num_keys)
+    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    return _load(backend, q.device).select_blocks(q, k_cmp, lse, config, tokens, *cu, _scale(scale, q))
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    config: NSAConfig,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of query `t` over the tokens `s <= t` of its selected blocks (section 3.3.2).
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`.
+        k: `[B, Tk, Hk, Dk]`.
+        v: `[B, Tk, Hk, Dv]`.
+        indices: int32 `[B, Tq, Hk, N]`, any order, any `N`; `-1` is skipped wherever it stands, and so are blocks
+            beyond the query. A block listed twice for one query is an error, which only the eager backend looks for.
+
+    Returns:
+        `[B, Tq, Hq, Dv]`; a query with no block gets 0.
+    """
+    _check_config(config)
+    _check_attention(q, k, v, ("k", "v"), "Tk")
+    _check_indices(indices, q, k)
+    cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    implementation = _load(backend, q.device)
+    if implementation is eager:
+        _check_index_values(indices, config.num_selectable(k.shape[1]))
+    return implementation.selected_attention(q, k, v, indices, config, *cu, _scale(scale, q))
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of query `t` over `t - w < s <= t`: exactly `w` tokens, itself included (section 3.3.3).
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`.
+        k: `[B, Tk, Hk, Dk]`.
+        v: `[B, Tk, Hk, Dv]`.
+
+    Returns:
+        `[B, Tq, Hq, Dv]`.
+    """
+    _check_config(config)
+    _check_attention(q, k, v, ("k", "v"), "Tk")
+    cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    return _load(backend, q.device).sliding_window_attention(q, k, v, config, *cu, _scale(scale, q))
+
+
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    config: NSAConfig,
+    *,
+    indices: Tensor | None = None,
+    return_indices: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Native Sparse Attention: the gated sum of its three branches (section 3.2, equation 5).
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`.
+        k_cmp, v_cmp: `[B, C, Hk, Dk]`, `[B, C, Hk, Dv]`, from `compress`.
+        k_slc, v_slc: `[B, Tk, Hk, Dk]`, `[B, Tk, Hk, Dv]`, of the selected branch.
+        k_win, v_win: the same, of the window branch.
+        gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+        indices: int32 `[B, Tq, Hk, N]`, replaces the selection.
+        return_indices: also return the indices used.
+
+    Returns:
+        `[B, Tq, Hq, Dv]`, or that and the indices `[B, Tq, Hk, N]`.
+    """
+    _check_config(config)
+    _check_attention(q, k_slc, v_slc, ("k_slc", "v_slc"), "Tk")
+    _check_attention(q, k_win, v_win, ("k_win", "v_win"), "Tk")
+    _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
+    tokens = _check_blocks(k_cmp, config, k_slc.shape[1])
+    for name, tensor in (("k_win", k_win), ("k_cmp", k_cmp)):
+        if tensor.shape[2] != k_slc.shape[2]:
+            raise ValueError(f"{name} must have as many heads as k_slc ({k_slc.shape[2]}), got {tensor.shape[2]}")
+    for name, tensor in (("v_win", v_win), ("v_cmp", v_cmp)):
+        if tensor.shape[3] != v_slc.shape[3]:
+            raise ValueError(f"{name} must have the head dim of v_slc ({v_slc.shape[3]}), got {tensor.shape[3]}")
+    if k_win.shape[1] != tokens:
+        raise ValueError(f"k_win must have as many tokens as k_slc ({tokens}), got {k_win.shape[1]}")
+    _check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
+    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor = _scale(scale, q)
+    implementation = _load(backend, q.device)
+    if indices is not None:
+        _check_indices(indices, q, k_slc)
+        if implementation is eager:
+            _check_index_values(indices, config.num_selectable(tokens))
+
+    out_cmp, lse = implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, factor)
+    if indices is None:
+        indices = implementation.select_blocks(q, k_cmp, lse, config, tokens, *cu, factor)
+    out_slc = implementation.selected_attention(q, k_slc, v_slc, indices, config, *cu, factor)
+    out_win = implementation.sliding_window_attention(q, k_win, v_win, config, *cu, factor)
+    out = implementation.combine((out_cmp, out_slc, out_win), gates)
+    return (out, indices) if return_indices else out
+
+
+def _load(backend: str, device: torch.device) -> ModuleType:
+    """The module that implements the stages."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "triton":
+        raise NotImplementedError(
+            'backend must be "auto" or "eager": the Triton kernels do not exist yet, got "triton"'
+        )
+    return eager
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a float or None, got {scale!r} ({type(scale).__name__})")
+    return float(scale)
+
+
+def _check_config(config: NSAConfig) -> None:
+    if not isinstance(config, NSAConfig):
+        raise TypeError(f"config must be an NSAConfig, got {type(config).__name__}")
+
+
+def _check_tensor(
+    name: str,
+    x: Tensor,
+    layout: str,
+    *,
+    like: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = _DTYPES,
+) -> None:
+    """Rank, dtype, and device and shape beside a tensor checked before; `dtype=None` takes any floating type."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
+    rank = layout.count(",") + 1
+    if x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+    if dtype is None and not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    expected = dtype if isinstance(dtype, tuple) else (dtype,)
+    if dtype is not None and x.dtype not in expected:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, expected))}, got {x.dtype}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {x.device}")
+    if shape is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor | None, names: tuple[str, str], length: str) -> None:
+    _check_tensor("q", q, "[B, Tq, Hq, Dk]")
+    _check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q, dtype=q.dtype)
+    batch, _, heads, dim = q.shape
+    for what, got, expected in (("batch", k.shape[0], batch), ("head dim", k.shape[3], dim)):
+        if got != expected:
+            raise ValueError(f"{names[0]} must have the {what} of q ({expected}), got {got}")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"q must have a multiple of the heads of {names[0]} ({k.shape[2]}), got {heads}")
+    if v is not None:
+        layout = f"[B, {length}, Hk, Dv]"
+        _check_tensor(names[1], v, layout, like=q, dtype=q.dtype)
+        _check_tensor(names[1], v, layout, shape=(*k.shape[:3], v.shape[3]))
+
+
+def _check_blocks(k_cmp: Tensor, config: NSAConfig, num_keys: int | None) -> int:
+    """The number of tokens behind `k_cmp`, which must have been made from that many."""
+    if isinstance(num_keys, bool) or not isinstance(num_keys, int | torch.SymInt):
+        raise TypeError(f"num_keys must be an int or None, got {num_keys!r} ({type(num_keys).__name__})")
+    if k_cmp.shape[1] != config.num_compressed(num_keys):
+        raise ValueError(
+            f"k_cmp must have the {config.num_compressed(num_keys)} blocks of num_keys = {num_keys} tokens, "
+            f"got {k_cmp.shape[1]}"
+        )
+    return num_keys
+
+
+def _check_packing(
+    q: Tensor, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Offsets of queries and keys, both or neither; keys share those of the queries unless given their own."""
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
+        if q.shape[1] > num_keys:
+            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {q.shape[1]}")
+        return None, None
+    lengths_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[1])
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    lengths_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, num_keys)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have as many entries as cu_seqlens_q ({len(cu_seqlens_q)}), got {len(cu_seqlens_k)}"
+        )
+    if lengths_q is not None and lengths_k is not None and bool((lengths_q > lengths_k).any()):
+        raise ValueError(
+            f"cu_seqlens_k must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
+            f"got {lengths_k.tolist()}"
+        )
+    return cu_seqlens_q, cu_seqlens_k
+
+
+def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tensor | None:
+    """Sequence lengths of valid offsets; `None` while tracing, when there are no values to look at."""
+    _check_tensor(name, offsets, "[N + 1]", like=x, dtype=torch.int32)
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
+    if len(offsets) == 0:
+        raise ValueError(f"{name} must have at least one entry, got none")
+    if torch.compiler.is_compiling() or offsets.device.type == "meta":
+        return None
+    values = offsets.cpu()
+    lengths = values.diff()
+    if values[0] != 0 or values[-1] != total or bool((lengths < 0).any()):
+        raise ValueError(f"{name} must rise from 0 to {total} without falling, got {values.tolist()}")
+    return lengths
+
+
+def _check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
+    _check_tensor("indices", indices, "[B, Tq, Hk, N]", like=q, dtype=torch.int32)
+    expected = (q.shape[0], q.shape[1], k.shape[2])
+    if tuple(indices.shape[:3]) != expected:
+        raise ValueError(f"indices must have shape [B, Tq, Hk, N] = {(*expected, 'N')}, got {tuple(indices.shape)}")
+
+
+def _check_index_values(indices: Tensor, num_blocks: int) -> None:
+    if torch.compiler.is_compiling() or indices.device.type == "meta" or indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if low < -1 or high >= num_blocks:
+        raise ValueError(f"indices must lie in [-1, {num_blocks}), got values from {low} to {high}")
+    ordered = indices.sort(dim=-1).values
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(repeated.any()):
+        raise ValueError(
+            f"indices must name a block once a query, got {ordered[..., 1:][repeated][0]} twice in one of "
+            f"{int(repeated.any(-1).sum())} rows"
+        )
+
+
+def _check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:
+    kind = config.compression
+    if kind == "mean":
+        if params is not None:
+            raise ValueError('params must be None for compression "mean", which learns nothing, got CompressionParams')
+        return
+    if not isinstance(params, CompressionParams):
+        raise TypeError(f'params must be CompressionParams for compression "{kind}", got {type(params).__name__}')
+    heads, dim, length = x.shape[2], x.shape[3], config.compress_block_size
+    _check_tensor("params.position", params.position, "[Hk, l, D]", like=x, shape=(heads, length, dim), dtype=None)
+    if (params.weight_out is None) != (kind == "linear"):
+        expected = "None" if kind == "linear" else "a tensor [Hk, F, D]"
+        got = "None" if params.weight_out is None else "a tensor"
+        raise ValueError(f'params.weight_out must be {expected} for compression "{kind}", got {got}')
+    _check_tensor("params.weight", params.weight, "[Hk, l * D, F]", like=x, dtype=None)
+    hidden = dim if params.weight_out is None else params.weight.shape[2]
+    _check_tensor("params.weight", params.weight, "[Hk, l * D, F]", shape=(heads, length * dim, hidden), dtype=None)
+    if params.weight_out is not None:
+        _check_tensor("params.weight_out", params.weight_out, "[Hk, F, D]", like=x, dtype=None)
+        shape = (heads, hidden, dim)
+        _check_tensor("params.weight_out", params.weight_out, "[Hk, F, D]", shape=shape, dtype=None)

@@ -1,0 +1,222 @@
+"""The transformer: TorchTitan's llama3 with Native Sparse Attention in the layers that ask for it.
+
+Everything but attention and the drawing of initial weights is llama3's own, so that TorchTitan's plans for FSDP,
+activation checkpointing and `torch.compile` apply as they are, and a dense twin differs in nothing else.
+"""
+
+import os
+import re
+import zlib
+from dataclasses import dataclass, fields, replace
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
+from torchtitan.config import JobConfig
+from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
+from torchtitan.models.llama3 import Transformer as LlamaTransformer
+from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
+
+from nsa.config import NSAConfig
+from nsa.data import ByteTokenizer
+from nsa.functional import Backend
+from nsa.module import INIT_STD, PAPER, NativeSparseAttention
+
+ATTENTION_KINDS = ("dense", "nsa")
+MASK_KINDS = ("causal", "block_causal")
+
+
+def build_tokenizer(job_config: JobConfig) -> BaseTokenizer | ByteTokenizer:
+    """The Hugging Face tokenizer in `model.hf_assets_path`, or bytes where there is no such folder."""
+    return build_hf_tokenizer(job_config) if os.path.isdir(job_config.model.hf_assets_path) else ByteTokenizer()
+
+
+@dataclass
+class ModelArgs(TransformerModelArgs):
+    """llama3's arguments and what NSA adds; each field of the last four can be set from the job's `[nsa]` section.
+
+    Attributes:
+        attention: kind of each layer, `"nsa"`, `"dense"` or a comma-separated pattern repeated over the depth.
+        attn_mask_type: `"causal"`, or `"block_causal"` for documents that end-of-text tokens separate.
+        backend: of the NSA layers.
+        nsa: block sizes and counts of the NSA layers.
+        vocab_size: 0 takes the tokenizer's, rounded up so that matrix products stay aligned.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: an unknown kind of attention or mask; heads that do not divide one another or `dim`.
+    """
+
+    vocab_size: int = 0
+    seed: int = 0
+    attention: str = "nsa"
+    backend: Backend = "auto"
+    nsa: NSAConfig = PAPER
+
+    def __post_init__(self) -> None:
+        unknown = set(self.attention.split(",")) - set(ATTENTION_KINDS)
+        if unknown:
+            raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
+        if self.attn_mask_type not in MASK_KINDS:
+            raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim must be a multiple of n_heads ({self.n_heads}), got {self.dim}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads ({self.kv_heads}), got {self.n_heads}")
+        # The trainer asks for document masks only where the attention type is one that takes them.
+        self.attn_type = "varlen" if self.attn_mask_type == "block_causal" else "sdpa"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The kind of attention of every layer."""
+        return list(islice(cycle(self.attention.split(",")), self.n_layers))
+
+    def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
+        """Takes over what the job says; NSA's own options where the job has an `[nsa]` section."""
+        super().update_from_config(job_config, **kwargs)
+        if job_config.validation.enable:
+            self.max_seq_len: int = max(job_config.training.seq_len, job_config.validation.seq_len)
+        if not self.vocab_size:
+            self.vocab_size = -(-build_tokenizer(job_config).get_vocab_size() // 64) * 64
+        self.seed = job_config.debug.seed or 0
+        options = {k: v for k, v in vars(getattr(job_config, "nsa", object)).items() if v is not None}
+        sizes = {field.name for field in fields(NSAConfig)}
+        self.nsa = replace(self.nsa, **{k: v for k, v in options.items() if k in sizes})
+        for name in ("attention", "attn_mask_type", "backend"):
+            setattr(self, name, options.get(name, getattr(self, name)))
+        self.__post_init__()
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and FLOPs a token of a training step, counting the keys that each kind of attention looks at.
+
+        As is the custom for dense attention, causal masking is not discounted.
+        """
+        num_params = sum(p.numel() for p in model.parameters())
+        embedding = sum(p.numel() for m in model.children() if isinstance(m, nn.Embedding) for p in m.parameters())
+        config = self.nsa
+        selected = min(config.num_selected_blocks * config.select_block_size, seq_len)
+        sparse = config.num_compressed(seq_len) + selected + min(config.window_size, seq_len)
+        keys = sum(seq_len if kind == "dense" else sparse for kind in self.layer_kinds)
+        return num_params, 6 * (num_params - embedding) + 12 * self.dim * keys
+
+
+class NSAAttention(NativeSparseAttention):
+    """`NativeSparseAttention` behind the signature of llama3's attention."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, freqs_cis: Tensor, attention_masks: VarlenMetadata | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
+
+        Raises:
+            NotImplementedError: `positions` are given, that is under context parallelism.
+        """
+        if positions is not None:
+            raise NotImplementedError("positions must be None: NSA does not support context parallelism yet")
+        rope = torch.view_as_real(freqs_cis)
+        if attention_masks is None:
+            return super().forward(x, rope)
+        return super().forward(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q).view_as(x)
+
+
+class DocumentAttention(VarlenAttentionWrapper):
+    """Dense attention inside packed documents, on a CPU too, where PyTorch has no variable-length kernel."""
+
+    def forward(self, xq: Tensor, xk: Tensor, xv: Tensor, attention_masks: VarlenMetadata, **kwargs: Any) -> Tensor:
+        """Queries `[B, Hq, T, D]` over keys and values `[B, Hk, T, D]` to `[B * T, Hq, D]`."""
+        if xq.device.type != "cpu":
+            return super().forward(xq, xk, xv, attention_masks, **kwargs)
+        batch, _, length, _ = xq.shape
+        token = torch.arange(batch * length, device=xq.device)
+        document = torch.searchsorted(attention_masks.cu_seq_q.long(), token, right=True).view(batch, 1, length)
+        mask = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril()
+        out = F.scaled_dot_product_attention(xq, xk, xv, attn_mask=mask, enable_gqa=True, **kwargs)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+class Block(LlamaBlock):
+    """llama3's block with the attention its layer asks for."""
+
+    def __init__(self, layer_id: int, model_args: ModelArgs):
+        super().__init__(layer_id, model_args)
+        if model_args.layer_kinds[layer_id] == "nsa":
+            self.attention = NSAAttention(
+                model_args.dim,
+                model_args.n_heads,
+                model_args.kv_heads,
+                config=model_args.nsa,
+                backend=model_args.backend,
+            )
+        elif model_args.attn_type == "varlen":
+            self.attention.inner_attention = DocumentAttention()
+
+    def initial_std(self, name: str) -> float:
+        """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
+        if name in ("attention.wo.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"):
+            return float(self.weight_init_std)
+        if isinstance(self.attention, NSAAttention) and name.startswith("attention."):
+            return self.attention.initial_std()[name.removeprefix("attention.")]
+        return INIT_STD
+
+
+class Transformer(LlamaTransformer):
+    """llama3 whose layers are dense or NSA as `ModelArgs.attention` says."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, model_args: ModelArgs):
+        super().__init__(model_args)
+        for layer_id in range(model_args.n_layers):
+            self.layers[str(layer_id)] = Block(layer_id, model_args)
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draws every parameter from a generator of its own, seeded by its name.
+
+        A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
+        stage it lies or in which order layers are made. Distributions are llama3's, cut at three standard deviations.
+        """
+        with torch.device(buffer_device or self.freqs_cis.device):
+            self.freqs_cis = self._precompute_freqs_cis()
+        for wrapped_name, parameter in self.named_parameters():
+            name = re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", wrapped_name)
+            full = torch.ones(parameter.shape, device=parameter.device)
+            if not re.search(r"norm\.weight$", name):
+                generator = torch.Generator(parameter.device).manual_seed(
+                    zlib.crc32(name.encode()) ^ self.model_args.seed
+                )
+                std = self._initial_std(name)
+                if std:
+                    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+                else:
+                    full.zero_()
+            if isinstance(parameter, DTensor):
+                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(full)
+
+    def _initial_std(self, name: str) -> float:
+        if name == "tok_embeddings.weight":
+            return 1.0
+        if name == "output.weight":
+            return float(self.model_args.dim**-0.5)
+        _, layer_id, name = name.split(".", 2)
+        return self.layers[layer_id].initial_std(name)
+
+    def get_attention_masks(
+        self, input_batch: Tensor, tokenizer: BaseTokenizer, extra_inputs: dict[str, Tensor] | None = None
+    ) -> Any:
+        """Offsets of the documents in `input_batch [B, T]`, each of which ends with the tokenizer's end-of-text.
+
+        Raises:
+            TypeError: the model's mask is plainly causal; TorchTitan's validator takes this for "no masks".
+        """
+        return super().get_attention_masks(input_batch, tokenizer, extra_inputs)

@@ -1,0 +1,197 @@
+"""Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from nsa.config import NSAConfig
+from nsa.functional import Backend, CompressionParams, block_starts, compress, nsa_attention
+
+PAPER = NSAConfig()
+"""The block sizes and counts of the paper's experiments (section 4.1)."""
+
+INIT_STD = 0.02
+"""Standard deviation of freshly made projections, as is usual for transformers."""
+
+
+def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines of rotary position embedding (RoFormer, arXiv 2104.09864), for interleaved pairs.
+
+    Returns:
+        float32 `[length, head_dim / 2, 2]`.
+
+    Raises:
+        ValueError: `head_dim` is odd.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even to be rotated in pairs, got {head_dim}")
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
+    return torch.stack((angle.cos(), angle.sin()), -1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates the pairs of `x [B, T, H, D]` by rows of a RoPE table, `[T, D / 2, 2]`, one a token."""
+    dtype = torch.promote_types(x.dtype, table.dtype)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unsqueeze(1).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class Compressor(nn.Module):
+    """The learned map from a block of keys, or of values, to one vector (section 3.3.1), by KV head.
+
+    Shapes: `[B, T, Hk, D] -> [B, C, Hk, D]`. The hidden width of the `"mlp"` kind is `D`.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, config: NSAConfig):
+        super().__init__()
+        self.config = config
+        if config.compression == "mean":
+            return
+        length = config.compress_block_size
+        self.position = nn.Parameter(torch.empty(num_kv_heads, length, head_dim))
+        self.weight = nn.Parameter(torch.empty(num_kv_heads, length * head_dim, head_dim))
+        if config.compression == "mlp":
+            self.weight_out = nn.Parameter(torch.empty(num_kv_heads, head_dim, head_dim))
+
+    def initial_std(self) -> dict[str, float]:
+        """Standard deviation each parameter starts with; the layers keep the variance of what they are given."""
+        return {
+            name: INIT_STD if name == "position" else parameter.shape[1] ** -0.5
+            for name, parameter in self.named_parameters()
+        }
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+        params = CompressionParams(**dict(self.named_parameters())) if self.config.compression != "mean" else None
+        return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention with three gated branches over their own keys and values (section 3.3.3).
+
+    Parameters are head-major, so that a slice of the output features of every projection is a set of whole heads:
+    `wk` and `wv` give `[B, T, Hk, branches, D]`, the gate `wg` gives `[B, T, Hq, 3]`.
+
+    Args:
+        dim: width of the model.
+        num_heads: query heads `Hq`.
+        num_kv_heads: key/value heads `Hk`, which divides `Hq`; `num_heads` unless given.
+        head_dim: `D`; `dim / num_heads` unless given.
+        config: block sizes, counts and the kind of compression.
+        backend: `"auto"`, `"eager"` or `"triton"`.
+
+    Raises:
+        ValueError: heads that do not divide one another, a `dim` that `num_heads` does not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        config: NSAConfig = PAPER,
+        *,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"dim must be a multiple of num_heads ({num_heads}) without a head_dim, got {dim}")
+            head_dim = dim // num_heads
+        self.config, self.backend = config, backend
+        self.head_dim, self.branches = head_dim, 1 if config.shared_kv else 3
+
+        self.wq = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=False)
+        self.wv = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=False)
+        self.wo = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.wg = nn.Linear(dim, num_heads * 3)
+        self.compress_k = Compressor(num_kv_heads, head_dim, config)
+        self.compress_v = Compressor(num_kv_heads, head_dim, config)
+        self.reset_parameters()
+
+    def initial_std(self) -> dict[str, float]:
+        """Standard deviation each parameter starts with, by name; 0 starts every gate half open."""
+        std = {name: 0.0 if name == "wg.bias" else INIT_STD for name, _ in self.named_parameters()}
+        for name in ("compress_k", "compress_v"):
+            compressor: Compressor = getattr(self, name)
+            std |= {f"{name}.{key}": value for key, value in compressor.initial_std().items()}
+        return std
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew from the global generator."""
+        std = self.initial_std()
+        for name, parameter in self.named_parameters():
+            parameter.normal_(std=std[name])
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Attention of every token of `x` over those before it.
+
+        Args:
+            x: `[B, T, dim]`; batch 1 where sequences are packed.
+            rope: `[L, D / 2, 2]` with `L >= T`, from `rope_table`; positions count from the start of each sequence.
+                No rotation unless given.
+            cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences.
+
+        Returns:
+            `[B, T, dim]`.
+
+        Raises:
+            ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`.
+        """
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
+        k_cmp, k_slc, k_win = self._branches(self.wk(x))
+        v_cmp, v_slc, v_win = self._branches(self.wv(x))
+        gates = self.wg(x).unflatten(-1, (-1, 3)).sigmoid()
+        k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
+        v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
+        if rope is not None:
+            tokens = _positions(x, cu_seqlens)
+            _check_rope(rope, x.shape[1], tokens if cu_seqlens is not None else None)
+            blocks = block_starts(x.shape[1], self.config, cu_seqlens, device=x.device)
+            by_token = rope[tokens]
+            q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
+            k_cmp = rotate(k_cmp, rope[blocks.positions])
+        out = nsa_attention(
+            q,
+            k_cmp,
+            v_cmp,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
+            gates,
+            self.config,
+            cu_seqlens_q=cu_seqlens,
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)  # no indices were asked for
+        return self.wo(out.flatten(2))
+
+    def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""
+        branches = projected.unflatten(-1, (-1, self.branches, self.head_dim)).unbind(3)
+        return branches * (3 // self.branches)
+
+
+def _check_rope(rope: Tensor, num_tokens: int, packed: Tensor | None) -> None:
+    """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
+    if len(rope) >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
+        return
+    longest = num_tokens if packed is None else int(packed.max()) + 1
+    if len(rope) < longest:
+        raise ValueError(f"rope must have a row for each of the {longest} positions of x, got {len(rope)}")
+
+
+def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Position of each token of `x [B, T, dim]` in its own sequence, `[T]`."""
+    token = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is None:
+        return token
+    bounds = cu_seqlens.long()
+    return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]

@@ -1,0 +1,224 @@
+"""The TorchTitan TrainSpec `nsa`: flavors, job options, data, metrics. The one file that knows TorchTitan's registry.
+
+Importing it registers the spec. A job reaches it with `experimental.custom_import = "nsa.train"`, and the `[nsa]`
+section of its options with `job.custom_config_module = "nsa.train_spec"`; `python -m nsa.train` does both.
+"""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchtitan import config as titan
+from torchtitan.components import validate
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import job_config as titan_sections
+from torchtitan.distributed import ParallelDims
+from torchtitan.hf_datasets.text_datasets import build_text_dataloader
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
+
+from nsa.config import NSAConfig
+from nsa.data import DATASETS, CorpusLoader, corpus_tokens
+from nsa.model import ModelArgs, Transformer, build_tokenizer
+from nsa.parallelize import parallelize_nsa
+
+# Job options: TorchTitan's, with defaults that need no network, and one section more.
+
+NSAOptions = make_dataclass(
+    "NSAOptions",
+    [
+        (name, kind | None, None)  # type: ignore[operator]
+        for name, kind in {
+            **dict.fromkeys(("attention", "attn_mask_type", "backend"), str),
+            **{f.name: f.type for f in fields(NSAConfig)},
+        }.items()
+    ],
+)
+NSAOptions.__doc__ = (
+    "What to change of the flavor: `ModelArgs.attention`, mask and backend, and any field of NSAConfig."
+)
+
+
+@dataclass
+class Model(titan_sections.Model):
+    name: str = "nsa"
+    flavor: str = "debug"
+    hf_assets_path: str = os.devnull
+    """Folder with Hugging Face tokenizer files; without any, bytes are tokens."""
+
+
+@dataclass
+class Training(titan_sections.Training):
+    dataset: str = "python_stdlib"
+    mixed_precision_param: Literal["bfloat16", "float32"] = field(
+        default_factory=lambda: "bfloat16" if torch.accelerator.is_available() else "float32"
+    )
+
+
+@dataclass
+class Validation(titan_sections.Validation):
+    dataset: str = "python_stdlib_validation"
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    """TorchTitan's job options with NSA's own section."""
+
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    nsa: NSAOptions = field(default_factory=NSAOptions)  # type: ignore[valid-type]
+
+
+# Flavors. A twin differs in nothing but its attention.
+
+_SMALL = NSAConfig(
+    compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
+)
+_SIZES: dict[str, dict[str, Any]] = {
+    "debug": {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "nsa": _SMALL},
+    "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
+    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
+}
+_FLAVORS: dict[str, dict[str, Any]] = {
+    **_SIZES,
+    **{f"{name}_dense": {**sizes, "attention": "dense"} for name, sizes in _SIZES.items()},
+    "100m_hybrid": {**_SIZES["100m"], "attention": "dense,nsa,nsa,nsa"},
+}
+
+
+class _Flavors(Mapping[str, ModelArgs]):
+    """Model arguments by flavor, made anew each time: TorchTitan writes the job's options into what it gets."""
+
+    def __getitem__(self, flavor: str) -> ModelArgs:
+        if flavor not in _FLAVORS:
+            raise ValueError(f"model.flavor must be one of {tuple(_FLAVORS)}, got {flavor!r}")
+        return ModelArgs(**copy.deepcopy(_FLAVORS[flavor]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FLAVORS)
+
+    def __len__(self) -> int:
+        return len(_FLAVORS)
+
+
+# Data: our corpus by name, TorchTitan's own datasets otherwise.
+
+
+def build_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: titan.JobConfig, infinite: bool = True
+) -> Any:
+    """The loader of `training.dataset`."""
+    options = job_config.training
+    if options.dataset not in DATASETS:
+        return build_text_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
+    return _corpus_loader(options, tokenizer, dp_rank, dp_world_size, infinite=infinite)
+
+
+_build_other_validation_dataloader = validate.build_text_validation_dataloader
+
+
+def build_validation_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: titan.JobConfig, infinite: bool = False
+) -> Any:
+    """The loader of `validation.dataset`; over our corpus every validation sees the same rows."""
+    options = job_config.validation
+    if options.dataset not in DATASETS:
+        return _build_other_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
+    return _corpus_loader(options, tokenizer, dp_rank, dp_world_size, infinite=infinite, restart=True)
+
+
+# The stock validator can be given everything but a loader, which it looks up by this name.
+validate.build_text_validation_dataloader = build_validation_dataloader
+
+
+def _corpus_loader(options: Any, tokenizer: Any, dp_rank: int, dp_world_size: int, **kwargs: bool) -> CorpusLoader:
+    tokens = corpus_tokens(DATASETS[options.dataset], tokenizer, options.dataset_path)
+    return CorpusLoader(tokens, options.seq_len, options.local_batch_size, dp_rank, dp_world_size, **kwargs)
+
+
+# Metrics: TorchTitan's, and what a person or a plot wants of a run beside them.
+
+METRICS_FILE = "metrics.jsonl"
+"""In `job.dump_folder`: a JSON object a line, `step` and the metrics TorchTitan logs under their own names."""
+
+
+class _JsonLines(BaseLogger):
+    """Appends metrics to a file; after a resume the steps that are trained again replace those written before."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._continued = False
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if not self._continued:
+            self._continued = True
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] < step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+class _Progress(BaseLogger):
+    """Says how far the run is and how long it will go on."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._first: tuple[int, float] | None = None
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if "loss_metrics/global_avg_loss" not in metrics:
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+            return
+        first_step, since = self._first
+        seconds = round((self.steps - step) * (now - since) / (step - first_step))
+        logger.info(f"{step} of {self.steps} steps done, {seconds // 60}:{seconds % 60:02} left")
+
+
+def build_metrics_processor(
+    job_config: titan.JobConfig, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
+) -> MetricsProcessor:
+    """TorchTitan's metrics processor, which also writes `METRICS_FILE` and tells the time left."""
+    processor = MetricsProcessor(job_config, parallel_dims, tag)
+    if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
+        loggers = LoggerContainer()
+        for part in (
+            processor.logger,
+            _JsonLines(Path(job_config.job.dump_folder) / METRICS_FILE),
+            _Progress(job_config.training.steps),
+        ):
+            loggers.add_logger(part)
+        processor.logger = loggers
+    return processor
+
+
+register_train_spec(
+    "nsa",
+    TrainSpec(
+        model_cls=Transformer,
+        model_args=_Flavors(),
+        parallelize_fn=parallelize_nsa,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_tokenizer,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=validate.build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+    ),
+)

@@ -1,0 +1,125 @@
+"""The transformer without a trainer: flavors, options, initial weights, documents."""
+
+import itertools
+
+import pytest
+import torch
+from torchtitan.protocols.train_spec import get_train_spec
+
+from nsa.config import NSAConfig
+from nsa.data import ByteTokenizer
+from nsa.model import ModelArgs, NSAAttention, Transformer
+from nsa.train_spec import JobConfig, NSAOptions
+from validation.numerics import assert_equal, assert_matches
+
+SMALL = NSAConfig(8, 4, 16, 4, window_size=20)
+LONGEST_SUM = 256  # the hidden width of the feed-forward layers
+
+
+def make(attention="nsa", **arguments):
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "max_seq_len": 64}
+    model = Transformer(ModelArgs(**sizes, attention=attention, nsa=SMALL, **arguments))
+    model.init_weights()
+    return model
+
+
+def kinds(model):
+    return ["nsa" if isinstance(layer.attention, NSAAttention) else "dense" for layer in model.layers.values()]
+
+
+def test_every_flavor_has_its_twin():
+    flavors = get_train_spec("nsa").model_args
+    assert set(flavors) == {"debug", "debug_dense", "100m", "100m_dense", "100m_hybrid", "1b", "1b_dense"}
+    for name in ("debug", "100m", "1b"):
+        sparse, dense = flavors[name], flavors[f"{name}_dense"]
+        assert (sparse.dim, sparse.n_layers, sparse.n_heads) == (dense.dim, dense.n_layers, dense.n_heads)
+        assert set(sparse.layer_kinds) == {"nsa"}
+        assert set(dense.layer_kinds) == {"dense"}
+    assert flavors["100m_hybrid"].layer_kinds == ["dense", "nsa", "nsa", "nsa"] * 2
+
+
+@pytest.mark.parametrize(("flavor", "low", "high"), [("100m", 95e6, 115e6), ("1b", 0.9e9, 1.2e9)])
+def test_flavors_have_the_size_they_are_named_after(flavor, low, high):
+    args = get_train_spec("nsa").model_args[flavor]
+    args.update_from_config(JobConfig())
+    with torch.device("meta"):
+        size = sum(p.numel() for p in Transformer(args).parameters())
+    assert low < size < high
+
+
+def test_a_flavor_is_not_changed_by_the_jobs_that_use_it():
+    flavors = get_train_spec("nsa").model_args
+    flavors["debug"].update_from_config(JobConfig(nsa=NSAOptions(window_size=7)))
+    assert flavors["debug"].nsa.window_size == 128
+
+
+@pytest.mark.parametrize("pattern", ["nsa", "dense", "dense,nsa", "nsa,nsa,dense"])
+def test_layers_follow_the_pattern(pattern):
+    model = Transformer(ModelArgs(dim=32, n_layers=5, n_heads=4, vocab_size=64, max_seq_len=64, attention=pattern))
+    assert kinds(model) == [pattern.split(",")[i % len(pattern.split(","))] for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention": "nsa,sparse"}, "attention must be a pattern of"),
+        ({"attn_mask_type": "full"}, "attn_mask_type must be one of"),
+        ({"n_heads": 3}, r"dim must be a multiple of n_heads \(3\), got 32"),
+        ({"n_heads": 4, "n_kv_heads": 3}, r"n_heads must be a multiple of n_kv_heads \(3\), got 4"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs(**{"dim": 32, "n_heads": 4, **arguments})
+
+
+def test_an_unknown_flavor_is_refused():
+    with pytest.raises(ValueError, match=r"model.flavor must be one of .*'debug'.*, got '7b'"):
+        get_train_spec("nsa").model_args["7b"]
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    model, again, other = make(), make(), make(seed=1)
+    hybrid = dict(make("dense,nsa").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_equal(dict(again.named_parameters())[name], parameter, what=name)
+        if name in hybrid and hybrid[name].shape == parameter.shape:
+            assert_equal(hybrid[name], parameter, what=f"{name} beside another layer")
+    assert not torch.equal(other.output.weight, model.output.weight)
+
+
+@pytest.mark.parametrize("attention", ["nsa", "dense", "dense,nsa"])
+def test_documents_in_a_row_are_as_if_alone(attention):
+    model = make(attention, attn_mask_type="block_causal")
+    tokens = torch.randint(0, 256, (2, 60))
+    ends = [[22, 59], [9, 10]]  # the last of a document: one ends with its row, one is a single token
+    for row, columns in enumerate(ends):
+        tokens[row, columns] = ByteTokenizer.eos_id
+    masks = model.get_attention_masks(tokens, ByteTokenizer())
+    logits = model(tokens, attention_masks=masks)
+    causal = make(attention)
+    for row, columns in enumerate(ends):
+        bounds = sorted({0, *(column + 1 for column in columns), 60})
+        for start, stop in itertools.pairwise(bounds):
+            alone = causal(tokens[row : row + 1, start:stop])
+            together = logits[row : row + 1, start:stop]
+            assert_matches(together, alone.double(), what=f"row {row}, tokens {start} to {stop}", reduction=LONGEST_SUM)
+
+
+def test_plain_causal_models_have_no_masks():
+    with pytest.raises(TypeError):
+        make().get_attention_masks(torch.zeros(1, 8, dtype=torch.long), ByteTokenizer())
+
+
+def test_the_future_changes_nothing():
+    model, tokens = make("dense,nsa"), torch.randint(0, 256, (1, 60))
+    changed = torch.cat((tokens[:, :41], torch.randint(0, 256, (1, 19))), 1)
+    assert_equal(model(changed)[:, :41], model(tokens)[:, :41], what="logits of the past")
+
+
+def test_flops_count_the_keys_each_layer_looks_at():
+    model = make("dense,nsa")
+    weights = sum(p.numel() for p in model.parameters())
+    keys = 64 + (15 + 64 + 20)  # a dense layer; 15 compressed keys, 4 blocks of 16 and a window of 20 in the other
+    size, flops = model.model_args.get_nparams_and_flops(model, 64)
+    assert (size, flops) == (weights, 6 * (weights - model.tok_embeddings.weight.numel()) + 12 * 32 * keys)

@@ -1,0 +1,281 @@
+"""How close is close enough: the one tolerance policy and the comparisons every test uses.
+
+Values. An implementation is never held to be exact in a narrow dtype, only to be about as good as plain PyTorch in
+the same dtype (the baseline), both being measured against the float64 oracle:
+
+    |actual - oracle| <= BASELINE_FACTOR * |baseline - oracle| + slack
+    slack = eps(dtype) * magnitude + sqrt(reduction) * logit * eps(accumulator) * max(magnitude, CANCELLED_MAGNITUDE)
+
+for the maximum and for the mean, of the whole tensor and of every row (last dimension), with the oracle's magnitude
+taken in the same way. Without a baseline, as for plain PyTorch itself, its error is taken to be
+`UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part.
+In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale.
+Shapes, and the positions of NaN and of either infinity, are compared first and exactly.
+
+`logit` is the largest log-sum-exp where logits are far above 1: an exponential makes relative error of absolute one.
+
+Selections. Forced blocks are compared exactly, free ones by the oracle's importance, see `assert_selection_matches`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASELINE_FACTOR = 2.0
+"""An implementation may be this many times as far from the oracle as the baseline is."""
+
+UNAIDED_ROUNDINGS = 3.0
+"""Roundings to the narrow dtype before the last: a hidden layer, a saved output, the products of a gradient."""
+
+CANCELLED_MAGNITUDE = 4.0
+"""Size of the terms of sums that may cancel altogether, for inputs of unit scale: products of a few normal numbers."""
+
+FLOAT64_BOUND = 1e-12
+"""Error of float64 arithmetic as a part of the tensor's scale: a few thousand roundings, far below any mistake."""
+
+TWIN_LOSS_RATIO = 1.03
+"""A sparse model's loss over its dense twin's, at most: the price it may have."""
+
+LAYOUT_BOUND = 5e-5
+"""Difference of a float32 loss or gradient norm between layouts: sums in another order, over a few steps."""
+
+PEAK_MEMORY_BYTES = 4 * 2**30
+"""Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
+
+GRADCHECK_STEP = 1e-6
+"""Half the width of the central difference: its truncation error is about its square, its rounding `1e-16 / step`."""
+
+GRADCHECK_ABSOLUTE = 1e-7
+GRADCHECK_RELATIVE = 1e-6
+
+
+def assert_matches(
+    actual: Tensor,
+    oracle: Tensor,
+    *,
+    what: str,
+    baseline: Tensor | None = None,
+    reduction: int = 1,
+    logit: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fail unless `actual` is as near to the float64 `oracle` as the policy above asks.
+
+    Args:
+        actual: any shape, any floating dtype.
+        oracle: the same shape, float64.
+        what: name of the tensor, for the message.
+        baseline: plain PyTorch's result in the same dtype; None when `actual` is that itself.
+        reduction: length of the longest sum behind an element.
+        logit: magnitude of the log-sum-exp, where that is far above 1.
+        dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
+    """
+    if oracle.dtype != torch.float64:
+        raise TypeError(f"oracle must be float64, got {oracle.dtype}")
+    dtype = actual.dtype if dtype is None else dtype
+    actual, oracle = actual.detach().to(oracle.device), oracle.detach()
+    _assert_same_structure(actual, oracle, what)
+    if actual.numel() == 0:
+        return
+    error, magnitude = _error(actual, oracle), _finite(oracle.abs())
+    if dtype == torch.float64:
+        bound = FLOAT64_BOUND * max(magnitude.max().item(), 1.0)
+        _check("maximum", error, error.max(), torch.tensor(bound), actual, oracle, what)
+        return
+    expected = None if baseline is None else _measures(_error(baseline.detach().to(oracle.device), oracle))
+    magnitudes = _measures(magnitude)
+    roundings = math.sqrt(reduction)
+    for name, measured in _measures(error).items():
+        # Sums cancel, in gradients above all, and a baseline may be lucky in a row: no row is held to less than the
+        # magnitude, or than the error, of the mean row (rows that see nothing aside).
+        size = torch.maximum(magnitudes[name], _typical(magnitudes[name]))
+        if expected is None:
+            typical = UNAIDED_ROUNDINGS * _eps(dtype) * size
+        else:
+            typical = torch.maximum(expected[name], _typical(expected[name]))
+        slack = _eps(dtype) * size + roundings * max(logit, 1.0) * _eps(torch.float32) * size.clamp(
+            min=CANCELLED_MAGNITUDE
+        )
+        _check(name, error, measured, BASELINE_FACTOR * typical + slack, actual, oracle, what)
+
+
+def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:
+    """Fail unless the two are the same bit for bit (NaN equals NaN): for integers, copies and repeated runs."""
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        raise AssertionError(
+            f"{what}: got {actual.dtype} {tuple(actual.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+        )
+    different = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    if different.any():
+        index = tuple(different.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(different.sum())} of {different.numel()} elements differ and none may; first at {index}: "
+            f"got {actual[index].item()!r}, expected {expected[index].item()!r}"
+        )
+
+
+def assert_selection_matches(
+    indices: Tensor,
+    oracle_indices: Tensor,
+    importance: Tensor,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    positions: Tensor,
+    reduction: int = 1,
+    what: str = "indices",
+) -> None:
+    """Fail unless a selection is well formed, holds every forced block and no avoidably poor free one.
+
+    Rounding may swap blocks of nearly equal importance, so a free choice is judged by what it is worth: every chosen
+    block's importance must be at least the best unchosen one's less `score_bound`.
+
+    Args:
+        indices, oracle_indices: int32 `[B, Tq, Hk, N]`.
+        importance: the oracle's, `[B, Tq, Hk, S]`.
+        dtype: of the inputs.
+        positions: of the queries in their own sequence, `[Tq]`.
+        reduction: length of the sum behind a score, the key head dim.
+    """
+    if indices.dtype != torch.int32 or indices.shape != oracle_indices.shape:
+        raise AssertionError(
+            f"{what}: got {indices.dtype} {tuple(indices.shape)}, expected {torch.int32} {tuple(oracle_indices.shape)}"
+        )
+    indices, oracle_indices, importance = indices.cpu(), oracle_indices.cpu(), importance.cpu()
+    filled = indices >= 0
+    after = indices[..., 1:]
+    ordered = ((after > indices[..., :-1]) | (after == -1)).all(-1, keepdim=True) & (indices >= -1)
+    _check_rows(ordered.all(-1), indices, oracle_indices, f"{what}: not ascending with -1 at the end")
+    same_count = filled.sum(-1) == (oracle_indices >= 0).sum(-1)
+    _check_rows(same_count, indices, oracle_indices, f"{what}: the wrong number of blocks")
+
+    own = positions.cpu()[:, None, None] // config.select_block_size
+    block = torch.arange(importance.shape[-1])
+    candidate = block <= own
+    _check_rows((indices <= own).all(-1), indices, oracle_indices, f"{what}: a block beyond the query's own")
+    forced = candidate & ((block < config.num_initial_blocks) | (block > own - config.num_local_blocks))
+    chosen = (indices[..., None] == block).any(-2)
+    _check_rows((chosen | ~forced).all(-1), indices, oracle_indices, f"{what}: a forced block is missing")
+
+    worst_chosen = importance.masked_fill(~chosen | forced, math.inf).amin(-1)
+    best_left = importance.masked_fill(chosen | ~candidate, 0.0).amax(-1)
+    good = worst_chosen >= best_left - score_bound(best_left, dtype, reduction)
+    _check_rows(
+        good, indices, oracle_indices, f"{what}: a free block is worth less than one left out", worst_chosen, best_left
+    )
+
+
+def assert_same_training(actual: Any, expected: Any, names: Sequence[str]) -> None:
+    """Fail unless two float32 runs log the same steps and, at each, the same metrics but for `LAYOUT_BOUND`."""
+    for name in names:
+        if actual[name].keys() != expected[name].keys() or not expected[name]:
+            raise AssertionError(f"{name}: logged at steps {list(actual[name])}, expected {list(expected[name])}")
+        for step, value in expected[name].items():
+            bound = LAYOUT_BOUND * max(1.0, abs(value))
+            if not abs(actual[name][step] - value) <= bound:
+                raise AssertionError(
+                    f"{name} of step {step}: got {actual[name][step]!r}, expected {value!r} within {bound:.1e}"
+                )
+
+
+def score_bound(score: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+    """How far two importances may be apart and still change places.
+
+    An importance is a sum of exponentials, so its relative error is the absolute error of the scores above it: sums of
+    `reduction` products in the accumulator, perhaps rounded to the dtype. Whatever underflows may change places.
+    """
+    if dtype == torch.float64:
+        return FLOAT64_BOUND * score + torch.finfo(torch.float64).tiny
+    rounding = BASELINE_FACTOR * _eps(dtype) + math.sqrt(reduction) * _eps(torch.float32)
+    return rounding * score + torch.finfo(torch.float32).tiny
+
+
+def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool = False) -> None:
+    """Fail unless float64 autograd agrees with central differences."""
+    torch.autograd.gradcheck(
+        function,
+        tuple(inputs),
+        eps=GRADCHECK_STEP,
+        atol=GRADCHECK_ABSOLUTE,
+        rtol=GRADCHECK_RELATIVE,
+        fast_mode=fast,
+        # A gradient is a sum over queries, which must come out the same each time; that it does is tested elsewhere.
+        nondet_tol=0.0,
+    )
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.where(x.isfinite(), 0.0)
+
+
+def _error(x: Tensor, oracle: Tensor) -> Tensor:
+    """Absolute error where the oracle is finite; elsewhere the values were compared already and count as exact."""
+    return (x.double() - oracle).abs().where(oracle.isfinite(), 0.0)
+
+
+def _typical(x: Tensor) -> Tensor:
+    """Mean of what is not exactly zero."""
+    return x.sum() / (x > 0).sum().clamp(min=1)
+
+
+def _measures(x: Tensor) -> dict[str, Tensor]:
+    """What is bounded, of errors and of magnitudes alike: scalars for the tensor, `[...]` for its rows."""
+    return {
+        "maximum": x.amax(),
+        "mean": x.mean(),
+        "row maximum": x.amax(-1) if x.ndim else x,
+        "row mean": x.mean(-1) if x.ndim else x,
+    }
+
+
+def _assert_same_structure(actual: Tensor, oracle: Tensor, what: str) -> None:
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"{what}: got shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
+    for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        different = test(actual) != test(oracle)
+        if different.any():
+            index = tuple(different.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{what}: {name} in {int(different.sum())} wrong places; first at {index}: "
+                f"got {actual[index].item()!r}, expected {oracle[index].item()!r}"
+            )
+
+
+def _check(
+    name: str, error: Tensor, measured: Tensor, bound: Tensor, actual: Tensor, oracle: Tensor, what: str
+) -> None:
+    excess = measured - bound.to(measured.device)
+    if not (excess > 0).any():
+        return
+    if excess.ndim:
+        row = tuple(_unravel(excess))
+        index = (*row, int(error[row].argmax()))
+        measured, bound = measured[row], bound[row]
+    else:
+        index = tuple(_unravel(error))
+    raise AssertionError(
+        f"{what}: {name} error {measured.item():.3e} is over the bound {bound.item():.3e} ({actual.dtype}); worst at "
+        f"{index}: got {actual[index].item()!r}, expected {oracle[index].item()!r}"
+    )
+
+
+def _unravel(x: Tensor) -> list[int]:
+    return [int(i) for i in torch.unravel_index(x.argmax(), x.shape)] if x.ndim else []
+
+
+def _check_rows(good: Tensor, indices: Tensor, oracle_indices: Tensor, message: str, *values: Tensor) -> None:
+    if good.all():
+        return
+    row = tuple((~good).nonzero()[0].tolist())
+    worth = " against ".join(f"{value[row].item():.6e}" for value in values)
+    raise AssertionError(
+        f"{message}{worth and f' ({worth})'} in {int((~good).sum())} rows; first at {row}: "
+        f"got {indices[row].tolist()}, expected {oracle_indices[row].tolist()}"
+    )

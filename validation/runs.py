@@ -1,0 +1,73 @@
+"""Training runs as a user starts them: a command of their own, their output and their metrics."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOSS = "loss_metrics/global_avg_loss"
+VALIDATION_LOSS = "validation_metrics/loss"
+TOKENS_PER_SECOND = "throughput(tps)"
+MEMORY_GIB = "memory/max_reserved(GiB)"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a run wrote down, under TorchTitan's names of metrics."""
+
+    records: tuple[Mapping[str, Any], ...]
+
+    def __getitem__(self, name: str) -> dict[int, float]:
+        """One metric by step."""
+        return {record["step"]: record[name] for record in self.records if name in record}
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Metrics of the run that dumped into `folder`; none if it did not get that far."""
+    file = folder / "metrics.jsonl"
+    return Metrics(tuple(map(json.loads, file.read_text().splitlines())) if file.exists() else ())
+
+
+def command(
+    arguments: Sequence[str], folder: Path, *, module: str = "nsa.train", processes: int | None = None
+) -> list[str]:
+    """The command that trains into `folder`, under torchrun where a number of processes is given."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *torchrun, "-m", module, *arguments, f"--job.dump_folder={folder}"]
+
+
+def train(
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    module: str = "nsa.train",
+    processes: int | None = None,
+    timeout: float = 300,
+) -> Metrics:
+    """Trains into `folder` and returns the metrics.
+
+    Raises:
+        RuntimeError: the command failed; with its output.
+        subprocess.TimeoutExpired: it took more than `timeout` seconds.
+    """
+    done = subprocess.run(
+        command(arguments, folder, module=module, processes=processes),
+        env=environment(processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, done.args))} exited with {done.returncode}:\n{done.stdout}")
+    return read_metrics(folder)
+
+
+def environment(processes: int | None = None) -> dict[str, str]:
+    """The environment of a run: many processes share the cores one would have had to itself."""
+    threads = max(1, (os.cpu_count() or 1) // (processes or 1))
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "PYTHONUNBUFFERED": "1"}

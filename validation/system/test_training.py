@@ -1,0 +1,191 @@
+"""Short training runs through the real entry point: losses, resuming, clipping, schedules, logs."""
+
+import math
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from validation import numerics
+from validation.runs import LOSS, VALIDATION_LOSS, command, environment, read_metrics, train
+
+TINY = (
+    "--training.seq_len=256",
+    "--training.local_batch_size=2",
+    "--training.steps=6",
+    "--metrics.log_freq=1",
+    "--lr_scheduler.warmup_steps=2",
+    "--validation.no-enable",
+    "--checkpoint.interval=3",
+)
+EXACT = (LOSS, "grad_norm", "lr", "n_tokens_seen")
+"""Metrics that a resumed run must repeat bit for bit."""
+
+
+def exact(metrics, steps=range(1, 7)):
+    """What of a run must not depend on interruptions."""
+    return {name: {step: metrics[name].get(step) for step in steps} for name in EXACT}
+
+
+def parameters(folder, step):
+    """All model parameters in a checkpoint."""
+    file = folder / f"step-{step}.pt"
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
+    state = torch.load(file, weights_only=False)
+    return {name: value for name, value in state.items() if name.endswith((".weight", ".bias", ".position"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six steps without an interruption: the folder of the run."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(TINY, folder)
+    return folder
+
+
+def test_loss_falls_and_twins_agree(tmp_path):
+    options = (*TINY, "--training.steps=40", "--training.local_batch_size=4", "--checkpoint.no-enable")
+    losses = {
+        flavor: list(train((*options, f"--model.flavor={flavor}"), tmp_path / flavor)[LOSS].values())
+        for flavor in ("debug", "debug_dense")
+    }
+    for flavor, curve in losses.items():
+        assert curve[0] > math.log(256), f"{flavor} starts better than guessing: {curve[0]}"
+        assert min(curve[-5:]) < 0.7 * curve[0], f"{flavor} does not learn: {curve}"
+    sparse, dense = (sum(losses[flavor][-5:]) / 5 for flavor in ("debug", "debug_dense"))
+    assert sparse <= dense * numerics.TWIN_LOSS_RATIO, f"NSA ends at {sparse}, its dense twin at {dense}"
+
+
+def test_same_seed_gives_the_same_run(whole, tmp_path):
+    assert exact(train(TINY, tmp_path)) == exact(read_metrics(whole))
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    other = train((*TINY, "--training.steps=1", "--debug.seed=1", "--checkpoint.no-enable"), tmp_path)
+    assert other[LOSS][1] != read_metrics(whole)[LOSS][1]
+
+
+def test_resume_is_bit_exact(whole, tmp_path):
+    train((*TINY, "--training.steps=3", "--lr_scheduler.total_steps=6"), tmp_path)
+    resumed = train(TINY, tmp_path)
+    assert exact(resumed) == exact(read_metrics(whole))
+    expected = parameters(whole, 6)
+    for name, value in parameters(tmp_path, 6).items():
+        numerics.assert_equal(value, expected[name], what=name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_a_resumable_checkpoint(whole, tmp_path, number):
+    options = (*TINY, "--checkpoint.interval=100")
+    run = subprocess.Popen(
+        command(options, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path)[LOSS] and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(number)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    stopped_after = max(read_metrics(tmp_path)[LOSS])
+    assert stopped_after < 6, f"the run was over before the signal came:\n{output}"
+    assert (tmp_path / "checkpoint" / f"step-{stopped_after}" / ".metadata").exists(), output
+    assert exact(train(options, tmp_path)) == exact(read_metrics(whole))
+
+
+def test_gradients_are_clipped(whole, tmp_path):
+    # Adam divides by the gradient's own size, so clipping shows only below its epsilon: there nothing moves.
+    still = train(
+        (*TINY, "--training.max_norm=1e-12", "--optimizer.weight_decay=0", "--checkpoint.no-enable"), tmp_path
+    )
+    before, after = (parameters(whole, step)["output.weight"] for step in (3, 6))
+    assert not torch.equal(before, after)
+    unclipped = read_metrics(whole)
+    assert still["grad_norm"][1] == unclipped["grad_norm"][1], "the norm is logged before clipping"
+    moved, unmoved = (abs(run[LOSS][6] - run[LOSS][1]) for run in (unclipped, still))
+    assert unmoved < moved / 10, f"clipped run moved by {unmoved}, the other by {moved}"
+
+
+def test_learning_rate_follows_its_schedule(tmp_path):
+    options = ("--optimizer.lr=1.0e-3", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.decay_ratio=0.5")
+    shape = ("--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0.1", "--checkpoint.no-enable")
+    rates = train((*TINY, *options, *shape), tmp_path)["lr"]
+    factors = [0.5, 1.0, 1.0, 1.0, 0.7, 0.4]
+    for step, factor in enumerate(factors, start=1):
+        numerics.assert_matches(
+            torch.tensor(rates[step]).double(), torch.tensor(1e-3 * factor).double(), what=f"rate of step {step}"
+        )
+
+
+def test_validation_sees_the_same_rows_every_time(tmp_path):
+    options = ("--validation.enable", "--validation.freq=2", "--validation.steps=2", "--validation.seq_len=256")
+    frozen = ("--optimizer.lr=0", "--validation.local_batch_size=2", "--checkpoint.no-enable")
+    losses = train((*TINY, *options, *frozen), tmp_path)[VALIDATION_LOSS]
+    assert sorted(losses) == [1, 2, 4, 6]
+    assert len(set(losses.values())) == 1, f"an unchanged model must keep its validation loss: {losses}"
+
+
+def test_tensorboard_has_the_losses(whole, tmp_path):
+    train((*TINY, "--metrics.enable_tensorboard", "--checkpoint.no-enable"), tmp_path)
+    (folder,) = (tmp_path / "tb").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars(LOSS)}
+    for step, loss in read_metrics(whole)[LOSS].items():
+        numerics.assert_equal(torch.tensor(logged[step]), torch.tensor(loss), what=f"loss of step {step}")
+
+
+def test_activation_checkpointing_changes_nothing(whole, tmp_path):
+    again = train((*TINY, "--activation_checkpoint.mode=full", "--checkpoint.no-enable"), tmp_path)
+    assert again[LOSS] == read_metrics(whole)[LOSS]
+
+
+def test_gradient_accumulation_sees_the_same_batch(whole, tmp_path):
+    options = ("--training.local_batch_size=1", "--training.global_batch_size=2", "--checkpoint.no-enable")
+    numerics.assert_same_training(train((*TINY, *options), tmp_path), read_metrics(whole), (LOSS, "grad_norm"))
+
+
+@pytest.mark.parametrize("flavor", ["debug", "debug_dense"])
+def test_documents_are_kept_apart_on_request(tmp_path, flavor):
+    options = (f"--model.flavor={flavor}", "--training.steps=3", "--checkpoint.no-enable")
+    plain = train((*TINY, *options), tmp_path / "causal")[LOSS]
+    apart = train((*TINY, *options, "--nsa.attn_mask_type=block_causal"), tmp_path / "block_causal")[LOSS]
+    assert sorted(apart) == [1, 2, 3]
+    assert apart != plain, "no document boundary fell into the batch, or the mask does nothing"
+
+
+def test_every_sparse_option_reaches_the_model(whole, tmp_path):
+    options = ("--nsa.attention=dense,nsa", "--nsa.window_size=32", "--nsa.compression=linear", "--nsa.shared_kv")
+    run = train((*TINY, *options), tmp_path)
+    assert run[LOSS] != read_metrics(whole)[LOSS]
+    names = parameters(tmp_path, 6)
+    assert "layers.0.attention.wg.weight" not in names
+    assert "layers.1.attention.wg.weight" in names
+    assert "layers.1.attention.compress_k.weight_out" not in names
+    assert names["layers.1.attention.wk.weight"].shape[0] == 2 * 32
+
+
+def test_torchtitan_runs_our_config_files(whole, tmp_path):
+    options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--checkpoint.no-enable")
+    run = train(options, tmp_path, module="torchtitan.train", processes=1)
+    assert run[LOSS] == read_metrics(whole)[LOSS]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.flavor=debgu", "model.flavor must be one of"),
+        ("--nsa.attention=sparse", "attention must be a pattern of"),
+        ("--nsa.attn_mask_type=diagonal", "attn_mask_type must be one of"),
+        ("--nsa.backend=triton", "the Triton kernels do not exist yet"),
+        ("--nsa.backend=cuda", "backend must be one of"),
+        ("--nsa.select_block_size=20", "select_block_size must be a multiple of compress_stride (8), got 20"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, option, message):
+    with pytest.raises(RuntimeError, match="exited with 1") as failure:
+        train((*TINY, option), tmp_path)
+    assert message in str(failure.value)

@@ -1,0 +1,111 @@
+"""`make train`: the debug model and its dense twin on the same text, their losses side by side.
+
+Both train through `python -m nsa.train` as anybody would start them; what an earlier call left unfinished is resumed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: there may be no screen
+from matplotlib import pyplot as plt
+
+from validation.runs import LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, command, read_metrics
+
+TWINS = {"NSA": "debug", "dense": "debug_dense"}
+UNIFORM_LOSS = 5.545  # ln 256 nats a byte: guessing
+LAST_STEPS = 10  # logged losses averaged at the end: one batch alone says little
+
+
+def summarise(runs: dict[str, Metrics]) -> dict[str, Any]:
+    """Final losses (nats a byte), median tokens/s and peak memory (GiB) of each run; NSA's losses over dense."""
+    summary: dict[str, Any] = {}
+    for name, metrics in runs.items():
+        losses, speeds = metrics[LOSS], sorted(metrics[TOKENS_PER_SECOND].values())
+        last = list(losses.values())[-LAST_STEPS:]
+        summary[name] = {
+            "steps": max(losses),
+            "training_loss": sum(last) / len(last),
+            "validation_loss": list(metrics[VALIDATION_LOSS].values())[-1],
+            "tokens_per_second": speeds[len(speeds) // 2],
+            "memory_gib": max(metrics[MEMORY_GIB].values()),
+        }
+    for loss in ("training_loss", "validation_loss"):
+        summary[f"{loss}_ratio"] = summary["NSA"][loss] / summary["dense"][loss]
+    return summary
+
+
+def plot(runs: dict[str, Metrics], file: Path) -> None:
+    """Loss against step, training as lines and validation as points."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for (name, metrics), color, marker in zip(runs.items(), ("#0072b2", "#d55e00"), ("o", "s"), strict=True):
+        losses, validation = metrics[LOSS], metrics[VALIDATION_LOSS]
+        axes.plot(list(losses), list(losses.values()), color=color, label=f"{name}, training")
+        axes.plot(
+            list(validation), list(validation.values()), marker, color=color, mec="black", label=f"{name}, validation"
+        )
+    axes.axhline(UNIFORM_LOSS, color="0.5", linestyle=":", label="guessing")
+    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="NSA and its dense twin on Python source text")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def report(summary: dict[str, Any]) -> str:
+    """The summary as a table that fits a screen."""
+    rows = [
+        ("steps", "steps", "{:.0f}"),
+        ("training loss, end", "training_loss", "{:.3f}"),
+        ("validation loss", "validation_loss", "{:.3f}"),
+        ("tokens/s", "tokens_per_second", "{:,.0f}"),
+        ("peak memory (GiB)", "memory_gib", "{:.2f}"),
+    ]
+    lines = [f"{'':20}" + "".join(f"{name:>12}" for name in TWINS)]
+    lines += [
+        f"{title:20}" + "".join(f"{form.format(summary[n][key]):>12}" for n in TWINS) for title, key, form in rows
+    ]
+    lines += [
+        f"NSA / dense: training {summary['training_loss_ratio']:.3f}, validation {summary['validation_loss_ratio']:.3f}"
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Trains both, resuming unless told otherwise, and writes `loss.png` and `metrics.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    parser.add_argument("--folder", type=Path, default=Path("out/train"), help="where everything goes")
+    arguments, options = parser.parse_known_args()  # what is not known here is an option of the trainer
+    folder: Path = arguments.folder
+    if arguments.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, flavor in TWINS.items():
+        print(f"\n=== {name}: {folder / flavor}", flush=True)
+        run = subprocess.Popen(command([f"--model.flavor={flavor}", *options], folder / flavor))
+        try:
+            status = run.wait()
+        except KeyboardInterrupt:  # the run got the signal too and is saving its checkpoint
+            run.wait()
+            print(f"\nInterrupted. `make train` goes on from the checkpoint in {folder / flavor}.")
+            return 130
+        if status:
+            return status
+    runs = {name: read_metrics(folder / flavor) for name, flavor in TWINS.items()}
+    summary = summarise(runs)
+    plot(runs, folder / "loss.png")
+    records = {name: metrics.records for name, metrics in runs.items()}
+    (folder / "metrics.json").write_text(json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
+    print(f"\n{report(summary)}\n\ncurves in {folder / 'loss.png'}, figures in {folder / 'metrics.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Finite differences in float64: autograd against nothing but the stage's own values.
+
+A fault that forward and backward share passes here, which is why every stage is also held to the oracle.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from validation import oracle
+from validation.implementations import Implementation, load
+from validation.numerics import gradcheck
+from validation.unit.cases import STAGES, Case, Stage, config, draw, select_blocks, whole
+
+SHAPE = {"key_dim": 2, "value_dim": 3, "kv_heads": 1}
+
+# The whole Jacobian, one element at a time, on the smallest case in which every branch has something to leave out.
+SMALLEST = Case("gradcheck_whole", whole(6), config((2, 1, 2), 2, 3, num_local_blocks=1), **SHAPE)
+
+# Random projections of it on cases of every structure.
+TINY = [
+    Case("gradcheck_grouped", whole(11), config(selected=2, window=3, num_local_blocks=1), group=3, **SHAPE),
+    Case("gradcheck_heads", whole(10), config(selected=3, window=4), group=1, key_dim=3, value_dim=2, kv_heads=2),
+    Case("gradcheck_last_queries", ((3, 17),), config(selected=3), scrambled=True, **SHAPE),
+    Case("gradcheck_packed", whole(5, 0, 1, 8), config(selected=2, window=3, num_local_blocks=1), **SHAPE),
+    Case("gradcheck_linear", whole(9), config(compression="linear"), **SHAPE),
+    Case("gradcheck_mean", whole(9), config(compression="mean"), **SHAPE),
+]
+
+each_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+
+
+@pytest.fixture(scope="module")
+def impl() -> Implementation:
+    return load("eager")
+
+
+def check(subject: object, stage: Stage, case: Case, *, fast: bool) -> None:
+    tensors = draw(case)
+    leaves = stage.leaves(tensors)
+
+    def function(*values: Tensor) -> Tensor:
+        return stage.run(subject, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
+
+    gradcheck(function, leaves.values(), fast=fast)
+
+
+@each_stage
+@each_tiny
+def test_gradients_are_those_of_finite_differences(impl: Implementation, stage: Stage, case: Case) -> None:
+    check(impl, stage, case, fast=True)
+
+
+@each_stage
+def test_every_element_of_the_jacobian(impl: Implementation, stage: Stage) -> None:
+    check(impl, stage, SMALLEST, fast=False)
+
+
+@each_stage
+def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: Stage) -> None:
+    check(oracle, stage, SMALLEST, fast=True)
+
+
+def test_selection_has_no_gradient(impl: Implementation) -> None:
+    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(TINY[0]).items()}
+    assert not select_blocks(impl, TINY[0], tensors).requires_grad
+
+
+def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
+    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(TINY[0]).items()}
+    results = STAGES["compressed_attention"].run(impl, TINY[0], tensors)
+    assert results["out"].requires_grad
+    assert not results["lse"].requires_grad
+
+
+def test_second_derivatives_are_refused_rather_than_wrong(impl: Implementation) -> None:
+    stage = STAGES["sliding_window_attention"]
+    leaves = stage.leaves(draw(TINY[0]))
+    out = stage.run(impl, TINY[0], leaves)["out"]
+    (gradient,) = torch.autograd.grad(out.square().sum(), [leaves["q"]], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula|double backward|does not require grad"):
+        torch.autograd.grad(gradient.sum(), [leaves["q"]])
