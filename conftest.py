@@ -20,6 +20,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def on_device():
+    """Makes tensors on the GPU where there is one."""
+    import torch
+
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed(request):
     """Seeds from the test's own id: the same numbers in any order, alone or in company, never those of another test."""

@@ -255,6 +255,15 @@ def _gather(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.flatten()).view(*rows.shape[:3], -1, table.shape[-1])
 
 
+def _scatter_add(table: Tensor, rows: Tensor, gathered: Tensor) -> None:
+    """Adds what belongs to gathered rows to the table, in an order that does not change from run to run."""
+    gathered = gathered.reshape(-1, *table.shape[1:])
+    if table.device.type == "cpu":
+        table.index_add_(0, rows.flatten(), gathered)
+    else:  # where index_add_ is a race of atomics, while this sorts
+        table.index_put_((rows.flatten(),), gathered, accumulate=True)
+
+
 def _selected_forward(
     q: Tensor,
     k: Tensor,
@@ -299,8 +308,8 @@ def _selected_backward(
             dq[:, :, tile.queries], tile_dk, tile_dv = _attend_backward(
                 do, queries, _gather(k_table, rows), _gather(v_table, rows), o, z, ahead, scale
             )
-            dk_table.index_add_(0, rows.flatten(), tile_dk.reshape(-1, *k_table.shape[1:]))
-            dv_table.index_add_(0, rows.flatten(), tile_dv.reshape(-1, *v_table.shape[1:]))
+            _scatter_add(dk_table, rows, tile_dk)
+            _scatter_add(dv_table, rows, tile_dv)
         for total, table in ((dk, dk_table), (dv, dv_table)):
             length = segment.keys.stop - segment.keys.start
             total[:, :, segment.keys] = table.view(*total.shape[:2], -1, total.shape[-1])[:, :, :length]

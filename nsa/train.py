@@ -105,8 +105,8 @@ def prepare_cpu() -> None:
     ):
         module.device_type = "cpu"
         module.device_module = device
-    # Without this it would ask lspci, and then take the CPU for an A100. There is no peak to compare with.
-    torchtitan.tools.utils.get_peak_flops = lambda device_name: float("nan")
+    # Without this it would ask lspci, and then take the CPU for an A100. No peak is known: utilisation shows as 0.
+    torchtitan.tools.utils.get_peak_flops = lambda device_name: float("inf")
 
 
 def _total_memory() -> int:

@@ -85,7 +85,7 @@ _SMALL = NSAConfig(
     compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
 )
 _SIZES: dict[str, dict[str, Any]] = {
-    "debug": {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "nsa": _SMALL},
+    "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
     "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
     "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
 }

@@ -144,7 +144,7 @@ def assert_selection_matches(
         raise AssertionError(
             f"{what}: got {indices.dtype} {tuple(indices.shape)}, expected {torch.int32} {tuple(oracle_indices.shape)}"
         )
-    indices, oracle_indices, importance = indices.cpu(), oracle_indices.cpu(), importance.cpu()
+    indices, oracle_indices, positions = (x.to(importance.device) for x in (indices, oracle_indices, positions))
     filled = indices >= 0
     after = indices[..., 1:]
     ordered = ((after > indices[..., :-1]) | (after == -1)).all(-1, keepdim=True) & (indices >= -1)
@@ -152,8 +152,8 @@ def assert_selection_matches(
     same_count = filled.sum(-1) == (oracle_indices >= 0).sum(-1)
     _check_rows(same_count, indices, oracle_indices, f"{what}: the wrong number of blocks")
 
-    own = positions.cpu()[:, None, None] // config.select_block_size
-    block = torch.arange(importance.shape[-1])
+    own = positions[:, None, None] // config.select_block_size
+    block = torch.arange(importance.shape[-1], device=importance.device)
     candidate = block <= own
     _check_rows((indices <= own).all(-1), indices, oracle_indices, f"{what}: a block beyond the query's own")
     forced = candidate & ((block < config.num_initial_blocks) | (block > own - config.num_local_blocks))
@@ -195,16 +195,17 @@ def score_bound(score: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
 
 def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool = False) -> None:
     """Fail unless float64 autograd agrees with central differences."""
-    torch.autograd.gradcheck(
-        function,
-        tuple(inputs),
-        eps=GRADCHECK_STEP,
-        atol=GRADCHECK_ABSOLUTE,
-        rtol=GRADCHECK_RELATIVE,
-        fast_mode=fast,
-        # A gradient is a sum over queries, which must come out the same each time; that it does is tested elsewhere.
-        nondet_tol=0.0,
-    )
+    with torch.device("cpu"):  # it makes masks for tensors it made on the CPU, and would make them elsewhere
+        torch.autograd.gradcheck(
+            function,
+            tuple(inputs),
+            eps=GRADCHECK_STEP,
+            atol=GRADCHECK_ABSOLUTE,
+            rtol=GRADCHECK_RELATIVE,
+            fast_mode=fast,
+            # A gradient is a sum over queries, and must come out the same each time.
+            nondet_tol=0.0,
+        )
 
 
 def _eps(dtype: torch.dtype) -> float:

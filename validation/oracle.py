@@ -217,7 +217,6 @@ def select_blocks(
     scores = importance(
         q, k_cmp, config, num_keys=num_keys, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=scale
     )
-    scores = scores.cpu()
     own = query_positions(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k)[:, None, None] // config.select_block_size
     block = torch.arange(scores.shape[-1])
     candidate = block <= own  # [Tq, 1, S]
@@ -253,7 +252,7 @@ def selected_attention(
     """
     parts = []
     for sequence in sequences(config, q.shape[1], k.shape[1], cu_seqlens_q, cu_seqlens_k):
-        keys, values, chosen = k[:, sequence.keys], v[:, sequence.keys], indices[:, sequence.queries].cpu()
+        keys, values, chosen = k[:, sequence.keys], v[:, sequence.keys], indices[:, sequence.queries]
         token = torch.arange(keys.shape[1])
         member = (chosen[..., None] == token // config.select_block_size).any(-2)  # [B, Tq, Hk, Tk]
         mask = member & (token <= sequence.positions[:, None])[:, None]

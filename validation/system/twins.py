@@ -1,6 +1,7 @@
 """`make train`: the debug model and its dense twin on the same text, their losses side by side.
 
-Both train through `python -m nsa.train` as anybody would start them; what an earlier call left unfinished is resumed.
+Both train through `python -m nsa.train` as anybody would start them, at the same time and on half of the cores each:
+models this small gain little from a second thread. What an earlier call left unfinished is resumed.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
-from validation.runs import LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, command, read_metrics
+from validation.runs import (
+    LOSS,
+    MEMORY_GIB,
+    TOKENS_PER_SECOND,
+    VALIDATION_LOSS,
+    Metrics,
+    command,
+    environment,
+    read_metrics,
+)
 
 TWINS = {"NSA": "debug", "dense": "debug_dense"}
 UNIFORM_LOSS = 5.545  # ln 256 nats a byte: guessing
@@ -78,6 +89,36 @@ def report(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def train_both(commands: dict[str, list[str]]) -> int:
+    """Runs the commands at once, each line of their output behind the name; the first status that is not 0."""
+    runs = {
+        name: subprocess.Popen(
+            arguments, env=environment(len(commands)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for name, arguments in commands.items()
+    }
+
+    def follow(name: str, run: subprocess.Popen[str]) -> None:
+        assert run.stdout is not None
+        for line in run.stdout:
+            print(f"{name:>5} | {line}", end="", flush=True)
+
+    readers = [threading.Thread(target=follow, args=run) for run in runs.items()]
+    for reader in readers:
+        reader.start()
+    try:
+        for run in runs.values():
+            run.wait()
+    except KeyboardInterrupt:  # the runs got the signal too and are saving their checkpoints
+        for run in runs.values():
+            run.wait()
+        return 130
+    finally:
+        for reader in readers:
+            reader.join()
+    return next((run.returncode for run in runs.values() if run.returncode), 0)
+
+
 def main() -> int:
     """Trains both, resuming unless told otherwise, and writes `loss.png` and `metrics.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,17 +128,10 @@ def main() -> int:
     folder: Path = arguments.folder
     if arguments.fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    for name, flavor in TWINS.items():
-        print(f"\n=== {name}: {folder / flavor}", flush=True)
-        run = subprocess.Popen(command([f"--model.flavor={flavor}", *options], folder / flavor))
-        try:
-            status = run.wait()
-        except KeyboardInterrupt:  # the run got the signal too and is saving its checkpoint
-            run.wait()
-            print(f"\nInterrupted. `make train` goes on from the checkpoint in {folder / flavor}.")
-            return 130
-        if status:
-            return status
+    status = train_both({name: command([f"--model.flavor={f}", *options], folder / f) for name, f in TWINS.items()})
+    if status:
+        print(f"\nStopped. `make train` goes on from the checkpoints in {folder}.")
+        return status
     runs = {name: read_metrics(folder / flavor) for name, flavor in TWINS.items()}
     summary = summarise(runs)
     plot(runs, folder / "loss.png")

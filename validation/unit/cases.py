@@ -125,7 +125,7 @@ def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
     `k_cmp`, `v_cmp [B, C, Hk, D]`, `gates [B, Tq, Hq, 3]`, `indices [B, Tq, Hk, N]` and the compression parameters
     `k_position`, `k_weight`, `k_weight_out`, `v_...`.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(case.id.encode()))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -198,7 +198,7 @@ class Stage:
         outputs = self.run(subject, case, {**tensors, **leaves})
         yield from outputs.items()
         out = outputs["out"]
-        generator = torch.Generator().manual_seed(zlib.crc32(case.id.encode()))
+        generator = torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(case.id.encode()))
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
         gradients = torch.autograd.grad(
             out, list(leaves.values()), cotangent.to(out.dtype), materialize_grads=True, allow_unused=True

@@ -12,6 +12,8 @@ from validation.implementations import Implementation, load
 from validation.numerics import gradcheck
 from validation.unit.cases import STAGES, Case, Stage, config, draw, select_blocks, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPE = {"key_dim": 2, "value_dim": 3, "kv_heads": 1}
 
 # The whole Jacobian, one element at a time, on the smallest case in which every branch has something to leave out.

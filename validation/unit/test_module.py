@@ -11,6 +11,8 @@ from nsa import NativeSparseAttention, NSAConfig, nsa_attention, rope_table
 from validation import oracle
 from validation.numerics import PEAK_MEMORY_BYTES, assert_equal, assert_matches, gradcheck
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SMALL = NSAConfig(compress_block_size=8, compress_stride=4, select_block_size=16, num_selected_blocks=4, window_size=20)
 KINDS = [
     replace(SMALL, compression=kind, shared_kv=shared)
@@ -82,7 +84,7 @@ def test_compiles_as_one_graph_to_the_same_function(config):
 
 def test_parameters_are_cast_to_the_dtype_of_the_keys():
     layer, x = make(SMALL, torch.float32), torch.randn(1, 40, 24)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         out = layer(x, rope_table(40, 8))
     assert out.dtype == torch.bfloat16
     assert_matches(out, expected(layer, x, rope_table(40, 8)), what="output under autocast", reduction=24 * 48)

@@ -15,6 +15,8 @@ from validation.implementations import Implementation, load
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import BY_ID, STAGES, Case, Stage, config, draw, select_blocks, whole
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 ATTENTION = {name: stage for name, stage in STAGES.items() if not name.startswith("compress_")}
 PACKED = [BY_ID[name] for name in ("packed", "packed_paper", "packed_mean", "packed_last_queries", "packed_scrambled")]
 

@@ -24,6 +24,8 @@ from validation.unit.cases import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 # Rounding does not depend on structure the way indexing does: narrow dtypes are tried on one case of each kind.
 ROUNDED = [
     BY_ID[name]
