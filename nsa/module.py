@@ -1,5 +1,7 @@
 """Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -29,10 +31,15 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: to
     return torch.stack((angle.cos(), angle.sin()), -1).float()
 
 
+def _split(x: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as `[..., whatever is left, *sizes]`; unlike `unflatten`, compiles under a device context."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(sizes), *sizes)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates the pairs of `x [B, T, H, D]` by rows of a RoPE table, `[T, D / 2, 2]`, one a token."""
     dtype = torch.promote_types(x.dtype, table.dtype)
-    even, odd = x.to(dtype).reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    even, odd = _split(x.to(dtype), 2).unbind(-1)
     cos, sin = table.unsqueeze(1).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
@@ -144,10 +151,10 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`.
         """
-        q = self.wq(x).view(*x.shape[:2], -1, self.head_dim)
+        q = _split(self.wq(x), self.head_dim)
         k_cmp, k_slc, k_win = self._branches(self.wk(x))
         v_cmp, v_slc, v_win = self._branches(self.wv(x))
-        gates = self.wg(x).view(*x.shape[:2], -1, 3).sigmoid()
+        gates = _split(self.wg(x), 3).sigmoid()
         k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
@@ -175,7 +182,7 @@ class NativeSparseAttention(nn.Module):
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""
-        branches = projected.view(*projected.shape[:2], -1, self.branches, self.head_dim).unbind(3)
+        branches = _split(projected, self.branches, self.head_dim).unbind(3)
         return branches * (3 // self.branches)
 
 

@@ -47,6 +47,12 @@ def test_matches_the_oracle_with_all_gradients(config, lengths):
         assert_matches(got, wanted, what=f"gradient of {name}")
 
 
+@pytest.mark.parametrize("length", [0, 1, 7])
+def test_sequences_without_a_whole_block(length):
+    layer, rope, x = make(SMALL), rope_table(8, 8), torch.randn(1, length, 24, dtype=torch.float64)
+    assert_matches(layer(x, rope), expected(layer, x, rope), what="output")
+
+
 @each_kind
 def test_gradcheck_of_the_whole_module(config):
     layer = make(config, heads=2, kv_heads=1, head_dim=4, dim=6)
