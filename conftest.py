@@ -1,11 +1,16 @@
 """What holds for every layer: a header of facts, a seed of its own for every test, no success without a test run."""
 
+import os
 import random
 from zlib import crc32
 
 import pytest
 
 from validation import doctor
+
+if not doctor.inspect().gpus:
+    # Before anything imports Triton: without a GPU its kernels are tested under its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_report_header():

@@ -15,7 +15,6 @@ Tensors inside this file are head-major: `[B, Hk, T, G, D]` for queries, `[B, Hk
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.operators import accumulation_dtype, config_of, register, sizes_of
 
 
 class _Segment(NamedTuple):
@@ -44,11 +44,6 @@ class _Tile(NamedTuple):
 
     def positions(self, device: torch.device) -> Tensor:
         return torch.arange(self.first, self.last + 1, device=device)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _segments(
@@ -350,75 +345,22 @@ def _take_best(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tens
     return F.pad(ascending, (0, wanted - ascending.shape[-1]), value=-1)
 
 
-# Operators. The branches share one signature, so that one function registers them all, and each ignores what it does
-# not need. An operator's schema knows no NSAConfig: its integers travel in the order of the dataclass.
+# Operators.
 
 
-def _sizes(config: NSAConfig) -> list[int]:
-    return [getattr(config, field.name) for field in fields(config) if field.type is int]
+def _by_segment(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A branch's function over segments as `nsa.operators.register` wants it: over offsets of sequences."""
 
+    def run(*arguments: Any) -> Any:
+        *tensors, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale = arguments
+        segments = _segments(tensors[0].shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
+        return function(*tensors, segments, config, scale)
 
-def _config(sizes: Sequence[int]) -> NSAConfig:
-    return NSAConfig(*sizes)  # type: ignore[arg-type]
+    return run
 
 
 def _register(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a branch as the operator `nsa_eager::name` and its gradient as another; returns the former."""
-
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        indices: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        num_keys: int,
-        sizes: Sequence[int],
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        config = _config(sizes)
-        segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
-        return forward(q, k, v, indices, segments, config, scale)
-
-    def run_backward(
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        indices: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        num_keys: int,
-        sizes: Sequence[int],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        config = _config(sizes)
-        segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
-        return backward(dout, q, k, v, out, lse, indices, segments, config, scale)
-
-    def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-        return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
-
-    def fake_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(x.shape) for x in inputs[:3])
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-        ctx.rest = inputs[6:]
-        ctx.mark_non_differentiable(output[1])
-
-    def differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*op_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 6)
-
-    op = torch.library.custom_op(f"nsa_eager::{name}", run, mutates_args=())
-    op_backward = torch.library.custom_op(f"nsa_eager::{name}_backward", run_backward, mutates_args=())
-    op.register_fake(fake)
-    op_backward.register_fake(fake_backward)
-    op.register_autograd(differentiate, setup_context=setup_context)
-    return op
+    return register("nsa_eager", name, _by_segment(forward), _by_segment(backward))
 
 
 _compressed = _register(
@@ -440,7 +382,7 @@ def _select(
     sizes: Sequence[int],
     scale: float,
 ) -> Tensor:
-    config, heads = _config(sizes), k_cmp.shape[2]
+    config, heads = config_of(sizes), k_cmp.shape[2]
     segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
     queries, keys = _grouped(q, heads), _head_major(k_cmp)
     indices = q.new_empty((q.shape[0], heads, q.shape[1], config.num_selected_blocks), dtype=torch.int32)
@@ -485,7 +427,7 @@ def compressed_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]`; see `nsa.functional.compressed_attention`."""
-    return _compressed(q, k_cmp, v_cmp, None, cu_seqlens_q, cu_seqlens_k, num_keys, _sizes(config), scale)
+    return _compressed(q, k_cmp, v_cmp, None, cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
 
 
 def select_blocks(
@@ -499,7 +441,7 @@ def select_blocks(
     scale: float,
 ) -> Tensor:
     """Indices `[B, Tq, Hk, N]`; see `nsa.functional.select_blocks`. `lse` would save nothing here."""
-    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, _sizes(config), scale)
+    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
     return cast(Tensor, _select(q.detach(), k_cmp.detach(), *rest))
 
 
@@ -514,7 +456,7 @@ def selected_attention(
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
-    return _selected(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, k.shape[1], _sizes(config), scale)[0]
+    return _selected(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)[0]
 
 
 def sliding_window_attention(
@@ -527,7 +469,7 @@ def sliding_window_attention(
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
-    return _window(q, k, v, None, cu_seqlens_q, cu_seqlens_k, k.shape[1], _sizes(config), scale)[0]
+    return _window(q, k, v, None, cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)[0]
 
 
 def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ Legend: `B` batch, `T` tokens, `C` compressed blocks, `S` selection blocks, `Hq`
 `G = Hq / Hk`, `Dk`, `Dv` head dims, `N` selected blocks. Section and equation numbers are those of arXiv 2502.11089.
 
 Errors raised by every function, before any work starts, naming the argument, what was expected and what came:
-`TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, size, device or value, `NotImplementedError` for
-a backend that does not exist yet.
+`TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, size, device or value, and for
+`backend="triton"` where Triton's kernels do not support the arguments: they want a GPU (or `TRITON_INTERPRET=1`), head
+dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'` from 16.
 """
 
 from types import ModuleType
@@ -102,7 +103,7 @@ def compress(
     if cu_seqlens is not None:
         _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
     blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
-    return _load(backend, x.device).compress(x, params, config, blocks)
+    return _load(backend, config, x).compress(x, params, config, blocks)
 
 
 def compressed_attention(
@@ -135,7 +136,7 @@ def compressed_attention(
     _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
-    return _load(backend, q.device).compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, _scale(scale, q))
+    return _load(backend, config, q, v_cmp).compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, _scale(scale, q))
 
 
 def select_blocks(
@@ -171,7 +172,7 @@ def select_blocks(
     _check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
-    return _load(backend, q.device).select_blocks(q, k_cmp, lse, config, tokens, *cu, _scale(scale, q))
+    return _load(backend, config, q).select_blocks(q, k_cmp, lse, config, tokens, *cu, _scale(scale, q))
 
 
 def selected_attention(
@@ -202,7 +203,7 @@ def selected_attention(
     _check_attention(q, k, v, ("k", "v"), "Tk")
     _check_indices(indices, q, k)
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
-    implementation = _load(backend, q.device)
+    implementation = _load(backend, config, q, v)
     if implementation is eager:
         _check_index_values(indices, config.num_selectable(k.shape[1]))
     return implementation.selected_attention(q, k, v, indices, config, *cu, _scale(scale, q))
@@ -232,7 +233,7 @@ def sliding_window_attention(
     _check_config(config)
     _check_attention(q, k, v, ("k", "v"), "Tk")
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
-    return _load(backend, q.device).sliding_window_attention(q, k, v, config, *cu, _scale(scale, q))
+    return _load(backend, config, q, v).sliding_window_attention(q, k, v, config, *cu, _scale(scale, q))
 
 
 def nsa_attention(
@@ -283,7 +284,7 @@ def nsa_attention(
     _check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
     factor = _scale(scale, q)
-    implementation = _load(backend, q.device)
+    implementation = _load(backend, config, q, v_slc)
     if indices is not None:
         _check_indices(indices, q, k_slc)
         if implementation is eager:
@@ -298,14 +299,19 @@ def nsa_attention(
     return (out, indices) if return_indices else out
 
 
-def _load(backend: str, device: torch.device) -> ModuleType:
-    """The module that implements the stages."""
+def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
+    """The module that implements the stages for these heads, `[B, T, H, D]`: Triton where it can, if left to choose."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "eager" or (backend == "auto" and tensors[0].device.type != "cuda"):
+        return eager
+    from nsa import kernels
+
+    reason = kernels.why_not(config, *tensors)
+    if reason is None:
+        return kernels
     if backend == "triton":
-        raise NotImplementedError(
-            'backend must be "auto" or "eager": the Triton kernels do not exist yet, got "triton"'
-        )
+        raise ValueError(f'backend must be "auto" or "eager" where Triton lacks support, got "triton" and {reason}')
     return eager
 
 

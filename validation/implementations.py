@@ -69,7 +69,17 @@ def eager() -> Implementation:
     )
 
 
-ADAPTERS: dict[str, Callable[[], Implementation]] = {"eager": eager}
+def triton() -> Implementation:
+    """Our Triton backend: compiled on a GPU, elsewhere under Triton's interpreter."""
+    functional = import_module("nsa.functional")
+    return Implementation(
+        name="triton",
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
+    )
+
+
+ADAPTERS: dict[str, Callable[[], Implementation]] = {"eager": eager, "triton": triton}
 """Makers of the subjects that ship with the harness; making one imports what it needs."""
 
 

@@ -10,7 +10,9 @@ heads, `G = Hq / Hk`, `D` head dim (`Dk`, `Dv` where they differ), `N` selected 
 `config` is any object with the attributes of `nsa.NSAConfig`; `params` any with `.position`, `.weight`, `.weight_out`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +20,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
+
+_working: ContextVar[torch.dtype] = ContextVar("working dtype", default=torch.float64)
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """The same definitions in a narrow dtype, every operation rounded to it: what plain PyTorch makes of them."""
+    token = _working.set(dtype)
+    try:
+        yield
+    finally:
+        _working.reset(token)
+
+
+def _work(x: Tensor) -> Tensor:
+    return x.to(_working.get())
 
 
 class Sequence(NamedTuple):
@@ -73,14 +91,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -
         Output `[B, Tq, Hq, Dv]` and natural log-sum-exp `[B, Tq, Hq]`.
     """
     p, lse = probabilities(q, k, mask, scale)
-    return torch.einsum("bthgs,bshd->bthgd", p, v.double()).flatten(2, 3), lse.flatten(2, 3)
+    return torch.einsum("bthgs,bshd->bthgd", p, _work(v)).flatten(2, 3), lse.flatten(2, 3)
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Softmax over the visible keys `[B, Tq, Hk, G, Tk]` and its log-sum-exp `[B, Tq, Hk, G]`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    grouped = q.double().unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))  # query head h belongs to KV head h // G
-    scores = scale * torch.einsum("bthgd,bshd->bthgs", grouped, k.double())
+    grouped = _work(q).unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))  # query head h belongs to KV head h // G
+    scores = scale * torch.einsum("bthgd,bshd->bthgs", grouped, _work(k))
     mask = mask.to(q.device).unsqueeze(-2).expand_as(scores)
     scores = scores.masked_fill(~mask, float("-inf"))
     blind = ~mask.any(-1, keepdim=True)
@@ -96,7 +114,7 @@ def compress(x: Tensor, params: Any, config: Any, *, cu_seqlens: Tensor | None =
     the rows left over at the end are zero.
     """
     parts = [
-        _compress_one(x[:, sequence.keys].double(), params, config)
+        _compress_one(_work(x[:, sequence.keys]), params, config)
         for sequence in sequences(config, x.shape[1], x.shape[1], cu_seqlens)
     ]
     blocks = torch.cat(parts, dim=1)
@@ -109,10 +127,10 @@ def _compress_one(x: Tensor, params: Any, config: Any) -> Tensor:
     blocks = x[:, tokens].transpose(2, 3)  # [B, C, Hk, l, D]
     if config.compression == "mean":
         return blocks.mean(-2)
-    hidden = torch.einsum("bchi,hij->bchj", (blocks + params.position.double()).flatten(-2), params.weight.double())
+    hidden = torch.einsum("bchi,hij->bchj", (blocks + _work(params.position)).flatten(-2), _work(params.weight))
     if config.compression == "linear":
         return hidden
-    return torch.einsum("bchf,hfd->bchd", silu(hidden), params.weight_out.double())
+    return torch.einsum("bchf,hfd->bchd", silu(hidden), _work(params.weight_out))
 
 
 def _block_mask(positions: Tensor, config: Any, count: int) -> Tensor:
@@ -190,7 +208,7 @@ def overlap(num_blocks: int, num_selectable: int, config: Any) -> Tensor:
     start = torch.arange(num_blocks)[:, None] * config.compress_stride
     select_start = torch.arange(num_selectable) * config.select_block_size
     stop = torch.minimum(start + config.compress_block_size, select_start + config.select_block_size)
-    return (stop - torch.maximum(start, select_start)).clamp(min=0).double()
+    return _work((stop - torch.maximum(start, select_start)).clamp(min=0))
 
 
 def select_blocks(
@@ -321,7 +339,7 @@ def nsa_attention(
         indices = select_blocks(q, k_cmp, lse, config, num_keys=num_keys, **packing)
     selected = selected_attention(q, k_slc, v_slc, indices, config, **packing)
     window = sliding_window_attention(q, k_win, v_win, config, **packing)
-    out = (gates.double().unsqueeze(-2) * torch.stack([compressed, selected, window], dim=-1)).sum(-1)
+    out = (_work(gates).unsqueeze(-2) * torch.stack([compressed, selected, window], dim=-1)).sum(-1)
     return (out, indices) if return_indices else out
 
 
@@ -357,7 +375,7 @@ def native_sparse_attention(
     Returns:
         `[B, T, dim]`.
     """
-    x, weights = x.double(), {name: weight.double() for name, weight in weights.items()}
+    x, weights = _work(x), {name: _work(weight) for name, weight in weights.items()}
     branches = 1 if config.shared_kv else 3
     q = (x @ weights["wq.weight"].T).unflatten(-1, (num_heads, head_dim))
     k = (x @ weights["wk.weight"].T).unflatten(-1, (num_kv_heads, branches, head_dim))

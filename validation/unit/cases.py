@@ -5,7 +5,7 @@ A case is here because it differs from the others in a way that has broken someb
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
 from validation import oracle
+from validation.numerics import assert_matches
 
 Tensors = dict[str, Any]
 
@@ -118,6 +119,37 @@ CASES = [
 BY_ID = {case.id: case for case in CASES}
 
 
+def for_kernels(case: Case) -> Case:
+    """The case four times as long and as wide, for kernels whose smallest blocks are `(16, 8, 16)`.
+
+    What is special about a length stays so: nothing, a single token, one token less than a compressed block, a block.
+    """
+    length, stride, size = case.config.compress_block_size, case.config.compress_stride, case.config.select_block_size
+    if stride >= 8:
+        return replace(case, key_dim=max(16, case.key_dim), value_dim=max(16, case.value_dim))
+
+    def longer(tokens: int) -> int:
+        return {0: 0, 1: 1, length - 1: 4 * length - 1}.get(tokens, 4 * tokens)
+
+    return replace(
+        case,
+        lengths=tuple((longer(queries), longer(keys)) for queries, keys in case.lengths),
+        config=replace(
+            case.config,
+            compress_block_size=4 * length,
+            compress_stride=4 * stride,
+            select_block_size=4 * size,
+            window_size=4 * case.config.window_size - 1 if case.config.window_size > 1 else 1,
+        ),
+        key_dim=4 * case.key_dim,
+        value_dim=4 * case.value_dim,
+    )
+
+
+# Strides of 1 and blocks of 3 tokens are beyond kernels at any scale.
+KERNEL_CASES = [for_kernels(case) for case in CASES if case.id not in ("dense_stride", "disjoint_compression")]
+
+
 def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
     """Inputs of every stage for a case: unit normal, the same at every call.
 
@@ -204,6 +236,22 @@ class Stage:
             out, list(leaves.values()), cotangent.to(out.dtype), materialize_grads=True, allow_unused=True
         )
         yield from ((f"gradient of {name}", gradient) for name, gradient in zip(leaves, gradients, strict=True))
+
+
+def compare(
+    impl: Any, stage: Stage, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype, *, beside_plain: bool = False
+) -> None:
+    """Hold everything a stage gives to the oracle's value of it, beside plain PyTorch's in the same dtype if asked."""
+    expected = dict(stage.results(oracle, case, upcast(tensors), dtype))
+    nearest: Tensors = {}
+    if beside_plain:
+        with oracle.computing_in(dtype):
+            nearest = dict(stage.results(oracle, case, tensors, dtype))
+    for name, actual in stage.results(impl, case, tensors, dtype):
+        what = f"{stage.name}, case {case.id}, {name}"
+        # A gradient of keys sums over queries, whatever the stage sums over.
+        reduction = max(stage.reduction(case), case.num_queries * case.group)
+        assert_matches(actual, expected[name], what=what, baseline=nearest.get(name), reduction=reduction, dtype=dtype)
 
 
 def _compress(kind: str) -> Callable[[Any, Case, Mapping[str, Any]], Tensors]:

@@ -273,8 +273,9 @@ def test_unknown_backend(stage: str) -> None:
 
 
 @each_stage
-def test_triton_is_never_replaced_silently(stage: str) -> None:
-    refused(NotImplementedError, stage, "backend", "triton", backend="triton")
+def test_triton_is_never_replaced_silently(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa.kernels.INTERPRETED", False)
+    refused(ValueError, stage, "backend", "tensors on cpu", backend="triton")
 
 
 @each_stage

@@ -1,8 +1,5 @@
 """Every stage against the float64 oracle: outputs and the gradient of every input, over the case list."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,11 +13,11 @@ from validation.unit.cases import (
     STAGES,
     Case,
     Stage,
+    compare,
     config,
     draw,
     importance,
     select_blocks,
-    upcast,
     whole,
 )
 
@@ -54,16 +51,6 @@ each_narrow = pytest.mark.parametrize("dtype_name", NARROW)
 @pytest.fixture(scope="module")
 def impl() -> Implementation:
     return load("eager")
-
-
-def compare(impl: Implementation, stage: Stage, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Hold everything a stage gives to the oracle's value of it."""
-    expected = dict(stage.results(oracle, case, upcast(tensors), dtype))
-    for name, actual in stage.results(impl, case, tensors, dtype):
-        what = f"{stage.name}, case {case.id}, {name}"
-        # A gradient of keys sums over queries, whatever the stage sums over.
-        reduction = max(stage.reduction(case), case.num_queries * case.group)
-        assert_matches(actual, expected[name], what=what, reduction=reduction, dtype=dtype)
 
 
 # 1. Algebra: in float64 nothing but the definition is left.

@@ -1,0 +1,125 @@
+"""What the kernels share: dtypes, head dimensions in two chunks, tiles of packed sequences, loads and stores of rows.
+
+Packed sequences are cut into tiles that never cross a boundary. How many tiles that makes depends on the lengths, which
+live on the device, while a grid must be known on the host. So a table of tiles is made with as many entries as there
+could be, `total // block + N`, by PyTorch operations that never wait for the device; programs whose entry is not used
+have nothing to do.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+# The interpreter holds bfloat16 as integers and multiplies them as such.
+_WIDEN_BFLOAT16 = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The Triton dtype sums are kept in: float64 for float64 (under the interpreter), else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: three TF32 products make a float32 one, nothing narrower is split."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself where its last dimension is contiguous, as every kernel assumes, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def block_offsets(cu_seqlens: Tensor, config: NSAConfig) -> Tensor:
+    """Where the compressed blocks of each packed sequence start, int32 `[N + 1]`."""
+    counts = ((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def tile_table(offsets: Tensor, block: int, total: int, rows_per_entry: int = 1) -> Tensor:
+    """Tiles of at most `block` rows inside the sequences that `offsets [N + 1]` bound.
+
+    Args:
+        total: rows of all sequences, on the host: at least as many as there are.
+        rows_per_entry: rows for each step of the offsets (query heads of a KV head, where they are packed as rows).
+
+    Returns:
+        int32 `[total // block + N, 2]`: the sequence and its row the tile starts with; sequence -1 where unused.
+    """
+    lengths = offsets.diff().long() * rows_per_entry
+    counts = (lengths + (block - 1)) // block
+    ends = counts.cumsum(0)
+    tile = torch.arange(total // block + len(lengths), device=offsets.device)
+    sequence = torch.searchsorted(ends, tile, right=True)
+    used = sequence < len(lengths)
+    sequence = sequence.clamp(max=len(lengths) - 1)
+    first = (tile - (ends - counts)[sequence]) * block
+    return torch.stack((sequence.where(used, -1), first.where(used, 0)), 1).int()
+
+
+# In the kernels.
+
+
+@triton.jit
+def dot(a, b, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """`a b + total`, summed in ACC; `total` may be None."""
+    if _WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def find_tile(
+    tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK, PACKED: tl.constexpr
+):
+    """Where tile number `tile` lies: its first row, then start and number of queries, number of tokens, start and
+    number of keys of its sequence. An unused tile belongs to a sequence of nothing."""
+    first = tile * BLOCK
+    query_start = 0
+    key_start = 0
+    if PACKED:
+        sequence = tl.load(tiles + 2 * tile)
+        first = tl.load(tiles + 2 * tile + 1)
+        used = (sequence >= 0).to(tl.int32)
+        sequence = tl.maximum(sequence, 0)
+        query_start = tl.load(cu_queries + sequence)
+        key_start = tl.load(cu_keys + sequence)
+        num_queries = (tl.load(cu_queries + sequence + 1) - query_start) * used
+        num_keys = (tl.load(cu_keys + sequence + 1) - key_start) * used
+        num_tokens = (tl.load(cu_tokens + sequence + 1) - tl.load(cu_tokens + sequence)) * used
+    return first, query_start, num_queries, num_tokens, key_start, num_keys
+
+
+@triton.jit
+def load_rows(base, offsets, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Columns `FIRST` to `FIRST + WIDTH` of the rows at `base + offsets [M]`; 0 beyond `DIM` and, if MASKED, unseen."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + offsets[:, None] + columns[None, :]
+    if FIRST + WIDTH > DIM:
+        if MASKED:
+            return tl.load(pointers, mask=seen[:, None] & (columns < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        if MASKED:
+            return tl.load(pointers, mask=seen[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, offsets, seen, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """The counterpart of `load_rows`: `x [M, WIDTH]`, rounded to what `base` points to."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = seen[:, None]
+    if FIRST + WIDTH > DIM:
+        mask = mask & (columns < DIM)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask)

@@ -1,0 +1,292 @@
+"""Selection of blocks: importance from the compressed probabilities, then each query's best (paper, section 3.3.2).
+
+With `p[i] = sum over the G query heads of exp(scale q k_cmp_i - lse)` for the visible compressed blocks `i`, and
+weights that count, in strides `d`, the tokens that compressed and selection blocks have in common (equation 9):
+
+    importance[j] = sum_i overlap(i, j) / d * p[i]
+
+A compressed block is no longer than a selection block (`l <= l'`), so it lies in the block it starts in and perhaps the
+next one. With `r = l' / d` compressed blocks starting in each:
+
+    importance[j] = sum_{c < r} own[c] p[j r + c] + sum_{c < r} next[c] p[(j - 1) r + c]
+    own[c] = min(l, l' - c d) / d,    next[c] = l / d - own[c]
+
+Scores are computed transposed, keys down and columns `(head, query)` across: on the matrix units' layout the sum over
+the heads of a KV head then stays within a thread. Probabilities never reach memory. Importances do, for as many
+queries at a time as fit into a workspace of fixed size; a second kernel takes each query's best from there, so memory
+does not grow with the square of the length, and no sorting stands between two products.
+
+The best `n` need no sort: the `n`-th largest importance is found by bisection on its bits (numbers that are not
+negative are ordered like their bits), and running counts of the blocks above it, and of as many equal to it as are
+still wanted, give each its place in ascending order. Forced blocks stand above every number, so none is ever lost; ties
+go to the lower index because equals are counted from there.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.common import (
+    LOG2E,
+    accumulator,
+    block_offsets,
+    dot,
+    dot_precision,
+    find_tile,
+    load_rows,
+    rows_contiguous,
+    tile_table,
+)
+from nsa.kernels.tuning import chunks, launch
+from nsa.operators import accumulation_dtype, config_of, sizes_of
+
+WORKSPACE_BYTES = 128 << 20
+"""Importances held at a time: enough queries to fill a large GPU, little beside the queries themselves."""
+
+# Sizes that change from call to call and are no reason to compile again.
+_LENGTHS = ("num_queries", "num_tokens", "num_blocks", "first_tile", "num_tiles", "width", "span")
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _importance_kernel(
+    q, k, lse, scores, tiles, cu_queries, cu_tokens, cu_blocks, q_strides, k_strides, num_queries, num_tokens,
+    num_blocks, first_tile, num_tiles, width, span, scale, HEADS, G: tl.constexpr, PADDED_G: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCKS: tl.constexpr, RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Importances of `span` blocks to `QUERIES` queries, `BLOCKS` at a time; scores are `[..., QUERIES, width]`."""
+    SIZE: tl.constexpr = RATIO * STRIDE
+    # Compressed blocks that reach into the next selection block need the one before: tiles overlap by one.
+    BEFORE: tl.constexpr = 1 if LENGTH > STRIDE else 0
+    program = tl.program_id(0)
+    # Late queries see most and take longest, so they go first.
+    local_tile = num_tiles - 1 - program % num_tiles
+    head = (program // num_tiles % HEADS).to(tl.int64)
+    batch = (program // num_tiles // HEADS).to(tl.int64)
+    first, query_start, queries, tokens, block_start, count = find_tile(
+        tiles,
+        cu_queries,
+        cu_tokens,
+        cu_blocks,
+        num_queries,
+        num_tokens,
+        num_blocks,
+        first_tile + local_tile,
+        QUERIES,
+        PACKED,
+    )
+    within = tl.arange(0, QUERIES)
+    position = first + within + tokens - queries
+    live = first + within < queries
+    last = tl.minimum(first + QUERIES, queries) - 1 + tokens - queries
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, tl.where(first < queries, last // SIZE + 1, 0))
+
+    column = tl.arange(0, PADDED_G * QUERIES)
+    member = column // QUERIES
+    query = first + column % QUERIES
+    real = (member < G) & (query < queries)
+    query = (query_start + query).to(tl.int64)
+    offsets = query * q_strides[1] + member * q_strides[2]
+    q += batch * q_strides[0] + head * G * q_strides[2]
+    k += batch * k_strides[0] + block_start.to(tl.int64) * k_strides[1] + head * k_strides[2]
+    q0 = load_rows(q, offsets, real, 0, K0, DK, True)
+    q1 = q0
+    if K1 > 0:
+        q1 = load_rows(q, offsets, real, K0, K1, DK, True)
+    rows = (batch * num_queries + query) * HEADS * G + head * G + member
+    log_sum = tl.load(lse + rows, mask=real, other=float("-inf")).to(ACC) * LOG2E
+    # Columns of nothing, and queries that see nothing, have probabilities of 0.
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)
+
+    share = tl.arange(0, RATIO) * STRIDE
+    own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)
+    next_weight = LENGTH // STRIDE - own_weight
+    group = tl.arange(0, BLOCKS)
+    previous = tl.zeros([BLOCKS, QUERIES], dtype=tl.int32) + tl.maximum(group - 1, 0)[:, None]
+    scores += ((batch * HEADS + head) * num_tiles + local_tile) * QUERIES * width
+    for start in range(begin, end, BLOCKS - BEFORE):
+        block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)
+        exists = (block >= 0) & (block < count)
+        k_offsets = block.to(tl.int64) * k_strides[1]
+        k0 = load_rows(k, k_offsets, exists, 0, K0, DK, True)
+        s = dot(k0, tl.trans(q0), None, ACC, PRECISION)
+        if K1 > 0:
+            k1 = load_rows(k, k_offsets, exists, K0, K1, DK, True)
+            s = dot(k1, tl.trans(q1), s, ACC, PRECISION)
+        # A hidden key's logit may be any height above the log-sum-exp; a visible one's is not, but for rounding.
+        p = tl.exp2(tl.minimum(s * (scale * LOG2E) - log_sum[None, :], 0.0))
+        p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)
+        seen = exists[:, None] & ((block * STRIDE + LENGTH - 1)[:, None] <= position[None, :])
+        p = tl.where(seen, p, 0.0)
+        p = tl.reshape(p, [BLOCKS, RATIO, QUERIES])
+        importance = tl.sum(p * own_weight[None, :, None], 1)
+        if BEFORE > 0:
+            importance += tl.gather(tl.sum(p * next_weight[None, :, None], 1), previous, 0)
+        chosen = start - BEFORE + group
+        tl.store(
+            scores + within[None, :] * width + chosen[:, None],
+            importance,
+            mask=((group >= BEFORE) & (chosen < end))[:, None] & live[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _best_kernel(
+    scores, indices, tiles, cu_queries, cu_tokens, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
+    WANTED: tl.constexpr, SLOTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """The best `WANTED` candidates of `ROWS` queries. `BITS` is an integer as wide as a score, `FORCED` nearly its
+    largest value: above the bits of every number."""
+    program = tl.program_id(0)
+    local_row = program * ROWS % (num_tiles * QUERIES)
+    head = program * ROWS // (num_tiles * QUERIES) % HEADS
+    batch = (program * ROWS // (num_tiles * QUERIES) // HEADS).to(tl.int64)
+    first, query_start, queries, tokens, _, _ = find_tile(
+        tiles,
+        cu_queries,
+        cu_tokens,
+        cu_queries,
+        num_queries,
+        num_tokens,
+        0,
+        first_tile + local_row // QUERIES,
+        QUERIES,
+        PACKED,
+    )
+    row = tl.arange(0, ROWS)
+    query = first + local_row % QUERIES + row
+    live = query < queries
+    own = tl.where(live, (query + tokens - queries) // SIZE, -1)[:, None]
+    block = tl.arange(0, CANDIDATES)[None, :]
+    candidate = block <= own
+    scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
+    rank = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
+    rank = tl.maximum(rank.to(BITS, bitcast=True), 0)
+    rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
+    rank = tl.where(candidate, rank, -1)
+
+    # The largest rank that at least `wanted` candidates reach lies in [low, high).
+    wanted = tl.minimum(own + 1, WANTED)
+    low = tl.zeros([ROWS, 1], dtype=BITS)
+    high = tl.full([ROWS, 1], FORCED + 1, dtype=BITS)
+    while tl.max(tl.max(high - low, 1), 0) > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum((rank >= middle).to(tl.int32), 1)[:, None]
+        high = tl.where(reached > wanted, high, tl.where(reached == wanted, middle + 1, middle))
+        low = tl.where(reached >= wanted, middle, low)
+
+    above = rank > low
+    equal = (rank == low).to(tl.int32)
+    spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
+    chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    indices += ((batch * num_queries + query_start + query.to(tl.int64)) * HEADS + head)[:, None] * WANTED
+    tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
+    slot = tl.arange(0, SLOTS)[None, :]
+    nothing = tl.full([ROWS, SLOTS], -1, dtype=tl.int32)
+    tl.store(indices + slot, nothing, mask=(slot >= wanted) & (slot < WANTED) & live[:, None])
+
+
+@torch.library.custom_op("nsa_triton::select_blocks", mutates_args=())
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_keys: int,
+    sizes: Sequence[int],
+    scale: float,
+) -> Tensor:
+    config = config_of(sizes)
+    (batch, num_queries, query_heads, dim), heads = q.shape, k_cmp.shape[2]
+    indices = q.new_empty((batch, num_queries, heads, config.num_selected_blocks), dtype=torch.int32)
+    if indices.numel() == 0:
+        return indices
+    q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.contiguous()
+    group, ratio = query_heads // heads, config.select_block_size // config.compress_stride
+    padded_group = triton.next_power_of_2(group)
+    parameters = launch("importance", q.dtype, dim, dim, group)
+    # Columns of a product: the heads of at least as many queries as make 16, at most as many as there are.
+    queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
+    queries = max(queries, 16 // padded_group, 1)
+
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        tiles, count = None, triton.cdiv(num_queries, queries)
+        packing: tuple[Tensor | None, ...] = (None, None, None)
+    else:
+        tiles = tile_table(cu_seqlens_q, queries, num_queries)
+        packing, count = (cu_seqlens_q, cu_seqlens_k, block_offsets(cu_seqlens_k, config)), len(tiles)
+    first_chunk, second_chunk = chunks(dim)
+    constants: dict[str, Any] = {
+        "G": group,
+        "PADDED_G": padded_group,
+        "BLOCKS": max(2, max(16, parameters["BLOCK_N"]) // ratio),
+        "RATIO": ratio,
+        "LENGTH": config.compress_block_size,
+        "STRIDE": config.compress_stride,
+        "DK": dim,
+        "K0": first_chunk,
+        "K1": second_chunk,
+        "ACC": accumulator(q.dtype),
+        "PRECISION": dot_precision(q.dtype),
+    }
+    dtype = accumulation_dtype(q.dtype)
+    row_bytes = batch * heads * queries * config.num_selectable(num_keys) * dtype.itemsize
+    step = max(1, WORKSPACE_BYTES // row_bytes)
+    for first in range(0, count, step):
+        taken = min(step, count - first)
+        # Unless sequences are packed, the last query of the part says how far importances can reach.
+        reach = num_keys - num_queries + min((first + taken) * queries, num_queries)
+        width = config.num_selectable(reach if tiles is None else num_keys)
+        scores = q.new_empty((batch, heads, taken * queries, width), dtype=dtype)
+        programs = batch * heads * taken
+        parts = max(1, min(parameters["programs"] // programs, width // (4 * constants["BLOCKS"])))
+        candidates = max(16, triton.next_power_of_2(width))
+        rows = max(1, min(queries, 1024 // candidates))  # what one warp holds in registers
+        bits = 8 * dtype.itemsize
+        with torch.cuda.device_of(q):
+            _importance_kernel[(programs, parts)](
+                q, k_cmp, lse, scores, tiles, *packing, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
+                k_cmp.shape[1], first, taken, width, triton.cdiv(width, parts), scale, heads, **constants,
+                QUERIES=queries, PACKED=tiles is not None, num_warps=parameters["num_warps"],
+                num_stages=parameters["num_stages"],
+            )  # fmt: skip
+            _best_kernel[(programs * (queries // rows),)](
+                scores, indices, tiles, *packing[:2], num_queries, num_keys, first, taken, width, heads,
+                WANTED=config.num_selected_blocks, SLOTS=triton.next_power_of_2(config.num_selected_blocks),
+                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=config.select_block_size,
+                QUERIES=queries, ROWS=rows, CANDIDATES=candidates, BITS=tl.int64 if bits == 64 else tl.int32,
+                FORCED=2 ** (bits - 1) - 2, PACKED=tiles is not None, num_warps=min(16, max(1, candidates // 1024)),
+            )  # fmt: skip
+    return indices
+
+
+@_select.register_fake
+def _(q: Tensor, k_cmp: Tensor, lse: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, scale: float) -> Tensor:
+    slots = config_of(sizes).num_selected_blocks
+    return q.new_empty((*q.shape[:2], k_cmp.shape[2], slots), dtype=torch.int32)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    num_keys: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Indices `[B, Tq, Hk, N]`; see `nsa.functional.select_blocks`."""
+    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    return cast(Tensor, _select(q.detach(), k_cmp.detach(), lse.detach(), *rest))
