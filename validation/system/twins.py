@@ -6,6 +6,7 @@ models this small gain little from a second thread. What an earlier call left un
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def summarise(runs: dict[str, Metrics]) -> dict[str, Any]:
         summary[name] = {
             "steps": max(losses),
             "training_loss": sum(last) / len(last),
-            "validation_loss": list(metrics[VALIDATION_LOSS].values())[-1],
+            "validation_loss": next(reversed(metrics[VALIDATION_LOSS].values()), math.nan),
             "tokens_per_second": speeds[len(speeds) // 2],
             "memory_gib": max(metrics[MEMORY_GIB].values()),
         }
