@@ -70,4 +70,6 @@ def train(
 def environment(processes: int | None = None) -> dict[str, str]:
     """The environment of a run: many processes share the cores one would have had to itself."""
     threads = max(1, (os.cpu_count() or 1) // (processes or 1))
-    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "PYTHONUNBUFFERED": "1"}
+    # What conftest.py sets for kernels under test is not what a user's environment has.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {"OMP_NUM_THREADS": str(threads), **inherited, "PYTHONUNBUFFERED": "1"}
