@@ -598,13 +598,13 @@ def _invert(indices: Tensor, shift: int, packing: _Packing, size: int, chunk: in
 def _constants(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, size: int, packing: _Packing) -> dict[str, Any]:
     """What all kernels of the arithmetic are compiled for."""
     (k0, k1), (v0, v1) = chunks(k.shape[3]), chunks(v.shape[3])
-    # Wide rows come fewer at a time, for the sake of shared memory; a float32 one is split in two for its products.
+    # Wide float32 rows come fewer at a time: split in two for its products, one takes twice the shared memory.
     row_bytes = max(k0 + k1, v0 + v1) * q.dtype.itemsize * (2 if q.dtype == torch.float32 else 1)
     return {
         "SLOTS": indices.shape[3],
         "G": q.shape[2] // k.shape[2],
         "BLOCK": size,
-        "KEYS": min(size, 64 if row_bytes <= 384 else 32 if row_bytes <= 1024 else 16),
+        "KEYS": min(size, 64 if row_bytes <= 1024 else 32),
         "DK": k.shape[3],
         "K0": k0,
         "K1": k1,
