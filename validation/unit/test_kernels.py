@@ -82,7 +82,7 @@ def test_backward_is_bitwise_reproducible(stage):
 
 
 @each_branch
-def test_logits_of_thousands_stay_finite_and_right(stage):
+def test_logits_of_thousands_stay_finite(stage):
     case = BY_ID["scrambled_last_queries"]
     tensors = draw(case, torch.float32)
     tensors["q"] = (tensors["q"] * 8).round()
