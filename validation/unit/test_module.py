@@ -82,11 +82,18 @@ def test_gates_start_half_open_and_heads_are_their_own():
 def test_compiles_as_one_graph_to_the_same_function(config):
     layer, rope, x = make(config, torch.float32), rope_table(48, 8), torch.randn(2, 48, 24)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    # On a GPU cuBLAS may take another algorithm for a compiled product, and its bits with it.
     longest_sum = 2 * 48 * 6  # tokens and heads behind an element of a gradient
-    assert_matches(compiled(x, rope), layer(x, rope).double(), what="compiled output", reduction=longest_sum)
+
+    def check(got, wanted, what):
+        if x.device.type == "cpu":
+            assert_equal(got, wanted, what=what)
+        assert_matches(got, wanted.double(), what=what, reduction=longest_sum)
+
+    check(compiled(x, rope), layer(x, rope), "compiled output")
     gradients = (torch.autograd.grad(f(x, rope).sum(), list(layer.parameters())) for f in (compiled, layer))
     for name, got, wanted in zip(dict(layer.named_parameters()), *gradients, strict=True):
-        assert_matches(got, wanted.double(), what=f"gradient of {name}", reduction=longest_sum)
+        check(got, wanted, f"gradient of {name}")
 
 
 def test_parameters_are_cast_to_the_dtype_of_the_keys():
