@@ -472,10 +472,31 @@ def sliding_window_attention(
     return _window(q, k, v, None, cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)[0]
 
 
-def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
-    """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]` (paper, equation 5)."""
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    indices: Tensor | None,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.functional.nsa_attention`."""
+    num_keys, rest = k_slc.shape[1], (cu_seqlens_q, cu_seqlens_k, scale)
+    out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, *rest)
+    if indices is None:
+        indices = select_blocks(q, k_cmp, lse, config, num_keys, *rest)
+    out_slc = selected_attention(q, k_slc, v_slc, indices, config, *rest)
+    out_win = sliding_window_attention(q, k_win, v_win, config, *rest)
     dtype = accumulation_dtype(gates.dtype)
     compressed, selected, window = (
-        out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1), strict=True)
+        out.to(dtype) * gate.unsqueeze(-1).to(dtype)
+        for out, gate in zip((out_cmp, out_slc, out_win), gates.unbind(-1), strict=True)
     )
-    return (compressed + selected + window).to(branches[0].dtype)
+    return (compressed + selected + window).to(q.dtype), indices

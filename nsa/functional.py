@@ -290,12 +290,8 @@ def nsa_attention(
         if implementation is eager:
             _check_index_values(indices, config.num_selectable(tokens))
 
-    out_cmp, lse = implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, factor)
-    if indices is None:
-        indices = implementation.select_blocks(q, k_cmp, lse, config, tokens, *cu, factor)
-    out_slc = implementation.selected_attention(q, k_slc, v_slc, indices, config, *cu, factor)
-    out_win = implementation.sliding_window_attention(q, k_win, v_win, config, *cu, factor)
-    out = implementation.combine((out_cmp, out_slc, out_win), gates)
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    out, indices = implementation.nsa_attention(*tensors, indices, config, *cu, factor)
     return (out, indices) if return_indices else out
 
 

@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.config import NSAConfig
+from nsa.kernels.tuning import chunks
 
 # The interpreter holds bfloat16 as integers and multiplies them as such.
 _WIDEN_BFLOAT16 = tl.constexpr(triton.knobs.runtime.interpret)
@@ -62,6 +64,28 @@ def tile_table(offsets: Tensor, block: int, total: int, rows_per_entry: int = 1)
     sequence = sequence.clamp(max=len(lengths) - 1)
     first = (tile - (ends - counts)[sequence]) * block
     return torch.stack((sequence.where(used, -1), first.where(used, 0)), 1).int()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can stand for `[B, T, H, D]`: they want strides and addresses of whole 16 bytes."""
+    return all(
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def descriptors(x: Tensor, block: int, use: bool) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Descriptors of `[B, T, H, D]` read as `[B, H, T, D]`, one a chunk of `D`, in tiles of `block` tokens."""
+    if not use:
+        return None, None
+    x = x.transpose(1, 2)
+    shape, strides = list(x.shape), list(x.stride())
+    first, second = (
+        TensorDescriptor(x, shape, strides, [1, 1, block, width]) if width else None for width in chunks(x.shape[3])
+    )
+    return first, second
 
 
 # In the kernels.
@@ -116,10 +140,28 @@ def load_rows(base, offsets, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM
 
 
 @triton.jit
-def store_rows(base, offsets, seen, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """The counterpart of `load_rows`: `x [M, WIDTH]`, rounded to what `base` points to."""
+def fetch(
+    tiles, base, offsets, seen, batch, head, row, stride,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` to `row + BLOCK` of one head, some columns: by descriptor (which pads with 0) or by pointers."""
+    if TMA:
+        return tiles.load([batch, head, row, FIRST]).reshape(BLOCK, WIDTH)
+    else:
+        return load_rows(base + tl.cast(row, tl.int64) * stride, offsets, seen, FIRST, WIDTH, DIM, MASKED)
+
+
+@triton.jit
+def store_rows(
+    base, offsets, seen, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ADD: tl.constexpr = False
+):
+    """The counterpart of `load_rows`: `x [M, WIDTH]`, added to what is there with ADD, rounded to its dtype."""
     columns = FIRST + tl.arange(0, WIDTH)
     mask = seen[:, None]
     if FIRST + WIDTH > DIM:
         mask = mask & (columns < DIM)[None, :]
-    tl.store(base + offsets[:, None] + columns[None, :], x.to(base.dtype.element_ty), mask=mask)
+    pointers = base + offsets[:, None] + columns[None, :]
+    if ADD:
+        x += tl.load(pointers, mask=mask, other=0.0).to(x.dtype)
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)

@@ -35,7 +35,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.config import NSAConfig
 from nsa.kernels.common import (
@@ -43,8 +42,11 @@ from nsa.kernels.common import (
     LOG2E,
     accumulator,
     block_offsets,
+    describable,
+    descriptors,
     dot,
     dot_precision,
+    fetch,
     find_tile,
     load_rows,
     rows_contiguous,
@@ -102,19 +104,6 @@ def _part(i, a, b, MASKED: tl.constexpr):
         return i + tl.where(i < a, 0, b - a)
     else:
         return a + i
-
-
-@triton.jit
-def _fetch(
-    tiles, base, offsets, seen, batch, head, row, stride,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """Rows `row` to `row + BLOCK` of one head, some columns: by descriptor (which pads with 0) or by pointers."""
-    if TMA:
-        return tiles.load([batch, head, row, FIRST]).reshape(BLOCK, WIDTH)
-    else:
-        return load_rows(base + tl.cast(row, tl.int64) * stride, offsets, seen, FIRST, WIDTH, DIM, MASKED)
 
 
 @triton.jit
@@ -177,10 +166,10 @@ def _forward_kernel(
             keys = start + tl.arange(0, BLOCK_N)
             held = keys < key_stop
             row = key_start + start
-            k0 = _fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
+            k0 = fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
             k1 = k0
             if K1:
-                k1 = _fetch(
+                k1 = fetch(
                     k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], K0, K1, DK, BLOCK_N, MASKED, TMA
                 )
             x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION)
@@ -201,9 +190,9 @@ def _forward_kernel(
             rescale = tl.exp2(m - anchor)
             m = peak
             z = z * rescale + tl.sum(p, 1)
-            v0 = _fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
+            v0 = fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
             if V1:
-                v1 = _fetch(
+                v1 = fetch(
                     v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], V0, V1, DV, BLOCK_N, MASKED, TMA
                 )
             p = p.to(v0.dtype)
@@ -224,15 +213,16 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _queries_kernel(
-    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, lse, lse2_out, delta_out, dq, q_strides, k_strides,
-    v_strides, out_strides, dout_strides, lse_strides, row_strides, dq_strides, tiles, cu_queries, cu_tokens, cu_keys,
-    num_queries, num_tokens, num_keys, window, scale, scale_log2,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, gate_out, dgate, dq,
+    q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, row_strides, dq_strides, tiles,
+    cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """`dq`, and for the other kernel `delta` and the log-sum-exp in base 2, both head-major."""
+    """`dq`, added to what is there with ADD, the gradient of the gate, which is `delta`, and for the other kernel the
+    log-sum-exp in base 2, `delta` and the gate, all head-major."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -263,11 +253,18 @@ def _queries_kernel(
     if V1:
         do1 = load_rows(dout, dout_offsets, inside, V0, V1, DV, True)
         delta += tl.sum(do1.to(ACC) * load_rows(out, out_offsets, inside, V0, V1, DV, True).to(ACC), 1)
-    lse2 = tl.load(lse + batch64 * lse_strides[0] + token * lse_strides[1] + query_head, mask=inside, other=0.0) * LOG2E
+    of_row = batch64 * lse_strides[0] + token * lse_strides[1] + query_head
+    lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
     row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
     tl.store(lse2_out + row_offsets, lse2, mask=inside)
     tl.store(delta_out + row_offsets, delta, mask=inside)
+    factor = tl.full([BLOCK_M], 1.0, ACC) * scale
+    if gate is not None:
+        weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
+        tl.store(gate_out + row_offsets, weight, mask=inside)
+        tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
+        factor *= weight
 
     k += batch64 * k_strides[0] + tl.cast(head, tl.int64) * k_strides[2]
     v += batch64 * v_strides[0] + tl.cast(head, tl.int64) * v_strides[2]
@@ -287,16 +284,16 @@ def _queries_kernel(
             keys = start + tl.arange(0, BLOCK_N)
             held = keys < key_stop
             row = key_start + start
-            k0 = _fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
+            k0 = fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
             k1 = k0
             if K1:
-                k1 = _fetch(
+                k1 = fetch(
                     k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], K0, K1, DK, BLOCK_N, MASKED, TMA
                 )
-            v0 = _fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
+            v0 = fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
             v1 = v0
             if V1:
-                v1 = _fetch(
+                v1 = fetch(
                     v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], V0, V1, DV, BLOCK_N, MASKED, TMA
                 )
             p = tl.exp2(_logits(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2 - lse2[:, None])
@@ -312,16 +309,16 @@ def _queries_kernel(
 
     dq += batch64 * dq_strides[0]
     dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
-    store_rows(dq, dq_offsets, inside, dq0 * scale, 0, K0, DK)
+    store_rows(dq, dq_offsets, inside, dq0 * factor[:, None], 0, K0, DK, ADD)
     if K1:
-        store_rows(dq, dq_offsets, inside, dq1 * scale, K0, K1, DK)
+        store_rows(dq, dq_offsets, inside, dq1 * factor[:, None], K0, K1, DK, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _keys_kernel(
-    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides, v_strides,
-    dout_strides, row_strides, dk_strides, dv_strides, tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens,
-    num_keys, window, shares, scale, scale_log2,
+    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, gate, dk, dv, q_strides, k_strides,
+    v_strides, dout_strides, row_strides, dk_strides, dv_strides, tiles, cu_queries, cu_tokens, cu_keys, num_queries,
+    num_tokens, num_keys, window, shares, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
@@ -373,6 +370,8 @@ def _keys_kernel(
     dout += batch64 * dout_strides[0]
     lse2 += batch64 * row_strides[0]
     delta += batch64 * row_strides[0]
+    if gate is not None:
+        gate += batch64 * row_strides[0]
     q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
     do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
     dk0 = tl.zeros([BLOCK_N, K0], ACC)
@@ -390,7 +389,7 @@ def _keys_kernel(
             query_head64 = tl.cast(query_head, tl.int64)
             q_head = q + query_head64 * q_strides[2]
             do_head = dout + query_head64 * dout_strides[2]
-            q0 = _fetch(
+            q0 = fetch(
                 q_tiles0,
                 q_head,
                 q_offsets,
@@ -408,7 +407,7 @@ def _keys_kernel(
             )
             q1 = q0
             if K1:
-                q1 = _fetch(
+                q1 = fetch(
                     q_tiles1,
                     q_head,
                     q_offsets,
@@ -424,7 +423,7 @@ def _keys_kernel(
                     MASKED,
                     TMA,
                 )
-            do0 = _fetch(
+            do0 = fetch(
                 do_tiles0,
                 do_head,
                 do_offsets,
@@ -442,7 +441,7 @@ def _keys_kernel(
             )
             do1 = do0
             if V1:
-                do1 = _fetch(
+                do1 = fetch(
                     do_tiles1,
                     do_head,
                     do_offsets,
@@ -472,6 +471,9 @@ def _keys_kernel(
                 if WINDOWED:
                     visible = visible & (keys[:, None] > (position - window)[None, :])
                 p = tl.where(visible, p, 0.0)
+            if gate is not None:
+                # Rows beyond the last have p = 0.
+                p *= tl.load(gate + of_row, mask=inside, other=0.0)[None, :]
             p_low = p.to(do0.dtype)
             dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
             if V1:
@@ -548,28 +550,6 @@ def _key_tiles(packing: _Packing | None, length: int, block: int) -> tuple[int, 
     return len(table), table
 
 
-def _describable(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can stand for `[B, T, H, D]`: they want strides and addresses of whole 16 bytes."""
-    return all(
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
-
-
-def _descriptors(x: Tensor, block: int, use: bool) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Descriptors of `[B, T, H, D]` read as `[B, H, T, D]`, one a chunk of `D`, in tiles of `block` tokens."""
-    if not use:
-        return None, None
-    x = x.transpose(1, 2)
-    shape, strides = list(x.shape), list(x.stride())
-    first, second = (
-        TensorDescriptor(x, shape, strides, [1, 1, block, width]) if width else None for width in chunks(x.shape[3])
-    )
-    return first, second
-
-
 def _constants(q: Tensor, k: Tensor, v: Tensor, branch: _Branch, packing: _Packing | None) -> dict[str, Any]:
     """What all kernels are compiled for."""
     (k0, k1), (v0, v1) = chunks(k.shape[3]), chunks(v.shape[3])
@@ -621,12 +601,12 @@ def _forward(
     packing = _Packing.of(branch, cu_seqlens_q, cu_seqlens_k, config)
     options, _ = _parameters(branch, "forward", q, k, v)
     # A descriptor knows no sequences: its padding would be the next one's keys, which may be anything, NaN included.
-    options["TMA"] = options["TMA"] and packing is None and _describable(k, v)
+    options["TMA"] = options["TMA"] and packing is None and describable(k, v)
     tiles, table = _rows_tiles(packing, num_queries, query_heads // heads, options["BLOCK_M"])
     with torch.cuda.device_of(q):
         _forward_kernel[(tiles, heads, batch)](
-            q, k, v, *_descriptors(k, options["BLOCK_N"], options["TMA"]),
-            *_descriptors(v, options["BLOCK_N"], options["TMA"]), out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
+            q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
+            *descriptors(v, options["BLOCK_N"], options["TMA"]), out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
             lse.stride()[:2], table, *(packing or (None, None, None)), num_queries, num_tokens, num_keys,
             branch.window or 0, scale * LOG2E.value, **_constants(q, k, v, branch, packing), **options,
         )  # fmt: skip
@@ -647,36 +627,39 @@ def _backward(
     num_tokens: int,
     config: NSAConfig,
     scale: float,
+    *,
+    gate: Tensor | None = None,
+    dgate: Tensor | None = None,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `register` has it; `gate`, `dgate` and `dq` as `nsa.kernels.selected.backward` has them."""
     batch, num_queries, query_heads, _ = q.shape
     num_keys, heads = k.shape[1:3]
     if not lse.numel() or not k.numel():
-        return tuple(x.new_zeros(x.shape) for x in (q, k, v))  # type: ignore[return-value]
-    negative = scale < 0
-    if negative:
-        q, scale = -q, -scale
+        return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+    add = dq is not None
+    dq = q.new_empty(q.shape) if dq is None else dq
     dout, q, k, v, out = map(rows_contiguous, (dout, q, k, v, out))
     branch = make_branch(config, num_tokens)
     packing = _Packing.of(branch, cu_seqlens_q, cu_seqlens_k, config)
     constants = _constants(q, k, v, branch, packing)
     lengths = (*(packing or (None, None, None)), num_queries, num_tokens, num_keys, branch.window or 0)
     lse = lse.contiguous()
-    lse2, delta = lse.new_empty(2, batch, query_heads, num_queries)
-    dq = q.new_empty(q.shape)
+    lse2, delta, weight = lse.new_empty(3, batch, query_heads, num_queries)
 
     with torch.cuda.device_of(q):
         options, _ = _parameters(branch, "queries", q, k, v)
-        options["TMA"] = options["TMA"] and packing is None and _describable(k, v)
+        options["TMA"] = options["TMA"] and packing is None and describable(k, v)
         tiles, table = _rows_tiles(packing, num_queries, query_heads // heads, options["BLOCK_M"])
         _queries_kernel[(tiles, heads, batch)](
-            q, k, v, *_descriptors(k, options["BLOCK_N"], options["TMA"]),
-            *_descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, lse, lse2, delta, dq,
+            q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
+            *descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, gate, lse, lse2, delta, weight, dgate, dq,
             *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride()[:2], delta.stride()[:2], dq.stride()[:3],
-            table, *lengths, scale, scale * LOG2E.value, **constants, **options,
+            table, *lengths, scale, scale * LOG2E.value, ADD=add, **constants, **options,
         )  # fmt: skip
 
         options, programs = _parameters(branch, "keys", q, k, v)
-        options["TMA"] = options["TMA"] and packing is None and _describable(q, dout)
+        options["TMA"] = options["TMA"] and packing is None and describable(q, dout)
         tiles, table = _key_tiles(packing, num_keys, options["BLOCK_N"])
         longest = num_queries if branch.window is None else min(num_queries, branch.window + options["BLOCK_N"])
         most = min(_MOST_SHARES, triton.cdiv(longest, options["BLOCK_M"]))
@@ -686,27 +669,20 @@ def _backward(
         make = torch.empty if packing is None or branch.window is not None else torch.zeros
         dk, dv = (make(shares, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
         _keys_kernel[(tiles * shares, heads, batch)](
-            q, k, v, *_descriptors(q, options["BLOCK_M"], options["TMA"]),
-            *_descriptors(dout, options["BLOCK_M"], options["TMA"]), dout, lse2, delta, dk, dv,
+            q, k, v, *descriptors(q, options["BLOCK_M"], options["TMA"]),
+            *descriptors(dout, options["BLOCK_M"], options["TMA"]), dout, lse2, delta,
+            weight if gate is not None else None, dk, dv,
             *(x.stride()[:3] for x in (q, k, v, dout)), delta.stride()[:2], dk.stride()[:4], dv.stride()[:4], table,
             *lengths, shares, scale, scale * LOG2E.value, **constants, **options,
         )  # fmt: skip
     dk, dv = (x[0] if shares == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
-    return dq.neg_() if negative else dq, dk, dv
+    return dq, dk, dv
 
 
-_compressed = register(
-    "nsa_triton",
-    "compressed_attention",
-    partial(_forward, _Branch.compressed),
-    partial(_backward, _Branch.compressed),
-)
-_window = register(
-    "nsa_triton",
-    "sliding_window_attention",
-    partial(_forward, _Branch.sliding),
-    partial(_backward, _Branch.sliding),
-)
+compressed_forward, compressed_backward = partial(_forward, _Branch.compressed), partial(_backward, _Branch.compressed)
+window_forward, window_backward = partial(_forward, _Branch.sliding), partial(_backward, _Branch.sliding)
+_compressed = register("nsa_triton", "compressed_attention", compressed_forward, compressed_backward)
+_window = register("nsa_triton", "sliding_window_attention", window_forward, window_backward)
 
 
 # The backend's side of nsa.functional, which has checked every argument.

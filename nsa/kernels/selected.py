@@ -25,6 +25,7 @@ of one piece is written at once, the float32 sums of the others are added in ord
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,7 +34,19 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.common import LN2, LOG2E, accumulator, dot, dot_precision, load_rows, rows_contiguous, store_rows
+from nsa.kernels.common import (
+    LN2,
+    LOG2E,
+    accumulator,
+    describable,
+    descriptors,
+    dot,
+    dot_precision,
+    fetch,
+    load_rows,
+    rows_contiguous,
+    store_rows,
+)
 from nsa.kernels.tuning import Launch, chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
 
@@ -58,10 +71,12 @@ def _load_chunks(base, offsets, seen, D: tl.constexpr, D0: tl.constexpr, D1: tl.
 
 
 @triton.jit
-def _store_chunks(base, offsets, seen, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    store_rows(base, offsets, seen, x0, 0, D0, D)
+def _store_chunks(
+    base, offsets, seen, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ADD: tl.constexpr = False
+):
+    store_rows(base, offsets, seen, x0, 0, D0, D, ADD)
     if D1 > 0:
-        store_rows(base, offsets, seen, x1, D0, D1, D)
+        store_rows(base, offsets, seen, x1, D0, D1, D, ADD)
 
 
 @triton.jit
@@ -92,82 +107,115 @@ def _find_query(located, num_queries, shift, HEADS, PACKED: tl.constexpr):
     else:
         position = query + shift
         first_key = query * 0
-    return batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64), position, first_key.to(tl.int64)
+    return batch, head, query, position, first_key
 
 
 @triton.jit
-def _find_keys(indices, step, position, stride, BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """Positions `[KEYS]` of the keys of one step, and whether the query sees each; none if the block is not valid."""
-    block = tl.load(indices + (step // (BLOCK // KEYS)) * stride)
+def _num_steps(
+    indices, position, stride, SLOTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr
+):
+    """Steps, of `KEYS` keys each, to the last slot that holds a block the query sees."""
+    slot = tl.arange(0, SPAN)
+    block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)
+    return tl.max(tl.where((block >= 0) & (block <= position // BLOCK), slot + 1, 0), 0) * (BLOCK // KEYS)
+
+
+@triton.jit
+def _find_keys(block, step, position, BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """Position of the first key of one step, and which of its keys `[KEYS]` the query sees; none if the block is not
+    valid."""
     # Compared before it is multiplied: whatever the indices hold, no address comes of it.
     valid = (block >= 0) & (block <= position // BLOCK)
-    keys = tl.where(valid, block, 0) * BLOCK + step % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
-    return keys, valid & (keys <= position)
+    first = tl.where(valid, block, 0) * BLOCK + step % (BLOCK // KEYS) * KEYS
+    return first, valid & (first + tl.arange(0, KEYS) <= position)
+
+
+@triton.jit
+def _fetch_chunks(
+    tiles0, tiles1, base, batch, head, row, stride, seen,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` to `row + KEYS` of one head, in two chunks."""
+    offsets = tl.arange(0, KEYS).to(tl.int64) * stride
+    first = fetch(tiles0, base, offsets, seen, batch, head, row, stride, 0, D0, DIM, KEYS, True, TMA)
+    second = first
+    if D1 > 0:
+        second = fetch(tiles1, base, offsets, seen, batch, head, row, stride, D0, D1, DIM, KEYS, True, TMA)
+    return first, second
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _forward_kernel(
-    q, k, v, indices, out, lse, located, q_strides, k_strides, v_strides, index_strides, num_queries, shift, scale,
-    HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, indices, out, lse, located, q_strides, k_strides, v_strides,
+    index_strides, num_queries, shift, scale, HEADS, SLOTS: tl.constexpr, SPAN: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     batch, head, query, position, first_key = _find_query(located, num_queries, shift, HEADS, PACKED)
+    batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
     row = tl.arange(0, ROWS)
     live = row < G
-    q += batch * q_strides[0] + query * q_strides[1] + head * G * q_strides[2]
-    k += batch * k_strides[0] + first_key * k_strides[1] + head * k_strides[2]
-    v += batch * v_strides[0] + first_key * v_strides[1] + head * v_strides[2]
-    indices += batch * index_strides[0] + query * index_strides[1] + head * index_strides[2]
+    q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
+    indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     q0, q1 = _load_chunks(q, row * q_strides[2], live, DK, K0, K1)
 
     peak = tl.full([ROWS], float("-inf"), dtype=ACC)
-    total = tl.zeros([ROWS], dtype=ACC)
+    # Summed up over keys after the loop: a sum across threads at every step would cost more than the room for it.
+    total = tl.zeros([ROWS, KEYS], dtype=ACC)
     out0 = tl.zeros([ROWS, V0], dtype=ACC)
     out1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
-    for step in range(0, SLOTS * (BLOCK // KEYS)):
-        keys, seen = _find_keys(indices, step, position, index_strides[3], BLOCK, KEYS)
-        k0, k1 = _load_chunks(k, keys.to(tl.int64) * k_strides[1], seen, DK, K0, K1)
+    steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
+    block = tl.load(indices)
+    for step in range(0, steps):
+        first, seen = _find_keys(block, step, position, BLOCK, KEYS)
+        # A step ahead, so that what the block's address depends on has arrived when it is needed.
+        block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
+        key = first_key + first
+        k0, k1 = _fetch_chunks(k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA)
         s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
         s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
         highest = tl.maximum(peak, tl.max(s, 1))
         # Each row by its own maximum; what is subtracted must be finite while a row has seen nothing.
         base = tl.where(highest == float("-inf"), 0.0, highest)
         p = tl.exp2(s - base[:, None])
-        rescale = tl.exp2(peak - base)
-        total = total * rescale + tl.sum(p, 1)
+        rescale = tl.exp2(peak - base)[:, None]
+        total = total * rescale + p
         peak = highest
-        v0, v1 = _load_chunks(v, keys.to(tl.int64) * v_strides[1], seen, DV, V0, V1)
-        out0 = dot(p.to(v0.dtype), v0, out0 * rescale[:, None], ACC, PRECISION)
+        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
+        out0 = dot(p.to(v0.dtype), v0, out0 * rescale, ACC, PRECISION)
         if V1 > 0:
-            out1 = dot(p.to(v1.dtype), v1, out1 * rescale[:, None], ACC, PRECISION)
+            out1 = dot(p.to(v1.dtype), v1, out1 * rescale, ACC, PRECISION)
 
-    blind = total == 0
-    total = tl.where(blind, 1.0, total)
-    rows = ((batch * num_queries + query) * HEADS + head) * G + row
-    tl.store(lse + rows, tl.where(blind, float("-inf"), (peak + tl.log2(total)) * LN2), mask=live)
-    out0 = out0 / total[:, None]
-    out1 = out1 / total[:, None]
-    _store_chunks(out, rows * DV, live, out0, out1, DV, V0, V1)
+    z = tl.sum(total, 1)
+    blind = z == 0
+    z = tl.where(blind, 1.0, z)
+    rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
+    tl.store(lse + rows, tl.where(blind, float("-inf"), (peak + tl.log2(z)) * LN2), mask=live)
+    _store_chunks(out, rows * DV, live, out0 / z[:, None], out1 / z[:, None], DV, V0, V1)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _queries_kernel(
-    q, k, v, dout, lse, delta, indices, dq, located, q_strides, k_strides, v_strides, do_strides, index_strides,
-    num_queries, shift, scale, HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, lse, delta, gate, indices, dq, located, q_strides,
+    k_strides, v_strides, do_strides, index_strides, num_queries, shift, scale, HEADS, SLOTS: tl.constexpr,
+    SPAN: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """`dq` by query."""
+    """`dq` by query, added to what is there with ADD."""
     batch, head, query, position, first_key = _find_query(located, num_queries, shift, HEADS, PACKED)
+    batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
     row = tl.arange(0, ROWS)
     live = row < G
-    q += batch * q_strides[0] + query * q_strides[1] + head * G * q_strides[2]
-    k += batch * k_strides[0] + first_key * k_strides[1] + head * k_strides[2]
-    v += batch * v_strides[0] + first_key * v_strides[1] + head * v_strides[2]
-    dout += batch * do_strides[0] + query * do_strides[1] + head * G * do_strides[2]
-    indices += batch * index_strides[0] + query * index_strides[1] + head * index_strides[2]
-    rows = ((batch * num_queries + query) * HEADS + head) * G + row
+    q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
+    dout += batch64 * do_strides[0] + query64 * do_strides[1] + head64 * G * do_strides[2]
+    indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
+    rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
     q0, q1 = _load_chunks(q, row * q_strides[2], live, DK, K0, K1)
     do0, do1 = _load_chunks(dout, row * do_strides[2], live, DV, V0, V1)
     correction = tl.load(delta + rows, mask=live, other=0.0)
@@ -176,23 +224,32 @@ def _queries_kernel(
 
     dq0 = tl.zeros([ROWS, K0], dtype=ACC)
     dq1 = tl.zeros([ROWS, K1 if K1 > 0 else 16], dtype=ACC)
-    for step in range(0, SLOTS * (BLOCK // KEYS)):
-        keys, seen = _find_keys(indices, step, position, index_strides[3], BLOCK, KEYS)
-        k0, k1 = _load_chunks(k, keys.to(tl.int64) * k_strides[1], seen, DK, K0, K1)
-        v0, v1 = _load_chunks(v, keys.to(tl.int64) * v_strides[1], seen, DV, V0, V1)
+    steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
+    block = tl.load(indices)
+    for step in range(0, steps):
+        first, seen = _find_keys(block, step, position, BLOCK, KEYS)
+        block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
+        key = first_key + first
+        k0, k1 = _fetch_chunks(k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA)
+        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
         s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
         dp = _inner(do0, do1, v0, v1, V1, ACC, PRECISION)
         s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
-        ds = tl.exp2(s - log_sum[:, None]) * (dp - correction[:, None])
-        dq0 = dot(ds.to(k0.dtype), k0, dq0, ACC, PRECISION)
+        ds = (tl.exp2(s - log_sum[:, None]) * (dp - correction[:, None])).to(k0.dtype)
+        dq0 = dot(ds, k0, dq0, ACC, PRECISION)
         if K1 > 0:
-            dq1 = dot(ds.to(k1.dtype), k1, dq1, ACC, PRECISION)
-    _store_chunks(dq, rows * DK, live, dq0 * scale, dq1 * scale, DK, K0, K1)
+            dq1 = dot(ds, k1, dq1, ACC, PRECISION)
+    factor = tl.full([ROWS], 1.0, ACC) * scale
+    if gate is not None:
+        factor *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)
+    dq0 *= factor[:, None]
+    dq1 *= factor[:, None]
+    _store_chunks(dq, rows * DK, live, dq0, dq1, DK, K0, K1, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _delta_kernel(
-    out, dout, delta, do_strides, num_queries, rows, QUERY_HEADS,
+    out, dout, delta, dgate, do_strides, num_queries, rows, QUERY_HEADS,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -205,6 +262,8 @@ def _delta_kernel(
     if V1 > 0:
         total += tl.sum(o1.to(ACC) * do1.to(ACC), 1)
     tl.store(delta + row, total, mask=live)
+    if dgate is not None:
+        tl.store(dgate + 3 * row, total.to(dgate.dtype.element_ty), mask=live)
 
 
 # The inverted index: for every batch, KV head and block (a "list") the pairs (query, slot) that chose it, ascending.
@@ -391,9 +450,9 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _keys_kernel(
-    q, k, v, dout, lse, delta, members, offsets, pieces, shared, dk, dv, partial_dk, partial_dv, partial_dq, located,
-    spans, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift, lists, blocks, first_list,
-    first_head, scale, HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, dout, lse, delta, gate, members, offsets, pieces, shared, dk, dv, partial_dk, partial_dv, partial_dq,
+    located, spans, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift, lists, blocks,
+    first_list, first_head, scale, HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
     STEPS: tl.constexpr, SCATTER: tl.constexpr,
@@ -412,8 +471,7 @@ def _keys_kernel(
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
         dout += batch * do_strides[0] + head * G * do_strides[2]
-        lse += (batch * num_queries * HEADS + head) * G
-        delta += (batch * num_queries * HEADS + head) * G
+        first_row = (batch * num_queries * HEADS + head) * G
         k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
         v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
         dk0 = tl.zeros([KEYS, K0], dtype=ACC)
@@ -429,11 +487,14 @@ def _keys_kernel(
             q0, q1 = _load_chunks(q, query * q_strides[1] + row % G * q_strides[2], live, DK, K0, K1)
             do0, do1 = _load_chunks(dout, query * do_strides[1] + row % G * do_strides[2], live, DV, V0, V1)
             # Rows beyond the list have q and dout of 0, and so no part in either sum.
-            log_sum = tl.load(lse + query * (HEADS * G) + row % G, mask=live, other=0.0) * LOG2E
-            correction = tl.load(delta + query * (HEADS * G) + row % G, mask=live, other=0.0)
+            of_row = first_row + query * (HEADS * G) + row % G
+            log_sum = tl.load(lse + of_row, mask=live, other=0.0) * LOG2E
+            correction = tl.load(delta + of_row, mask=live, other=0.0)
             s = _inner(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
             s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
             p = tl.exp2(s - log_sum[None, :])
+            if gate is not None:
+                p *= tl.load(gate + 3 * of_row, mask=live, other=0.0).to(ACC)[None, :]
             dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
             if V1 > 0:
                 dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
@@ -468,9 +529,9 @@ def _keys_kernel(
 def _gather_dq_kernel(
     partial_dq, indices, dq, located, index_strides, num_queries, shift, first_head, HEADS, SLOTS: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr,
-    K1: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr,
+    K1: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each query's parts of `dq`, in the order of its slots."""
+    """The sum of each query's parts of `dq`, in the order of its slots, added to what is there with ADD."""
     batch, head, query, member, position, live = _find_rows(
         located, num_queries, shift, first_head, HEADS, G, ROWS, PACKED
     )
@@ -488,7 +549,7 @@ def _gather_dq_kernel(
         if K1 > 0:
             dq1 += part1.to(ACC)
     rows = ((batch * num_queries + query) * HEADS + head) * G + member
-    _store_chunks(dq, rows * DK, live, dq0, dq1, DK, K0, K1)
+    _store_chunks(dq, rows * DK, live, dq0, dq1, DK, K0, K1, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -632,9 +693,17 @@ def _compiled(parameters: Launch) -> Launch:
     return {name: parameters[name] for name in ("num_warps", "num_stages")}
 
 
-def _rows(group: int) -> int:
-    """Query heads of a KV head as rows of a product, which has at least 16."""
-    return max(16, triton.next_power_of_2(group))
+def _by_query(constants: dict[str, Any], parameters: Launch, packing: _Packing, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What the kernels that go by query are compiled for."""
+    return {
+        **constants,
+        "ROWS": max(16, triton.next_power_of_2(constants["G"])),  # of a product, which has at least 16
+        "SPAN": triton.next_power_of_2(constants["SLOTS"]),
+        "KEYS": min(constants["BLOCK"], parameters["BLOCK_N"]),
+        # A descriptor knows no sequences: what it reads beyond one's end may be anything, NaN included.
+        "TMA": parameters["TMA"] and packing.located is None and describable(k, v),
+        **_compiled(parameters),
+    }
 
 
 def _shares(heads: int, bytes_a_head: int) -> Iterator[tuple[int, int]]:
@@ -644,7 +713,7 @@ def _shares(heads: int, bytes_a_head: int) -> Iterator[tuple[int, int]]:
         yield first, min(step, heads - first)
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -655,22 +724,26 @@ def _forward(
     config: NSAConfig,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    (batch, num_queries, query_heads, _), heads, size = q.shape, k.shape[2], config.select_block_size
+    (batch, num_queries, _, _), heads, size = q.shape, k.shape[2], config.select_block_size
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     if not indices.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(rows_contiguous, (q, k, v))
-    strides, shift, group = tuple(x.stride()[:3] for x in (q, k, v)), num_keys - num_queries, query_heads // heads
+    strides, shift = tuple(x.stride()[:3] for x in (q, k, v)), num_keys - num_queries
     packing = _packing(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, size)
-    constants, parameters = _constants(q, k, v, indices, size, packing), _parameters("selected", q, k, v)
+    constants = _constants(q, k, v, indices, size, packing)
+    parameters = _parameters("selected_forward", q, k, v)
     with torch.cuda.device_of(q):
         if parameters["SCATTER"]:
+            parameters = _parameters("selected_scatter", q, k, v)
             _forward_by_block(q, k, v, indices, out, lse, packing, constants, parameters, scale)
         else:
+            options = _by_query(constants, parameters, packing, k, v)
+            tiles = (descriptors(x, options["KEYS"], options["TMA"]) for x in (k, v))
             _forward_kernel[(num_queries * heads * batch,)](
-                q, k, v, indices, out, lse, packing.located, *strides, indices.stride(), num_queries, shift, scale,
-                heads, ROWS=_rows(group), **constants, **_compiled(parameters),
+                q, k, v, *chain(*tiles), indices, out, lse, packing.located, *strides, indices.stride(), num_queries,
+                shift, scale, heads, **options,
             )  # fmt: skip
     return out, lse
 
@@ -697,7 +770,7 @@ def _forward_by_block(
         lists = count * packing.blocks
         _scatter_kernel[(lists + count * num_queries * slots // chunk, parts)](
             q, k, v, *index[:3], partial, partial_lse, packing.located, packing.spans, *strides, num_queries, num_keys,
-            shift, lists, packing.blocks, first * packing.blocks, first, scale, heads, ROWS=parameters["BLOCK_N"],
+            shift, lists, packing.blocks, first * packing.blocks, first, scale, heads, ROWS=parameters["BLOCK_M"],
             CHUNK=chunk, STEPS=lists.bit_length(), **constants, **_compiled(parameters),
         )  # fmt: skip
         tile = 16 if triton.knobs.runtime.interpret else 32
@@ -707,7 +780,7 @@ def _forward_by_block(
         )  # fmt: skip
 
 
-def _backward(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -720,10 +793,22 @@ def _backward(
     num_keys: int,
     config: NSAConfig,
     scale: float,
+    *,
+    gate: Tensor | None = None,
+    dgate: Tensor | None = None,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    """As `register` has it.
+
+    Args:
+        gate: `[B, Tq, Hq]`, every third element of memory: what `dout` is to be multiplied by.
+        dgate: the same for `gate`'s gradient, written.
+        dq: contiguous, added to.
+    """
+    add = dq is not None
     if not indices.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dq, dk, dv = q.new_empty(q.shape) if dq is None else dq, k.new_empty(k.shape), v.new_empty(v.shape)
     q, k, v, dout, out = (*map(rows_contiguous, (q, k, v, dout)), out.contiguous())
     (batch, num_queries, query_heads, _), heads, size = q.shape, k.shape[2], config.select_block_size
     strides, shift, group = tuple(x.stride()[:3] for x in (q, k, v, dout)), num_keys - num_queries, query_heads // heads
@@ -735,13 +820,15 @@ def _backward(
 
     with torch.cuda.device_of(q):
         _delta_kernel[(triton.cdiv(lse.numel(), tile),)](
-            out, dout, delta, dout.stride()[:3], num_queries, lse.numel(), query_heads, DV=constants["DV"],
+            out, dout, delta, dgate, dout.stride()[:3], num_queries, lse.numel(), query_heads, DV=constants["DV"],
             V0=constants["V0"], V1=constants["V1"], ACC=constants["ACC"], ROWS=tile,
         )  # fmt: skip
         if not scatter:
+            options = _by_query(constants, by_query, packing, k, v)
+            tiles = (descriptors(x, options["KEYS"], options["TMA"]) for x in (k, v))
             _queries_kernel[(num_queries * heads * batch,)](
-                q, k, v, dout, lse, delta, indices, dq, packing.located, *strides, indices.stride(), num_queries,
-                shift, scale, heads, ROWS=_rows(group), **constants, **_compiled(by_query),
+                q, k, v, *chain(*tiles), dout, lse, delta, gate, indices, dq, packing.located, *strides,
+                indices.stride(), num_queries, shift, scale, heads, ADD=add, **options,
             )  # fmt: skip
 
         index = _invert(indices, shift, packing, size, chunk)
@@ -754,15 +841,15 @@ def _backward(
         for first, count in _shares(batch * heads, rows * k.shape[3] * q.element_size()):
             partial_dq, lists = q.new_empty(count, rows, k.shape[3]), count * packing.blocks
             _keys_kernel[(lists + count * num_queries * slots // chunk, parts)](
-                q, k, v, dout, lse, delta, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
+                q, k, v, dout, lse, delta, gate, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
                 packing.located, packing.spans, *strides, num_queries, num_keys, shift, lists, packing.blocks,
-                first * packing.blocks, first, scale, heads, ROWS=by_block["BLOCK_N"], CHUNK=chunk,
+                first * packing.blocks, first, scale, heads, ROWS=by_block["BLOCK_M"], CHUNK=chunk,
                 STEPS=lists.bit_length(), SCATTER=scatter, **constants, **_compiled(by_block),
             )  # fmt: skip
             if scatter:
                 _gather_dq_kernel[(triton.cdiv(num_queries * group, tile), count)](
                     partial_dq, indices, dq, packing.located, indices.stride(), num_queries, shift, first, heads,
-                    ROWS=tile, **_without(constants, "DV", "V0", "V1", "PRECISION"),
+                    ROWS=tile, ADD=add, **_without(constants, "DV", "V0", "V1", "PRECISION"),
                 )  # fmt: skip
         _reduce_kernel[(batch * heads * packing.blocks, parts)](
             partial_dk, partial_dv, index.pieces, shared, dk, dv, packing.spans, num_keys, packing.blocks, heads,
@@ -771,7 +858,7 @@ def _backward(
     return dq, dk, dv
 
 
-_selected = register("nsa_triton", "selected_attention", _forward, _backward)
+_selected = register("nsa_triton", "selected_attention", forward, backward)
 
 
 def selected_attention(

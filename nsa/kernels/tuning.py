@@ -45,7 +45,8 @@ _TABLE: dict[tuple[str, str, int, int, int], Launch] = {
     ("window_forward", "sm90", 2, 128, 128): _choice(128, 64, 4, 2, SPLIT=False),
     ("window_queries", "sm90", 2, 128, 128): _choice(64, 64, 4, 2, SPLIT=False),
     ("window_keys", "sm90", 2, 128, 128): _choice(32, 64, 4, 3),
-    ("selected_queries", "sm90", 2, 128, 128): _choice(64, 64, 2, 2),
+    ("selected_forward", "sm90", 2, 128, 128): _choice(64, 32, 1, 3),
+    ("selected_queries", "sm90", 2, 128, 128): _choice(64, 64, 2, 3),
     ("selected_keys", "sm90", 2, 128, 128): _choice(64, 64, 4, 2, CHUNK=1024),
 }
 

@@ -1,0 +1,182 @@
+"""The three branches and their gated sum (paper, equation 5), with one backward for all of it.
+
+    out = sum_c gate_c out_c,    dgate_c = dout.out_c
+
+A branch's output has the gradient `gate_c dout`, which is never written anywhere: the backward of a branch takes `dout`
+as it is and the gate beside it, since
+
+    P (gate dout.v - gate dout.out) = gate P (dout.v - delta),    delta = dout.out.
+
+So `dq` is scaled a row at the end, `dk` and `dv` are made of `gate P`, and `delta`, which every backward needs, is the
+gate's gradient. The branches add to one `dq` in turn. That leaves the backward of 64k tokens with the three outputs
+and one `dq` in memory, instead of three of everything.
+
+The compressed branch is done beforehand, for the blocks are chosen by it, and the choice is an operator of its own:
+what saves or repeats operators (activation checkpointing) sees it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels import contiguous, selected
+from nsa.kernels.common import accumulator, rows_contiguous
+from nsa.kernels.select import select_blocks
+from nsa.operators import accumulation_dtype, config_of, sizes_of
+
+
+@triton.jit
+def _combine_kernel(
+    compressed, selected, window, gates, out, count, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows are (token, head) pairs: `Dv` wide in the branches, 3 wide in the gates."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    live = row < count
+    element = row[:, None] * DIM + column[None, :]
+    inside = live[:, None] & (column < DIM)[None, :]
+    total = tl.load(gates + 3 * row, mask=live, other=0.0).to(ACC)[:, None] * tl.load(compressed + element, mask=inside)
+    total += tl.load(gates + 3 * row + 1, mask=live, other=0.0).to(ACC)[:, None] * tl.load(selected + element, inside)
+    total += tl.load(gates + 3 * row + 2, mask=live, other=0.0).to(ACC)[:, None] * tl.load(window + element, inside)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _combine(compressed: Tensor, selected: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+    """Gated sum of outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]`, all contiguous."""
+    out, dim = torch.empty_like(compressed), compressed.shape[-1]
+    if not out.numel():
+        return out
+    width = triton.next_power_of_2(dim)
+    rows, count = max(1, 4096 // width), out.numel() // dim
+    # Gates may be wider than what they weigh.
+    acc = max((accumulator(x.dtype) for x in (out, gates)), key=lambda dtype: dtype.primitive_bitwidth)
+    with torch.cuda.device_of(out):
+        _combine_kernel[(triton.cdiv(count, rows),)](
+            compressed, selected, window, gates, out, count, DIM=dim, ROWS=rows, WIDTH=width, ACC=acc, num_warps=4
+        )
+    return out
+
+
+@torch.library.custom_op("nsa_triton::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    out_cmp: Tensor,
+    lse_cmp: Tensor,
+    indices: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gated sum, and output and log-sum-exp of the selected and of the window branch for the backward.
+
+    `out_cmp` and `lse_cmp` are what the compressed branch gives for `q`, `k_cmp` and `v_cmp`.
+    """
+    rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
+    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, *rest)
+    out_win, lse_win = contiguous.window_forward(q, k_win, v_win, None, *rest)
+    out = _combine(out_cmp.contiguous(), out_slc, out_win, gates.contiguous())
+    return out, out_slc, lse_slc, out_win, lse_win
+
+
+@_attend.register_fake
+def _(q: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    shape = (*q.shape[:3], inputs[1].shape[3])
+    out, out_slc, out_win = (q.new_empty(shape) for _ in range(3))
+    lse_slc, lse_win = (q.new_empty(shape[:3], dtype=accumulation_dtype(q.dtype)) for _ in range(2))
+    return out, out_slc, lse_slc, out_win, lse_win
+
+
+@torch.library.custom_op("nsa_triton::attend_backward", mutates_args=())
+def _attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    out_cmp: Tensor,
+    lse_cmp: Tensor,
+    indices: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    out_slc: Tensor,
+    lse_slc: Tensor,
+    out_win: Tensor,
+    lse_win: Tensor,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
+    dout, q, gates = rows_contiguous(dout), rows_contiguous(q), gates.contiguous()
+    dgates = torch.zeros_like(gates)
+    (gate_cmp, gate_slc, gate_win), (dgate_cmp, dgate_slc, dgate_win) = gates.unbind(-1), dgates.unbind(-1)
+    dq, dk_cmp, dv_cmp = contiguous.compressed_backward(
+        dout, q, k_cmp, v_cmp, out_cmp, lse_cmp, None, *rest, gate=gate_cmp, dgate=dgate_cmp
+    )
+    dq, dk_slc, dv_slc = selected.backward(
+        dout, q, k_slc, v_slc, out_slc, lse_slc, indices, *rest, gate=gate_slc, dgate=dgate_slc, dq=dq
+    )
+    dq, dk_win, dv_win = contiguous.window_backward(
+        dout, q, k_win, v_win, out_win, lse_win, None, *rest, gate=gate_win, dgate=dgate_win, dq=dq
+    )
+    return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
+
+
+@_attend_backward.register_fake
+def _(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:8])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:13], *output[1:])
+    ctx.rest = inputs[13:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*_attend_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
+
+
+_attend.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    indices: Tensor | None,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.functional.nsa_attention`."""
+    num_keys, cu = k_slc.shape[1], (cu_seqlens_q, cu_seqlens_k)
+    with torch.no_grad():  # its gradients are made with the others'
+        out_cmp, lse = contiguous.compressed_attention(q, k_cmp, v_cmp, config, num_keys, *cu, scale)
+    if indices is None:
+        indices = select_blocks(q, k_cmp, lse, config, num_keys, *cu, scale)
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, lse, indices)
+    return cast(tuple[Tensor, ...], _attend(*tensors, *cu, sizes_of(config), scale))[0], indices
