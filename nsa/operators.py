@@ -83,8 +83,11 @@ def register(
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
         ctx.rest = inputs[6:]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 9
         return (*op_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 6)
 
     op = torch.library.custom_op(f"{namespace}::{name}", run, mutates_args=())

@@ -148,9 +148,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:13], *output[1:])
     ctx.rest = inputs[13:]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else the others' come as zeros, twice the size of the output
 
 
-def _differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 15
     return (*_attend_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
 
 

@@ -101,6 +101,31 @@ def dot(a, b, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def weigh(log_sum, weight, ACC: tl.constexpr):
+    """Log-sum-exps, base 2, that make `probability` give `weight` times as much.
+
+    The weight's sign goes into the last bit, below what rounding leaves certain. One number a row instead of two:
+    kernels that hold a tile of keys' gradients have no registers left.
+    """
+    INTEGER: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
+    nothing = weight == 0
+    log_sum = tl.where(nothing, float("inf"), log_sum - tl.log2(tl.where(nothing, 1.0, tl.abs(weight))))
+    negative = (weight < 0) & (log_sum < float("inf"))
+    return (log_sum.to(INTEGER, bitcast=True) & -2 | negative.to(INTEGER)).to(ACC, bitcast=True)
+
+
+@triton.jit
+def probability(x, log_sum, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
+    """`2^(x - log_sum)`; with WEIGHTED `log_sum` is what `weigh` made."""
+    p = tl.exp2(x - log_sum)
+    if WEIGHTED:
+        INTEGER: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
+        sign = log_sum.to(INTEGER, bitcast=True) << (63 if tl.float64 == ACC else 31)
+        p = (p.to(INTEGER, bitcast=True) ^ sign).to(ACC, bitcast=True)
+    return p
+
+
+@triton.jit
 def find_tile(
     tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK, PACKED: tl.constexpr
 ):

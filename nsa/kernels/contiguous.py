@@ -49,9 +49,11 @@ from nsa.kernels.common import (
     fetch,
     find_tile,
     load_rows,
+    probability,
     rows_contiguous,
     store_rows,
     tile_table,
+    weigh,
 )
 from nsa.kernels.tuning import chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
@@ -213,7 +215,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _queries_kernel(
-    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, gate_out, dgate, dq,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, dgate, dq,
     q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, row_strides, dq_strides, tiles,
     cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
@@ -221,8 +223,8 @@ def _queries_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """`dq`, added to what is there with ADD, the gradient of the gate, which is `delta`, and for the other kernel the
-    log-sum-exp in base 2, `delta` and the gate, all head-major."""
+    """`dq`, added to what is there with ADD, the gate's gradient, which is `delta`, and for the other kernel `delta`
+    and the log-sum-exp in base 2, weighted by the gate, both head-major."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -257,14 +259,15 @@ def _queries_kernel(
     lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
     row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
-    tl.store(lse2_out + row_offsets, lse2, mask=inside)
     tl.store(delta_out + row_offsets, delta, mask=inside)
-    factor = tl.full([BLOCK_M], 1.0, ACC) * scale
     if gate is not None:
         weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
-        tl.store(gate_out + row_offsets, weight, mask=inside)
+        tl.store(lse2_out + row_offsets, weigh(lse2, weight, ACC), mask=inside)
         tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
-        factor *= weight
+    else:
+        weight = tl.full([BLOCK_M], 1.0, ACC)
+        tl.store(lse2_out + row_offsets, lse2, mask=inside)
+    factor = scale * weight
 
     k += batch64 * k_strides[0] + tl.cast(head, tl.int64) * k_strides[2]
     v += batch64 * v_strides[0] + tl.cast(head, tl.int64) * v_strides[2]
@@ -316,13 +319,13 @@ def _queries_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _keys_kernel(
-    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, gate, dk, dv, q_strides, k_strides,
+    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides,
     v_strides, dout_strides, row_strides, dk_strides, dv_strides, tiles, cu_queries, cu_tokens, cu_keys, num_queries,
     num_tokens, num_keys, window, shares, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One share of `dk` and `dv` of a tile of keys. `dk_strides` begin with that of the share."""
     tile = tl.program_id(0) // shares
@@ -370,8 +373,6 @@ def _keys_kernel(
     dout += batch64 * dout_strides[0]
     lse2 += batch64 * row_strides[0]
     delta += batch64 * row_strides[0]
-    if gate is not None:
-        gate += batch64 * row_strides[0]
     q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
     do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
     dk0 = tl.zeros([BLOCK_N, K0], ACC)
@@ -464,16 +465,14 @@ def _keys_kernel(
             else:
                 row_lse2 = tl.load(lse2 + of_row)
                 row_delta = tl.load(delta + of_row)
-            p = tl.exp2(_logits(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2 - row_lse2[None, :])
+            s = _logits(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
+            p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
             if MASKED:
                 position = queries + shift
                 visible = keys[:, None] < _num_seen(position, STRIDE, LAST)[None, :]
                 if WINDOWED:
                     visible = visible & (keys[:, None] > (position - window)[None, :])
                 p = tl.where(visible, p, 0.0)
-            if gate is not None:
-                # Rows beyond the last have p = 0.
-                p *= tl.load(gate + of_row, mask=inside, other=0.0)[None, :]
             p_low = p.to(do0.dtype)
             dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
             if V1:
@@ -645,7 +644,7 @@ def _backward(
     constants = _constants(q, k, v, branch, packing)
     lengths = (*(packing or (None, None, None)), num_queries, num_tokens, num_keys, branch.window or 0)
     lse = lse.contiguous()
-    lse2, delta, weight = lse.new_empty(3, batch, query_heads, num_queries)
+    lse2, delta = lse.new_empty(2, batch, query_heads, num_queries)
 
     with torch.cuda.device_of(q):
         options, _ = _parameters(branch, "queries", q, k, v)
@@ -653,7 +652,7 @@ def _backward(
         tiles, table = _rows_tiles(packing, num_queries, query_heads // heads, options["BLOCK_M"])
         _queries_kernel[(tiles, heads, batch)](
             q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
-            *descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, gate, lse, lse2, delta, weight, dgate, dq,
+            *descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, gate, lse, lse2, delta, dgate, dq,
             *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride()[:2], delta.stride()[:2], dq.stride()[:3],
             table, *lengths, scale, scale * LOG2E.value, ADD=add, **constants, **options,
         )  # fmt: skip
@@ -670,10 +669,9 @@ def _backward(
         dk, dv = (make(shares, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
         _keys_kernel[(tiles * shares, heads, batch)](
             q, k, v, *descriptors(q, options["BLOCK_M"], options["TMA"]),
-            *descriptors(dout, options["BLOCK_M"], options["TMA"]), dout, lse2, delta,
-            weight if gate is not None else None, dk, dv,
+            *descriptors(dout, options["BLOCK_M"], options["TMA"]), dout, lse2, delta, dk, dv,
             *(x.stride()[:3] for x in (q, k, v, dout)), delta.stride()[:2], dk.stride()[:4], dv.stride()[:4], table,
-            *lengths, shares, scale, scale * LOG2E.value, **constants, **options,
+            *lengths, shares, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants, **options,
         )  # fmt: skip
     dk, dv = (x[0] if shares == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -44,8 +44,10 @@ from nsa.kernels.common import (
     dot_precision,
     fetch,
     load_rows,
+    probability,
     rows_contiguous,
     store_rows,
+    weigh,
 )
 from nsa.kernels.tuning import Launch, chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
@@ -239,19 +241,17 @@ def _queries_kernel(
         dq0 = dot(ds, k0, dq0, ACC, PRECISION)
         if K1 > 0:
             dq1 = dot(ds, k1, dq1, ACC, PRECISION)
-    factor = tl.full([ROWS], 1.0, ACC) * scale
     if gate is not None:
-        factor *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)
-    dq0 *= factor[:, None]
-    dq1 *= factor[:, None]
-    _store_chunks(dq, rows * DK, live, dq0, dq1, DK, K0, K1, ADD)
+        scale *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)[:, None]
+    _store_chunks(dq, rows * DK, live, dq0 * scale, dq1 * scale, DK, K0, K1, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _delta_kernel(
-    out, dout, delta, dgate, do_strides, num_queries, rows, QUERY_HEADS,
+    out, dout, lse, gate, delta, lse2, dgate, do_strides, num_queries, rows, QUERY_HEADS,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """`delta`, which is the gate's gradient, and the log-sum-exp in base 2, weighted by the gate."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     token = row // QUERY_HEADS
@@ -262,8 +262,11 @@ def _delta_kernel(
     if V1 > 0:
         total += tl.sum(o1.to(ACC) * do1.to(ACC), 1)
     tl.store(delta + row, total, mask=live)
-    if dgate is not None:
+    log_sum = tl.load(lse + row, mask=live, other=0.0) * LOG2E
+    if gate is not None:
+        log_sum = weigh(log_sum, tl.load(gate + 3 * row, mask=live, other=0.0).to(ACC), ACC)
         tl.store(dgate + 3 * row, total.to(dgate.dtype.element_ty), mask=live)
+    tl.store(lse2 + row, log_sum, mask=live)
 
 
 # The inverted index: for every batch, KV head and block (a "list") the pairs (query, slot) that chose it, ascending.
@@ -450,12 +453,12 @@ def _gather_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _keys_kernel(
-    q, k, v, dout, lse, delta, gate, members, offsets, pieces, shared, dk, dv, partial_dk, partial_dv, partial_dq,
+    q, k, v, dout, lse2, delta, members, offsets, pieces, shared, dk, dv, partial_dk, partial_dv, partial_dq,
     located, spans, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift, lists, blocks,
     first_list, first_head, scale, HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
-    STEPS: tl.constexpr, SCATTER: tl.constexpr,
+    STEPS: tl.constexpr, SCATTER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of `KEYS` keys of a block from one piece of its list; tiles are `[KEYS, ROWS]`. With SCATTER also
     each pair's part of `dq`, laid out as `_scatter_kernel` does. `shared` counts the pieces with partial sums."""
@@ -488,13 +491,11 @@ def _keys_kernel(
             do0, do1 = _load_chunks(dout, query * do_strides[1] + row % G * do_strides[2], live, DV, V0, V1)
             # Rows beyond the list have q and dout of 0, and so no part in either sum.
             of_row = first_row + query * (HEADS * G) + row % G
-            log_sum = tl.load(lse + of_row, mask=live, other=0.0) * LOG2E
+            log_sum = tl.load(lse2 + of_row, mask=live, other=0.0)
             correction = tl.load(delta + of_row, mask=live, other=0.0)
             s = _inner(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
             s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
-            p = tl.exp2(s - log_sum[None, :])
-            if gate is not None:
-                p *= tl.load(gate + 3 * of_row, mask=live, other=0.0).to(ACC)[None, :]
+            p = probability(s, log_sum[None, :], ACC, WEIGHTED)
             dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
             if V1 > 0:
                 dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
@@ -814,14 +815,14 @@ def backward(
     strides, shift, group = tuple(x.stride()[:3] for x in (q, k, v, dout)), num_keys - num_queries, query_heads // heads
     packing = _packing(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, size)
     constants, slots = _constants(q, k, v, indices, size, packing), indices.shape[3]
-    delta = torch.empty_like(lse)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     by_query, by_block = _parameters("selected_queries", q, k, v), _parameters("selected_keys", q, k, v)
     scatter, chunk, tile = by_block["SCATTER"], by_block["CHUNK"], 32
 
     with torch.cuda.device_of(q):
         _delta_kernel[(triton.cdiv(lse.numel(), tile),)](
-            out, dout, delta, dgate, dout.stride()[:3], num_queries, lse.numel(), query_heads, DV=constants["DV"],
-            V0=constants["V0"], V1=constants["V1"], ACC=constants["ACC"], ROWS=tile,
+            out, dout, lse, gate, delta, lse2, dgate, dout.stride()[:3], num_queries, lse.numel(), query_heads,
+            DV=constants["DV"], V0=constants["V0"], V1=constants["V1"], ACC=constants["ACC"], ROWS=tile,
         )  # fmt: skip
         if not scatter:
             options = _by_query(constants, by_query, packing, k, v)
@@ -841,10 +842,11 @@ def backward(
         for first, count in _shares(batch * heads, rows * k.shape[3] * q.element_size()):
             partial_dq, lists = q.new_empty(count, rows, k.shape[3]), count * packing.blocks
             _keys_kernel[(lists + count * num_queries * slots // chunk, parts)](
-                q, k, v, dout, lse, delta, gate, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
+                q, k, v, dout, lse2, delta, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
                 packing.located, packing.spans, *strides, num_queries, num_keys, shift, lists, packing.blocks,
                 first * packing.blocks, first, scale, heads, ROWS=by_block["BLOCK_M"], CHUNK=chunk,
-                STEPS=lists.bit_length(), SCATTER=scatter, **constants, **_compiled(by_block),
+                STEPS=lists.bit_length(), SCATTER=scatter, WEIGHTED=gate is not None, **constants,
+                **_compiled(by_block),
             )  # fmt: skip
             if scatter:
                 _gather_dq_kernel[(triton.cdiv(num_queries * group, tile), count)](
