@@ -494,9 +494,13 @@ def nsa_attention(
         indices = select_blocks(q, k_cmp, lse, config, num_keys, *rest)
     out_slc = selected_attention(q, k_slc, v_slc, indices, config, *rest)
     out_win = sliding_window_attention(q, k_win, v_win, config, *rest)
+    return combine((out_cmp, out_slc, out_win), gates), indices
+
+
+def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]` (paper, equation 5)."""
     dtype = accumulation_dtype(gates.dtype)
     compressed, selected, window = (
-        out.to(dtype) * gate.unsqueeze(-1).to(dtype)
-        for out, gate in zip((out_cmp, out_slc, out_win), gates.unbind(-1), strict=True)
+        out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1), strict=True)
     )
-    return (compressed + selected + window).to(q.dtype), indices
+    return (compressed + selected + window).to(branches[0].dtype)

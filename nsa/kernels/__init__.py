@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.attention import nsa_attention
+from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
 from nsa.kernels.contiguous import compressed_attention, sliding_window_attention
 from nsa.kernels.select import select_blocks
@@ -36,6 +36,7 @@ def why_not(config: NSAConfig, *tensors: Tensor) -> str | None:
 
 __all__ = [
     "INTERPRETED",
+    "combine",
     "compress",
     "compressed_attention",
     "nsa_attention",

@@ -47,9 +47,10 @@ def _combine_kernel(
     tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _combine(compressed: Tensor, selected: Tensor, window: Tensor, gates: Tensor) -> Tensor:
-    """Gated sum of outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]`, all contiguous."""
-    out, dim = torch.empty_like(compressed), compressed.shape[-1]
+def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]`."""
+    compressed, selected, window = (x.contiguous() for x in branches)
+    gates, out, dim = gates.contiguous(), torch.empty_like(compressed), compressed.shape[-1]
     if not out.numel():
         return out
     width = triton.next_power_of_2(dim)
@@ -88,7 +89,7 @@ def _attend(
     rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
     out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, *rest)
     out_win, lse_win = contiguous.window_forward(q, k_win, v_win, None, *rest)
-    out = _combine(out_cmp.contiguous(), out_slc, out_win, gates.contiguous())
+    out = combine((out_cmp, out_slc, out_win), gates)
     return out, out_slc, lse_slc, out_win, lse_win
 
 
