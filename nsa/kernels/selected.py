@@ -24,7 +24,6 @@ length by orders of magnitude, for the first block is everybody's. They are cut 
 of one piece is written at once, the float32 sums of the others are added in order by one more kernel.
 """
 
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -177,6 +176,8 @@ def _forward_kernel(
         block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
         key = first_key + first
         k0, k1 = _fetch_chunks(k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA)
+        # Before the products of keys: a warp has nothing else to do meanwhile than to fill registers with values.
+        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
         s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
         s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
         highest = tl.maximum(peak, tl.max(s, 1))
@@ -186,7 +187,6 @@ def _forward_kernel(
         rescale = tl.exp2(peak - base)[:, None]
         total = total * rescale + p
         peak = highest
-        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
         out0 = dot(p.to(v0.dtype), v0, out0 * rescale, ACC, PRECISION)
         if V1 > 0:
             out1 = dot(p.to(v1.dtype), v1, out1 * rescale, ACC, PRECISION)
@@ -707,11 +707,10 @@ def _by_query(constants: dict[str, Any], parameters: Launch, packing: _Packing, 
     }
 
 
-def _shares(heads: int, bytes_a_head: int) -> Iterator[tuple[int, int]]:
-    """Runs of heads whose partial results fit the space for them: first and number."""
+def _shares(heads: int, bytes_a_head: int) -> list[tuple[int, int]]:
+    """Runs of heads whose partial results fit the space for them: first and number, none more than the first run's."""
     step = max(1, PARTIAL_BYTES // max(1, bytes_a_head))
-    for first in range(0, heads, step):
-        yield first, min(step, heads - first)
+    return [(first, min(step, heads - first)) for first in range(0, heads, step)]
 
 
 def forward(
@@ -766,8 +765,9 @@ def _forward_by_block(
     parts, chunk, strides = size // constants["KEYS"], parameters["CHUNK"], tuple(x.stride()[:3] for x in (q, k, v))
     index = _invert(indices, shift, packing, size, chunk)
     rows = num_queries * slots * parts * group
-    for first, count in _shares(batch * heads, rows * v.shape[3] * q.element_size()):
-        partial, partial_lse = q.new_empty(count, rows, v.shape[3]), lse.new_empty(count, rows)
+    shares = _shares(batch * heads, rows * v.shape[3] * q.element_size())
+    partial, partial_lse = q.new_empty(shares[0][1], rows, v.shape[3]), lse.new_empty(shares[0][1], rows)
+    for first, count in shares:
         lists = count * packing.blocks
         _scatter_kernel[(lists + count * num_queries * slots // chunk, parts)](
             q, k, v, *index[:3], partial, partial_lse, packing.located, packing.spans, *strides, num_queries, num_keys,
@@ -839,8 +839,10 @@ def backward(
         places, parts = 2 * (indices.numel() // chunk), size // constants["KEYS"]
         partial_dk, partial_dv = (lse.new_empty(places, size, x.shape[3]) for x in (k, v))
         rows = num_queries * slots * parts * group if scatter else 0
-        for first, count in _shares(batch * heads, rows * k.shape[3] * q.element_size()):
-            partial_dq, lists = q.new_empty(count, rows, k.shape[3]), count * packing.blocks
+        shares = _shares(batch * heads, rows * k.shape[3] * q.element_size())
+        partial_dq = q.new_empty(shares[0][1], rows, k.shape[3])
+        for first, count in shares:
+            lists = count * packing.blocks
             _keys_kernel[(lists + count * num_queries * slots // chunk, parts)](
                 q, k, v, dout, lse2, delta, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
                 packing.located, packing.spans, *strides, num_queries, num_keys, shift, lists, packing.blocks,
