@@ -1,7 +1,8 @@
 """Launch parameters of the Triton kernels: a table made offline by measurement, and one function to look things up.
 
 Nothing is tuned at run time: a first call that tries configurations is slow, differs between the ranks of a
-distributed job and makes results depend on the noise of a measurement.
+distributed job and makes results depend on the noise of a measurement. The table is `launches.json` in this folder;
+`python -m validation.perf.tune` makes its entries on the GPU it runs on.
 
 A set of parameters says how a kernel is cut up (`BLOCK_M` query rows, `BLOCK_N` keys), how it is compiled (`num_warps`,
 `num_stages`) and, for kernels that have them, its switches:
@@ -10,45 +11,51 @@ A set of parameters says how a kernel is cut up (`BLOCK_M` query rows, `BLOCK_N`
 - `SPLIT`: whether tiles that need no mask get a loop of their own. It spares them the masking and costs a second
   pipeline to fill, so it pays where loops are long;
 - `programs`: how many programs a key kernel should have, about; where there are fewer key tiles, the queries of a tile
-  are shared out among several programs, whose float32 partial sums are added afterwards.
+  are shared out among several programs, whose float32 partial sums are added afterwards. Those of the compressed branch
+  want many more than there are processors, since the first keys of a sequence have all queries to walk over and the
+  last hardly any;
+- `SCATTER`, `CHUNK`: how selected attention brings queries and blocks together, which see.
 """
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 Launch = dict[str, Any]
 
-
-def _choice(rows: int, keys: int, warps: int, stages: int, programs: int = 132, **switches: Any) -> Launch:
-    return {
-        "BLOCK_M": rows,
-        "BLOCK_N": keys,
-        "num_warps": warps,
-        "num_stages": stages,
-        "programs": programs,
-        **{"TMA": True, "SPLIT": True, **switches},
-    }
+TABLE = Path(__file__).with_name("launches.json")
 
 
-# By kernel, architecture, bytes of an element, and padded `Dk` and `Dv`. The key kernels of the compressed branch want
-# many more programs than there are processors, since the first keys of a sequence have all queries to walk over and the
-# last hardly any.
-_TABLE: dict[tuple[str, str, int, int, int], Launch] = {
-    ("compressed_forward", "sm90", 2, 128, 128): _choice(128, 64, 4, 2),
-    ("compressed_queries", "sm90", 2, 128, 128): _choice(64, 64, 4, 2, SPLIT=False),
-    ("compressed_keys", "sm90", 2, 128, 128): _choice(32, 64, 4, 3, programs=1056),
-    ("window_forward", "sm90", 2, 128, 128): _choice(128, 64, 4, 2, SPLIT=False),
-    ("window_queries", "sm90", 2, 128, 128): _choice(64, 64, 4, 2, SPLIT=False),
-    ("window_keys", "sm90", 2, 128, 128): _choice(32, 64, 4, 3),
-    ("selected_forward", "sm90", 2, 128, 128): _choice(64, 32, 1, 3),
-    ("selected_queries", "sm90", 2, 128, 128): _choice(64, 64, 2, 3),
-    ("selected_keys", "sm90", 2, 128, 128): _choice(64, 64, 4, 2, CHUNK=1024),
-}
+class Entry(NamedTuple):
+    """One measured choice. Head dimensions are padded ones; `bytes` are those of an element."""
+
+    kernel: str
+    architecture: str
+    bytes: int
+    key_dim: int
+    value_dim: int
+    group: int
+    launch: Launch
+
+
+def read_table(file: Path = TABLE) -> list[Entry]:
+    """The entries of a table."""
+    return [Entry(**entry) for entry in json.loads(file.read_text())]
+
+
+def write_table(entries: Sequence[Entry], file: Path = TABLE) -> None:
+    """Writes a table, an entry a line, in the order of what it is for; a later entry takes an earlier one's place."""
+    merged = {entry[:-1]: entry for entry in entries}
+    lines = [json.dumps(merged[key]._asdict()) for key in sorted(merged)]
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
 
 _OVERRIDES: dict[str, Launch] = {}
 
@@ -74,19 +81,34 @@ def padded(dim: int) -> int:
 def launch(name: str, dtype: torch.dtype, dk: int, dv: int, group: int = 1) -> Launch:
     """Parameters for kernel `name` on the current device; what nobody has measured gets blocks that fit anywhere.
 
+    Of the entries measured for kernel, architecture, element size and head dims, that of the nearest group is taken:
+    nearest by ratio, of two equally near the smaller.
+
     Args:
         name: the kernel, as its launcher calls it.
         dtype: of the inputs.
         dk, dv: head dimensions of keys and values.
         group: query heads a KV head.
     """
-    del group  # rows are (token, head) pairs, so that no choice measured so far depends on it
     if triton.knobs.runtime.interpret:
         found = _INTERPRETED
     else:
-        key = (name, _architecture(torch.cuda.current_device()), dtype.itemsize, padded(dk), padded(dv))
-        found = _TABLE.get(key) or _fitting(name, max(padded(dk), padded(dv)) * dtype.itemsize, dtype)
+        found = _choose(name, architecture(torch.cuda.current_device()), dtype, padded(dk), padded(dv), group)
     return {**found, **_OVERRIDES.get(name, {})}
+
+
+@cache
+def _choose(name: str, architecture: str, dtype: torch.dtype, key_dim: int, value_dim: int, group: int) -> Launch:
+    key = (name, architecture, dtype.itemsize, key_dim, value_dim)
+    measured = {entry.group: entry.launch for entry in _table() if entry[:5] == key}
+    if not measured:
+        return _fitting(name, max(key_dim, value_dim) * dtype.itemsize, dtype)
+    return measured[min(measured, key=lambda other: (abs(math.log2(other / group)), other))]
+
+
+@cache
+def _table() -> list[Entry]:
+    return read_table()
 
 
 @contextmanager
@@ -104,7 +126,8 @@ def override(name: str, **parameters: Any) -> Iterator[None]:
 
 
 @cache
-def _architecture(device: int) -> str:
+def architecture(device: int) -> str:
+    """Of a CUDA device, such as `sm90`."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 

@@ -1,0 +1,53 @@
+"""What PyTorch itself has to offer, in the shape of an implementation, to be timed beside one."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nsa.config import NSAConfig
+from validation.implementations import Implementation
+
+
+def dense() -> Implementation:
+    """Causal attention to all keys in place of NSA: cuDNN's on a GPU. It has no use for other branches and gates."""
+    name, backend = ("cuDNN", SDPBackend.CUDNN_ATTENTION) if torch.cuda.is_available() else ("math", SDPBackend.MATH)
+
+    def attention(
+        q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+        config: NSAConfig,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return Implementation(name=f"dense ({name})", nsa_attention=attention)
+
+
+def flex() -> Implementation:
+    """The window branch by FlexAttention, compiled for each shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # By default the ninth shape would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    @cache
+    def mask(length: int, window: int, device: torch.device) -> Any:
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key > query - window)
+
+        return create_block_mask(visible, None, None, length, length, device=str(device))
+
+    def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> Tensor:
+        block_mask = mask(q.shape[1], config.window_size, q.device)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
+
+    return Implementation(name="FlexAttention", sliding_window_attention=sliding_window_attention)
+
+
+RIVALS = {"dense": dense, "flex": flex}

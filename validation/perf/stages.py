@@ -1,0 +1,230 @@
+"""Every stage timed, forward and backward, beside dense attention and whoever else is named, all in the same run.
+
+    python -m validation.perf.stages --out FILE --workloads W,W4 --lengths 8192,32768 --peer package.module:object
+
+A peer is an `Implementation` (see `validation.implementations`) or a function that makes one; the stages it has are
+timed. A stage that fails is reported and recorded with its error, and the rest goes on. The file that is written holds
+what `validation.perf.report` makes its tables from.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.functional import CompressionParams
+from validation.implementations import Implementation, load
+from validation.perf.precompile import OPTION, precompile, take_jobs
+from validation.perf.rivals import RIVALS
+from validation.perf.timing import describe_machine, host_time, measure, measure_roofs, peak_memory
+from validation.perf.workloads import WORKLOADS, Inputs, Workload
+
+PRECOMPILE_SECONDS = 240
+"""For the kernels of one run; what is not ready by then is compiled when it is needed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage is called by the names of its inputs, and what it is differentiated by."""
+
+    call: Callable[[Implementation, Inputs, NSAConfig], Tensor | tuple[Tensor, ...]]
+    wrt: tuple[str, ...] = ()
+
+    def outputs(self, subject: Implementation, x: Inputs, config: NSAConfig) -> tuple[Tensor, ...]:
+        found = self.call(subject, x, config)
+        return found if isinstance(found, tuple) else (found,)
+
+    def forward(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], Any]:
+        """The stage as a function of nothing, without what a backward pass would need."""
+        return torch.no_grad()(partial(self.outputs, subject, x, config))
+
+    def backward(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], tuple[Tensor, ...]]:
+        """Its backward pass alone, any number of times, for a gradient as a layer above would hand it down."""
+        leaves = [x[name].requires_grad_() for name in self.wrt]
+        outputs = self.outputs(subject, x, config)
+        upstream = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+        # A rival may have no use for some of the inputs.
+        return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
+
+    def step(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], tuple[Tensor, ...]]:
+        """Forward and backward pass, as one training step has them."""
+        leaves = [x[name].requires_grad_() for name in self.wrt]
+
+        def run() -> tuple[Tensor, ...]:
+            outputs = self.outputs(subject, x, config)
+            upstream = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+            return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+
+        return run
+
+
+def _compressor(x: Inputs, name: str) -> CompressionParams:
+    return CompressionParams(*(x[f"{name}_{part}"] for part in ("position", "weight", "weight_out")))
+
+
+def _compress(subject: Implementation, x: Inputs, config: NSAConfig) -> tuple[Tensor, ...]:
+    assert subject.compress is not None
+    return tuple(subject.compress(x[f"{name}_slc"], _compressor(x, name), config) for name in "kv")
+
+
+def _combine(subject: Implementation, x: Inputs, config: NSAConfig) -> Tensor:
+    assert subject.combine is not None
+    return subject.combine([x[name] for name in _BRANCHES], x["gates"])
+
+
+def _stage(name: str, inputs: Sequence[str], wrt: Sequence[str] | None = None) -> Stage:
+    """A stage that takes its inputs in this order and returns the output first; differentiated by all of them."""
+
+    def call(subject: Implementation, x: Inputs, config: NSAConfig) -> Tensor:
+        found = getattr(subject, name)(*(x[key] for key in inputs), config)
+        return found[0] if isinstance(found, tuple) else found
+
+    return Stage(call, tuple(inputs if wrt is None else wrt))
+
+
+_BRANCHES = ("out_cmp", "out_slc", "out_win")
+_WEIGHTS = tuple(f"{name}_{part}" for name in "kv" for part in ("position", "weight", "weight_out"))
+STAGES = {
+    "compress": Stage(_compress, ("k_slc", "v_slc", *_WEIGHTS)),
+    "compressed_attention": _stage("compressed_attention", ("q", "k_cmp", "v_cmp")),
+    "select_blocks": _stage("select_blocks", ("q", "k_cmp", "lse"), wrt=()),
+    "selected_attention": _stage("selected_attention", ("q", "k_slc", "v_slc", "indices"), wrt=("q", "k_slc", "v_slc")),
+    "sliding_window_attention": _stage("sliding_window_attention", ("q", "k_win", "v_win")),
+    "combine": Stage(_combine, (*_BRANCHES, "gates")),
+    "nsa_attention": _stage("nsa_attention", ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")),
+}
+"""The stages by name, each an attribute of `Implementation`."""
+
+
+def find(name: str) -> Implementation:
+    """An implementation by name or as `package.module:object`; a rival by its key."""
+    return RIVALS[name]() if name in RIVALS else load(name)
+
+
+def measure_stage(
+    subject: Implementation, name: str, x: Inputs, workload: Workload, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Records of one stage of one subject: its forward pass alone, its backward pass alone.
+
+    Times are in ms. `memory`, in bytes, is the peak of the forward pass alone, and of both as a training step has them.
+    `host` is what the host takes to start a whole op.
+    """
+    stage, config = STAGES[name], workload.config
+
+    def record(direction: str, call: Callable[[], Any], memory: int | None) -> dict[str, Any]:
+        host = {"host": host_time(call, rounds=5).median} if name == "nsa_attention" else {}
+        return {"direction": direction, **asdict(measure(call, rounds=rounds)), "memory": memory, **host}
+
+    forward = stage.forward(subject, x, config)
+    yield record("forward", forward, peak_memory(forward))
+    if stage.wrt:
+        memory = peak_memory(stage.step(subject, x, config))
+        yield record("backward", stage.backward(subject, x, config), memory)
+
+
+def _draw(workload: Workload, length: int) -> Inputs:
+    return workload.draw(length, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _launch_once(job: tuple[Implementation, str, Workload], lengths: Sequence[int]) -> None:
+    subject, stage, workload = job
+    for length in lengths:
+        x = _draw(workload, length)
+        STAGES[stage].forward(subject, x, workload.config)()
+        if STAGES[stage].wrt:
+            STAGES[stage].backward(subject, x, workload.config)()
+
+
+def main() -> int:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--impl", default="triton" if on_gpu else "eager", help="the implementation that it is about")
+    parser.add_argument("--peer", action="append", default=[], help="another one, NAME or package.module:object")
+    parser.add_argument("--workloads", default="W,W4,W192" if on_gpu else "tiny", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--lengths", help="in tokens")
+    parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
+    parser.add_argument("--rounds", type=int, help="timed calls of each; default: 10")
+    parser.add_argument("--quick", action="store_true", help="one length and 3 rounds, unless told otherwise")
+    parser.add_argument(
+        "--processes", type=int, default=min(10, os.cpu_count() or 1) if on_gpu else 1, help="compiling"
+    )
+    parser.add_argument(OPTION, dest="jobs", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # on a CPU a pool of threads measures what else the machine is doing
+
+    default = ("8192" if options.quick else "4096,8192,16384,32768,65536") if on_gpu else "256,1024"
+    lengths = sorted(map(int, (options.lengths or default).split(",")))
+    workloads, stages = ([WORKLOADS[n] for n in options.workloads.split(",")], options.stages.split(","))
+    rounds = options.rounds or (3 if options.quick else 10)
+    # Whoever cannot be imported ends it here. FlexAttention is for GPUs.
+    subjects = [find(name) for name in (options.impl, "dense", *(["flex"] if on_gpu else []), *options.peer)]
+
+    turns = [(s, stage, w) for stage in stages for w in workloads for s in subjects if getattr(s, stage)]
+    jobs = [turn for turn in turns if turn[1] != "nsa_attention"]  # which has no kernels of its own
+    if options.jobs:
+        take_jobs(jobs, options.jobs, partial(_launch_once, lengths=lengths))
+        return 0
+    if not options.out:
+        parser.error("--out is needed")
+    if options.processes > 1:
+        start = time.monotonic()
+        command = [sys.executable, "-m", "validation.perf.stages", *sys.argv[1:]]
+        outcomes = precompile(command, options.processes, PRECOMPILE_SECONDS)
+        print(f"precompiled {len(outcomes)} of {len(jobs)} in {time.monotonic() - start:.0f} s", flush=True)
+
+    roofs = measure_roofs()
+    report: dict[str, Any] = {
+        "machine": describe_machine(),
+        "roofs": asdict(roofs),
+        "subject": subjects[0].name,
+        "results": [],
+        "failures": [],
+    }
+    for workload in workloads:
+        for length in lengths:
+            for rival in subjects:
+                x = _draw(workload, length)
+                for stage in (name for name in stages if getattr(rival, name)):
+                    key = {"workload": workload.name, "length": length, "stage": stage, "subject": rival.name}
+                    try:
+                        for record in measure_stage(rival, stage, x, workload, rounds):
+                            report["results"].append({**key, **record})
+                            floor = workload.floor(stage, record["direction"], length, roofs)
+                            print(_line(report["results"][-1], floor), flush=True)
+                    except Exception as failure:  # also of the compiler or the driver
+                        message = f"{type(failure).__name__}: {failure}"
+                        report["failures"].append({**key, "error": message})
+                        print(f"FAILED {' '.join(map(str, key.values()))}: {message[:300]}", flush=True)
+                    gc.collect()
+                del x
+                if on_gpu:
+                    torch.cuda.empty_cache()
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [failure for failure in report["failures"] if failure["subject"] == subjects[0].name]
+    print(f"{len(report['results'])} results, {len(report['failures'])} failures, {options.out}")
+    return 1 if failed else 0
+
+
+def _line(record: dict[str, Any], floor: float) -> str:
+    """One result on one line of a screen."""
+    memory = "" if record["memory"] is None else f" {record['memory'] / 2**30:7.2f} GiB"
+    return (
+        f"{record['workload']:>5} {record['length']:>6} {record['stage']:<25}{record['direction']:<9}"
+        f"{record['subject']:<16}{record['median']:>9.3f} ms  floor {floor:8.3f}{memory}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

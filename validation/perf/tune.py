@@ -1,0 +1,307 @@
+"""Makes entries of the table of launch parameters, by measuring candidates on this machine's GPU.
+
+    python -m validation.perf.tune --dims 128x128 --groups 4,16 --seconds 540
+
+Candidates are compiled by many processes first and then timed one after the other: the whole operation, since that is
+what anybody waits for, at every length. Taken is the one with the least sum of times, each in units of the best time at
+its length. A candidate whose results differ from those of the parameters in use is no candidate. Kernels of one
+operation come one after the other, each beside the choice made for the one before. What the time allowed leaves undone
+keeps its place in the table; each entry is written when it is found.
+
+The compressed and the window branch have (token, head) pairs for rows, and are tuned for the largest group alone.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa import kernels
+from nsa.config import NSAConfig
+from nsa.kernels import tuning
+from nsa.kernels.tuning import Entry, Launch
+from validation.implementations import triton
+from validation.perf.precompile import OPTION, precompile, take_jobs
+from validation.perf.stages import STAGES
+from validation.perf.timing import describe_machine, measure
+from validation.perf.workloads import Workload
+
+PRUNE = 1.3
+"""At the shortest length, whatever takes so many times as long as the best is dropped."""
+
+TOLERANCE = 0.02
+"""Relative error, or share of differing integers, between the results of candidates in 16 bits: they round differently,
+and where two blocks are equally important that decides."""
+
+
+def _each(**values: list[Any]) -> list[Launch]:
+    """Every combination."""
+    return [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
+
+
+def _tiles(*tiles: tuple[int, int, int], **values: list[Any]) -> list[Launch]:
+    """Every combination of tiles `(BLOCK_M, BLOCK_N, num_warps)` with the rest."""
+    names = ("BLOCK_M", "BLOCK_N", "num_warps")
+    return [{**dict(zip(names, tile, strict=True)), **rest} for tile in tiles for rest in _each(**values)]
+
+
+def _forward(group: int) -> list[Launch]:
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8)]
+    pointers = _tiles((128, 64, 8), (64, 64, 4), num_stages=[2, 3], SPLIT=[True], TMA=[False])
+    return _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True]) + pointers
+
+
+def _queries(group: int) -> list[Launch]:
+    tiles = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)]
+    pointers = _tiles((64, 64, 4), num_stages=[2, 3], SPLIT=[True], TMA=[False])
+    return _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True]) + pointers
+
+
+def _keys(programs: list[int]) -> Callable[[int], list[Launch]]:
+    tiles = [(32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (64, 128, 8)]
+    return lambda group: _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True], programs=programs)
+
+
+def _importance(group: int) -> list[Launch]:
+    return _each(BLOCK_M=[64, 128], BLOCK_N=[64, 128, 256], num_warps=[4, 8], num_stages=[1, 2, 3])
+
+
+def _selected(group: int) -> list[Launch]:
+    by_block = _each(SCATTER=[True], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024, 4096])
+    by_query = _each(SCATTER=[False], SWAP=[True, False], num_warps=[1, 2, 4], num_stages=[1, 2, 3, 4])
+    # Where few heads share what is fetched, fetching by query is hopeless, and where many do, so is scattering.
+    return (by_query if group >= 4 else []) + (by_block if group <= 8 else [])
+
+
+def _selected_queries(group: int) -> list[Launch]:
+    return _each(SWAP=[True, False], num_warps=[1, 2, 4], num_stages=[1, 2, 3])
+
+
+def _selected_keys(group: int) -> list[Launch]:
+    once = _each(SCATTER=[False], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024])
+    chunks = _each(SCATTER=[False], BLOCK_N=[64], num_warps=[4], num_stages=[2], CHUNK=[512, 2048, 4096])
+    scattered = _each(SCATTER=[True], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2], CHUNK=[2048])
+    return once + chunks + (scattered if group <= 8 else [])
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of the table: the operation that launches it, what to try, and what holds of others meanwhile."""
+
+    stage: str
+    direction: str
+    candidates: Callable[[int], list[Launch]]
+    meanwhile: dict[str, Launch] = field(default_factory=dict)
+    any_group: bool = False
+
+
+KERNELS = {
+    "compressed_forward": Kernel("compressed_attention", "forward", _forward, any_group=True),
+    "compressed_queries": Kernel("compressed_attention", "backward", _queries, any_group=True),
+    "compressed_keys": Kernel("compressed_attention", "backward", _keys([528, 1056, 2112]), any_group=True),
+    "window_forward": Kernel("sliding_window_attention", "forward", _forward, any_group=True),
+    "window_queries": Kernel("sliding_window_attention", "backward", _queries, any_group=True),
+    "window_keys": Kernel("sliding_window_attention", "backward", _keys([132]), any_group=True),
+    "importance": Kernel("select_blocks", "forward", _importance),
+    "selected": Kernel("selected_attention", "forward", _selected),
+    # Where gradients are made by block, those of queries are too, and this kernel is not launched.
+    "selected_queries": Kernel(
+        "selected_attention", "backward", _selected_queries, meanwhile={"selected_keys": {"SCATTER": False}}
+    ),
+    "selected_keys": Kernel("selected_attention", "backward", _selected_keys),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one entry is for."""
+
+    name: str
+    workload: Workload
+
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.name]
+
+    def candidates(self) -> list[Launch]:
+        """Those in use now, and what to try."""
+        return [{}, *self.kernel.candidates(self.workload.group)]
+
+    @contextmanager
+    def using(self, candidate: Launch) -> Iterator[None]:
+        """Launches the kernel with these parameters inside the context."""
+        with ExitStack() as stack:
+            for name, launch in {**self.kernel.meanwhile, self.name: candidate}.items():
+                stack.enter_context(tuning.override(name, **launch))
+            yield
+
+    def entry(self, candidate: Launch) -> Entry:
+        """The entry of the table that a candidate, an override of what is in use, would be."""
+        work = self.workload
+        # Selection looks at keys alone.
+        value_dim = work.key_dim if self.kernel.stage == "select_blocks" else work.value_dim
+        on_gpu = torch.cuda.is_available()
+        architecture = tuning.architecture(torch.cuda.current_device()) if on_gpu else "cpu"
+        with tuning.override(self.name, **candidate):
+            found = tuning.launch(self.name, work.dtype, work.key_dim, value_dim, work.group)
+        dims = (tuning.padded(work.key_dim), tuning.padded(value_dim))
+        return Entry(self.name, architecture, work.dtype.itemsize, *dims, work.group, found)
+
+    def call(self, length: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """The operation that launches the kernel; its inputs stay until another operation's are drawn."""
+        operation = (self.workload, self.kernel.stage, self.kernel.direction)
+        if any(key[:3] != operation for key in _OPERATIONS):
+            _OPERATIONS.clear()  # gigabytes, and as many copies of this program as compile
+            torch.cuda.empty_cache()
+        if (*operation, length) not in _OPERATIONS:
+            x = self.workload.draw(length, "cuda" if torch.cuda.is_available() else "cpu")
+            stage = STAGES[self.kernel.stage]
+            make = stage.forward if self.kernel.direction == "forward" else stage.backward
+            _OPERATIONS[*operation, length] = make(triton(), x, self.workload.config)
+        return _OPERATIONS[*operation, length]
+
+
+_OPERATIONS: dict[tuple[Any, ...], Callable[[], tuple[torch.Tensor, ...]]] = {}
+
+
+def subjects(options: argparse.Namespace) -> Iterator[Subject]:
+    """What is to be tuned, kernels of one operation together."""
+    groups = sorted(map(int, options.groups.split(",")), reverse=True)
+    for dims in options.dims.split(","):
+        key_dim, value_dim = map(int, dims.split("x"))
+        for group in groups:
+            heads = options.kv_heads or (4 if group >= 16 else 8)
+            work = Workload(f"{dims} x {group}", group * heads, heads, key_dim, value_dim, options.config)
+            for name in options.kernels.split(","):
+                if group == groups[0] or not KERNELS[name].any_group:
+                    yield Subject(name, work)
+
+
+def _launch_once(job: tuple[Subject, Launch], lengths: list[int]) -> None:
+    subject, candidate = job
+    with subject.using(candidate):
+        for length in lengths:  # some kernels are compiled for a length
+            subject.call(length)()
+
+
+def same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    """Whether two candidates computed the same thing."""
+
+    def error(x: torch.Tensor, y: torch.Tensor) -> float:
+        if not x.is_floating_point():
+            return float((x != y).float().mean())
+        return float((x.float() - y.float()).norm() / y.float().norm())
+
+    # Written so that it fails for what is not a number.
+    return all(error(x, y) <= TOLERANCE for x, y in zip(results, expected, strict=True))
+
+
+def sweep(subject: Subject, candidates: list[Launch], lengths: list[int], rounds: int, deadline: float) -> list[Any]:
+    """Records of the candidates that work, best first: `launch`, `ms` by length and `score`."""
+    records: list[dict[str, Any]] = []
+    expected: tuple[torch.Tensor, ...] | None = None
+    for length in lengths:
+        best = min((record["ms"][lengths[0]] for record in records), default=0.0)
+        tried = (
+            [{"launch": candidate, "ms": {}} for candidate in candidates]
+            if length == lengths[0]
+            else [record for record in records if record["ms"][lengths[0]] <= PRUNE * best]
+        )
+        records = []
+        call = subject.call(length)
+        for record in tried:
+            if time.monotonic() > deadline:
+                break
+            with subject.using(record["launch"]):
+                try:
+                    if length == lengths[0]:
+                        results = call()
+                        expected = results if expected is None else expected
+                        if not same(results, expected):
+                            print(f"  WRONG {record['launch']}", flush=True)
+                            continue
+                        del results
+                    record["ms"][length] = measure(call, rounds=rounds).median
+                    records.append(record)
+                except Exception as failure:  # too much shared memory, most often
+                    print(f"  {type(failure).__name__} {record['launch']}", flush=True)
+        expected = None
+    least = {length: min((record["ms"][length] for record in records), default=1.0) for length in lengths}
+    for record in records:
+        record["score"] = sum(record["ms"][length] / least[length] for length in lengths)
+    return sorted(records, key=lambda record: record["score"])
+
+
+def main() -> int:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="default: all")
+    parser.add_argument("--dims", default="128x128,64x64,192x128", help="head dims of keys and values")
+    parser.add_argument("--groups", default="16,4", help="query heads a KV head")
+    parser.add_argument("--kv-heads", type=int, help="default: 4, for small groups 8")
+    parser.add_argument("--lengths", default="8192,32768", help="in tokens")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each candidate and length")
+    parser.add_argument("--seconds", type=float, default=540, help="time allowed, for everything")
+    parser.add_argument("--processes", type=int, default=(os.cpu_count() or 2) - 1 if on_gpu else 1, help="compiling")
+    parser.add_argument("--table", type=Path, help="the file to merge entries into; default: the package's own")
+    parser.add_argument("--report", type=Path, help="a JSON file for all the times")
+    parser.add_argument(OPTION, dest="jobs", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.config = NSAConfig()
+    if not on_gpu and not (kernels.INTERPRETED and options.table):
+        parser.error("no GPU: only under TRITON_INTERPRET=1, for a --table of its own")
+    lengths = sorted(map(int, options.lengths.split(",")))
+    todo = list(subjects(options))
+    jobs = [(subject, candidate) for subject in todo for candidate in subject.candidates()]
+    if options.jobs:
+        take_jobs(jobs, options.jobs, lambda job: _launch_once(job, lengths))
+        return 0
+
+    start = time.monotonic()
+    outcomes: dict[int, str | None] = dict.fromkeys(range(len(jobs)))
+    if options.processes > 1:
+        command = [sys.executable, "-m", "validation.perf.tune", *sys.argv[1:]]
+        outcomes = precompile(command, options.processes, 0.6 * options.seconds)
+        works = sum(error is None for error in outcomes.values())
+        print(f"{len(jobs)} jobs: {works} work, {len(outcomes) - works} do not, {len(jobs) - len(outcomes)} not done")
+        print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+    table = options.table or tuning.TABLE
+    entries = tuning.read_table(table if table.exists() else tuning.TABLE)
+    report: dict[str, Any] = {"machine": describe_machine(), "lengths": lengths, "sweeps": []}
+    with ExitStack() as chosen:
+        before = None
+        for subject in todo:
+            if before is not None and subject.workload != before:
+                chosen.close()
+            before = subject.workload
+            ready = [c for number, (s, c) in enumerate(jobs) if s == subject and outcomes.get(number, "") is None]
+            gc.collect()
+            records = sweep(subject, ready, lengths, options.rounds, start + options.seconds)
+            print(f"{subject.workload.name} {subject.name}: {len(ready)} ready, {len(records)} timed", flush=True)
+            if not records:
+                continue
+            for record in records[:3]:
+                print(f"  {record['score']:.3f} {record['ms']} {record['launch']}", flush=True)
+            best = records[0]["launch"]
+            entries.append(subject.entry(best))
+            chosen.enter_context(tuning.override(subject.name, **best))
+            tuning.write_table(entries, table)
+            report["sweeps"].append({"workload": subject.workload.name, "kernel": subject.name, "records": records})
+            if options.report:
+                options.report.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
