@@ -53,20 +53,26 @@ class Stage:
         """Its backward pass alone, any number of times, for a gradient as a layer above would hand it down."""
         leaves = [x[name].requires_grad_() for name in self.wrt]
         outputs = self.outputs(subject, x, config)
-        upstream = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+        upstream = _noise_like(outputs)
         # A rival may have no use for some of the inputs.
         return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
 
     def step(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], tuple[Tensor, ...]]:
-        """Forward and backward pass, as one training step has them."""
+        """Forward and backward pass, as one training step has them; the same gradient from above every time."""
         leaves = [x[name].requires_grad_() for name in self.wrt]
+        upstream: list[Tensor] = []
 
         def run() -> tuple[Tensor, ...]:
             outputs = self.outputs(subject, x, config)
-            upstream = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+            if not upstream:
+                upstream.extend(_noise_like(outputs))
             return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
         return run
+
+
+def _noise_like(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
 
 
 def _compressor(x: Inputs, name: str) -> CompressionParams:

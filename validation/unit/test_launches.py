@@ -1,0 +1,65 @@
+"""The table of launch parameters: what it holds, and which entry a lookup takes."""
+
+import pytest
+import torch
+
+from nsa.kernels import tuning
+from nsa.kernels.tuning import Entry, read_table, write_table
+
+CONTIGUOUS = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs"}
+
+
+def entry(group: int, rows: int, kernel: str = "window_forward") -> Entry:
+    return Entry(kernel, "sm90", 2, 128, 128, group, {"BLOCK_M": rows})
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Looks up in a table of its own as a Hopper GPU would, wherever the test runs."""
+    table = [entry(4, 32), entry(16, 64)]
+    monkeypatch.setattr(tuning, "_table", lambda: table)
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    tuning._choose.cache_clear()
+    yield
+    tuning._choose.cache_clear()
+
+
+@pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (12, 64), (16, 64), (64, 64)])
+def test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two(on_hopper, group, rows):
+    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, group) == {"BLOCK_M": rows}
+
+
+def test_other_sizes_get_blocks_that_fit(on_hopper):
+    for name, dtype, key_dim in (
+        ("window_keys", torch.bfloat16, 128),
+        ("window_forward", torch.float32, 128),
+        ("window_forward", torch.bfloat16, 64),
+    ):
+        assert tuning.launch(name, dtype, key_dim, 128, 16).keys() >= CONTIGUOUS
+
+
+def test_an_override_stands_above_the_table(on_hopper):
+    with tuning.override("window_forward", BLOCK_N=16):
+        assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16) == {"BLOCK_M": 64, "BLOCK_N": 16}
+    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16) == {"BLOCK_M": 64}
+
+
+def test_the_table_is_as_the_tuner_writes_it(tmp_path):
+    entries = read_table()
+    write_table(entries, tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_text() == tuning.TABLE.read_text()
+
+
+def test_every_entry_of_a_contiguous_branch_is_complete():
+    found = [entry for entry in read_table() if entry.kernel.startswith(("compressed_", "window_"))]
+    assert found
+    for each in found:
+        assert each.launch.keys() == CONTIGUOUS, each
+
+
+def test_a_later_entry_takes_the_place_of_an_earlier_one(tmp_path):
+    file = tmp_path / "table.json"
+    write_table([entry(16, 64), entry(4, 32), entry(16, 128)], file)
+    assert read_table(file) == [entry(4, 32), entry(16, 128)]

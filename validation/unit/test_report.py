@@ -1,0 +1,51 @@
+"""The page of measurements: made from a saved run, and from nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from validation.perf.report import render
+
+DOCS = Path(__file__).parents[2] / "docs"
+MACHINE = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "command": ["python", "-m", "validation.perf.stages", "--workloads", "W"],
+    "device": "a GPU",
+    "driver": "1",
+    "python": "3",
+    "torch": "2",
+    "triton": "3",
+    "clocks": {"clocks.sm": "1980 MHz"},
+}
+
+
+def record(subject: str, direction: str, ms: float, stage: str = "nsa_attention", length: int = 8192) -> dict:
+    key = {"workload": "W", "length": length, "stage": stage, "subject": subject, "direction": direction}
+    return {**key, "median": ms, "lower": ms, "upper": ms, "rounds": 3, "memory": 2**30}
+
+
+def test_a_page_has_ratios_floors_the_best_other_and_failures():
+    results = [record("ours", "forward", 2.0), record("ours", "backward", 4.0)]
+    results += [record("dense (cuDNN)", "forward", 3.0), record("dense (cuDNN)", "backward", 6.0)]
+    results += [record(name, "forward", ms, "combine") for name, ms in (("ours", 0.2), ("slow", 0.9), ("good", 0.3))]
+    failures = [{"workload": "W", "length": 8192, "stage": "combine", "subject": "bad", "error": "Error: a | b\n c"}]
+    report = {
+        "machine": MACHINE,
+        "roofs": {"flops": 1e15, "bytes": 4e12},
+        "subject": "ours",
+        "results": results,
+        "failures": failures,
+    }
+    page = render(report, "run.json")
+    assert "python -m validation.perf.stages --workloads W" in page
+    assert "| **dense (cuDNN) / ours**, both passes | **1.50** |" in page
+    combined = next(line for line in page.splitlines() if line.startswith("| combine | forward | 8k |"))
+    assert combined.split(" | ")[3] == "0.200"
+    assert combined.endswith("| 0.300 (good) |")
+    assert "a \\| b c |" in page
+
+
+@pytest.mark.parametrize("file", sorted((DOCS / "runs").glob("stages_*.json")), ids=lambda file: file.stem)
+def test_the_page_is_what_its_run_gives(file):
+    assert (DOCS / "performance.md").read_text() == render(json.loads(file.read_text()), file.name)

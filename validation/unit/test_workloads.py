@@ -1,0 +1,77 @@
+"""What measurements are made with: the inputs are legal, and costs are what counting one by one gives."""
+
+import pytest
+import torch
+
+from nsa.config import NSAConfig
+from validation import oracle
+from validation.perf.workloads import WORKLOADS, Roofs, Workload
+
+SMALL = Workload("small", 6, 2, 16, 32, NSAConfig(16, 8, 16, 4, window_size=20), torch.float32)
+LENGTH = 150
+
+
+def test_inputs_are_those_of_the_stages():
+    x = SMALL.draw(LENGTH, "cpu")
+    out, lse = oracle.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], SMALL.config)
+    assert out.shape == x["out_cmp"].shape
+    # The mean of the exponentials of normal logits is exp(1/2): known up to chance.
+    assert torch.equal(lse == -torch.inf, x["lse"] == -torch.inf)
+    seen = lse[:, LENGTH // 2 :] - x["lse"][:, LENGTH // 2 :]
+    assert seen.mean().abs() < 0.3
+
+
+def test_drawn_indices_follow_the_rules_of_selection():
+    indices = SMALL.draw(LENGTH, "cpu")["indices"]
+    config, own = SMALL.config, torch.arange(LENGTH).view(1, -1, 1) // SMALL.config.select_block_size
+    assert indices.shape == (1, LENGTH, SMALL.kv_heads, config.num_selected_blocks)
+    assert torch.equal(
+        (indices >= 0).sum(-1), (own + 1).clamp(max=config.num_selected_blocks).expand_as(indices[..., 0])
+    )
+    assert (indices <= own.unsqueeze(-1)).all()
+    ascending = indices.where(indices >= 0, LENGTH)
+    assert ((ascending.diff() > 0) | (ascending[..., 1:] == LENGTH)).all()
+    for forced in (own * 0, own, (own - 1).clamp(min=0)):
+        assert (indices == forced.unsqueeze(-1)).any(-1).all()
+
+
+def test_pairs_are_those_of_the_masks():
+    config, query, key = SMALL.config, torch.arange(LENGTH).view(-1, 1), torch.arange(LENGTH)
+    ends = torch.arange(config.num_compressed(LENGTH)) * config.compress_stride + config.compress_block_size - 1
+    indices = SMALL.draw(LENGTH, "cpu")["indices"][0, :, 0]
+    chosen = (key.view(1, 1, -1) // config.select_block_size == indices.unsqueeze(-1)).any(1)
+    assert SMALL.pairs(LENGTH) == {
+        "causal": int((key <= query).sum()),
+        "compressed_attention": int((ends <= query).sum()),
+        "selected_attention": int((chosen & (key <= query)).sum()),
+        "sliding_window_attention": int(((key <= query) & (key > query - config.window_size)).sum()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "flops"),
+    [
+        ("compressed_attention", 4.4e12),
+        ("select_blocks", 2.2e12),
+        ("selected_attention", 2.2e12),
+        ("sliding_window_attention", 1.1e12),
+    ],
+)
+def test_operations_at_64k_are_those_worked_out_by_hand(stage, flops):
+    assert WORKLOADS["W"].costs(65536)[stage, "forward"].flops == pytest.approx(flops, rel=0.05)
+
+
+def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
+    roofs, work = Roofs(flops=1e12, bytes=1e12), WORKLOADS["W"]
+    costs = work.costs(4096)
+    assert work.floor("compressed_attention", "forward", 4096, roofs) == pytest.approx(
+        1e-9 * costs["compressed_attention", "forward"].flops
+    )
+    assert work.floor("combine", "forward", 4096, roofs) == pytest.approx(1e-9 * costs["combine", "forward"].bytes)
+    whole = work.floor("nsa_attention", "backward", 4096, roofs)
+    assert whole > work.floor("combine", "backward", 4096, roofs) > 0
+    assert costs["nsa_attention", "forward"].flops == sum(
+        cost.flops
+        for (stage, direction), cost in costs.items()
+        if direction == "forward" and stage not in ("nsa_attention", "dense", "compress")
+    )
