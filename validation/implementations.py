@@ -34,8 +34,6 @@ class Implementation:
     selected_attention: Callable[..., Any] | None = None
     sliding_window_attention: Callable[..., Any] | None = None
     nsa_attention: Callable[..., Any] | None = None
-    combine: Callable[..., Any] | None = None
-    """The gated sum, `(branches, gates)`: part of `nsa_attention` and tested with it, but timed by itself."""
 
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     """Floating dtypes of the inputs."""
@@ -68,7 +66,6 @@ def eager() -> Implementation:
         name="eager",
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
         **{stage: partial(getattr(functional, stage), backend="eager") for stage in STAGES},
-        combine=import_module("nsa.eager").combine,
     )
 
 
@@ -79,7 +76,6 @@ def triton() -> Implementation:
         name="triton",
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
-        combine=import_module("nsa.kernels").combine,
     )
 
 

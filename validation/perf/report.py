@@ -24,7 +24,6 @@ TITLES = {
     "select_blocks": "select blocks",
     "selected_attention": "selected attention",
     "sliding_window_attention": "window attention",
-    "combine": "combine",
     "nsa_attention": "whole op",
 }
 DENSE = "dense"

@@ -84,11 +84,6 @@ def _compress(subject: Implementation, x: Inputs, config: NSAConfig) -> tuple[Te
     return tuple(subject.compress(x[f"{name}_slc"], _compressor(x, name), config) for name in "kv")
 
 
-def _combine(subject: Implementation, x: Inputs, config: NSAConfig) -> Tensor:
-    assert subject.combine is not None
-    return subject.combine([x[name] for name in _BRANCHES], x["gates"])
-
-
 def _stage(name: str, inputs: Sequence[str], wrt: Sequence[str] | None = None) -> Stage:
     """A stage that takes its inputs in this order and returns the output first; differentiated by all of them."""
 
@@ -99,7 +94,6 @@ def _stage(name: str, inputs: Sequence[str], wrt: Sequence[str] | None = None) -
     return Stage(call, tuple(inputs if wrt is None else wrt))
 
 
-_BRANCHES = ("out_cmp", "out_slc", "out_win")
 _WEIGHTS = tuple(f"{name}_{part}" for name in "kv" for part in ("position", "weight", "weight_out"))
 STAGES = {
     "compress": Stage(_compress, ("k_slc", "v_slc", *_WEIGHTS)),
@@ -107,7 +101,6 @@ STAGES = {
     "select_blocks": _stage("select_blocks", ("q", "k_cmp", "lse"), wrt=()),
     "selected_attention": _stage("selected_attention", ("q", "k_slc", "v_slc", "indices"), wrt=("q", "k_slc", "v_slc")),
     "sliding_window_attention": _stage("sliding_window_attention", ("q", "k_win", "v_win")),
-    "combine": Stage(_combine, (*_BRANCHES, "gates")),
     "nsa_attention": _stage("nsa_attention", ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")),
 }
 """The stages by name, each an attribute of `Implementation`."""
@@ -177,8 +170,7 @@ def main() -> int:
     # Whoever cannot be imported ends it here. FlexAttention is for GPUs.
     subjects = [find(name) for name in (options.impl, "dense", *(["flex"] if on_gpu else []), *options.peer)]
 
-    turns = [(s, stage, w) for stage in stages for w in workloads for s in subjects if getattr(s, stage)]
-    jobs = [turn for turn in turns if turn[1] != "nsa_attention"]  # which has no kernels of its own
+    jobs = [(s, stage, w) for stage in stages for w in workloads for s in subjects if getattr(s, stage)]
     if options.jobs:
         take_jobs(jobs, options.jobs, partial(_launch_once, lengths=lengths))
         return 0

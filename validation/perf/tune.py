@@ -76,21 +76,26 @@ def _importance(group: int) -> list[Launch]:
     return _each(BLOCK_M=[64, 128], BLOCK_N=[64, 128, 256], num_warps=[4, 8], num_stages=[1, 2, 3])
 
 
-def _selected(group: int) -> list[Launch]:
-    by_block = _each(SCATTER=[True], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024, 4096])
-    by_query = _each(SCATTER=[False], SWAP=[True, False], num_warps=[1, 2, 4], num_stages=[1, 2, 3, 4])
-    # Where few heads share what is fetched, fetching by query is hopeless, and where many do, so is scattering.
-    return (by_query if group >= 4 else []) + (by_block if group <= 8 else [])
+# Selected attention by block is for few query heads a KV head: with many, more would be written than is saved.
+
+
+def _selected_scatter(group: int) -> list[Launch]:
+    return _each(BLOCK_M=[64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024, 4096]) if group <= 8 else []
+
+
+def _selected_forward(group: int) -> list[Launch]:
+    by_query = _each(SCATTER=[False], TMA=[True, False], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3, 4])
+    return by_query + ([{"SCATTER": True}] if group <= 8 else [])
 
 
 def _selected_queries(group: int) -> list[Launch]:
-    return _each(SWAP=[True, False], num_warps=[1, 2, 4], num_stages=[1, 2, 3])
+    return _each(TMA=[True, False], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[1, 2, 3])
 
 
 def _selected_keys(group: int) -> list[Launch]:
-    once = _each(SCATTER=[False], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024])
-    chunks = _each(SCATTER=[False], BLOCK_N=[64], num_warps=[4], num_stages=[2], CHUNK=[512, 2048, 4096])
-    scattered = _each(SCATTER=[True], BLOCK_N=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2], CHUNK=[2048])
+    once = _each(SCATTER=[False], BLOCK_M=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024])
+    chunks = _each(SCATTER=[False], BLOCK_M=[64], num_warps=[4], num_stages=[2], CHUNK=[512, 2048, 4096])
+    scattered = _each(SCATTER=[True], BLOCK_M=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2], CHUNK=[2048])
     return once + chunks + (scattered if group <= 8 else [])
 
 
@@ -113,7 +118,10 @@ KERNELS = {
     "window_queries": Kernel("sliding_window_attention", "backward", _queries, any_group=True),
     "window_keys": Kernel("sliding_window_attention", "backward", _keys([132]), any_group=True),
     "importance": Kernel("select_blocks", "forward", _importance),
-    "selected": Kernel("selected_attention", "forward", _selected),
+    "selected_scatter": Kernel(
+        "selected_attention", "forward", _selected_scatter, meanwhile={"selected_forward": {"SCATTER": True}}
+    ),
+    "selected_forward": Kernel("selected_attention", "forward", _selected_forward),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
     "selected_queries": Kernel(
         "selected_attention", "backward", _selected_queries, meanwhile={"selected_keys": {"SCATTER": False}}
@@ -183,7 +191,8 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
             heads = options.kv_heads or (4 if group >= 16 else 8)
             work = Workload(f"{dims} x {group}", group * heads, heads, key_dim, value_dim, options.config)
             for name in options.kernels.split(","):
-                if group == groups[0] or not KERNELS[name].any_group:
+                wanted = group == groups[0] or not KERNELS[name].any_group
+                if wanted and KERNELS[name].candidates(group):
                     yield Subject(name, work)
 
 

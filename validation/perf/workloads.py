@@ -73,8 +73,6 @@ class Workload:
             shapes[f"{name}_position"] = (heads, block, dim)
             shapes[f"{name}_weight"] = (heads, block * dim, dim)
             shapes[f"{name}_weight_out"] = (heads, dim, dim)
-        for name in ("out_cmp", "out_slc", "out_win"):
-            shapes[name] = (1, length, self.query_heads, self.value_dim)
         return shapes
 
     def draw(self, length: int, device: torch.device | str, seed: int = 0) -> Inputs:
@@ -143,12 +141,13 @@ class Workload:
         - `compress` (`"mlp"`, keys and values, `C` blocks each): `2 C Hk (l D D + D D)`, backward twice that, for the
           gradients of inputs and of weights. Reads tokens and weights, writes blocks; backward reads those and the
           blocks' gradients and writes gradients of tokens and weights.
-        - `combine`: reads three branches and gates and writes the output; backward reads them and `dout` and writes
-          four gradients.
+        - `combine`: reads three branches and gates and writes the output. Its backward costs nothing but the gates and
+          their gradients: the backward of a branch reads its output and `dout` anyway, and may take the gate beside it.
         - `nsa_attention`: the sum of its stages, which follow one another; `dense`: causal attention.
         """
         shapes, size = self.shapes(length), self.dtype.itemsize
         numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        out = size * length * self.query_heads * self.value_dim
         lse = 4 * length * self.query_heads
         indices = 4 * length * self.kv_heads * self.config.num_selected_blocks
         pairs = self.pairs(length)
@@ -156,7 +155,7 @@ class Workload:
         def elements(*names: str) -> int:
             return size * sum(numbers[name] for name in names)
 
-        out, costs = elements("out_slc"), {}
+        costs = {}
         for stage, kind, branch, chosen in (
             ("dense", "causal", "slc", 0),
             ("compressed_attention", "compressed_attention", "cmp", 0),
@@ -180,7 +179,7 @@ class Workload:
         costs["compress", "backward"] = Cost(2 * products, 2 * tokens + blocks + 2 * elements(*weights))
 
         costs["combine", "forward"] = Cost(0, 4 * out + elements("gates"))
-        costs["combine", "backward"] = Cost(0, 7 * out + 2 * elements("gates"))
+        costs["combine", "backward"] = Cost(0, 2 * elements("gates"))
 
         for direction in ("forward", "backward"):
             parts = [costs[part, direction] for part in PARTS if (part, direction) in costs]

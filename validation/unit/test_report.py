@@ -28,8 +28,12 @@ def record(subject: str, direction: str, ms: float, stage: str = "nsa_attention"
 def test_a_page_has_ratios_floors_the_best_other_and_failures():
     results = [record("ours", "forward", 2.0), record("ours", "backward", 4.0)]
     results += [record("dense (cuDNN)", "forward", 3.0), record("dense (cuDNN)", "backward", 6.0)]
-    results += [record(name, "forward", ms, "combine") for name, ms in (("ours", 0.2), ("slow", 0.9), ("good", 0.3))]
-    failures = [{"workload": "W", "length": 8192, "stage": "combine", "subject": "bad", "error": "Error: a | b\n c"}]
+    results += [
+        record(name, "forward", ms, "select_blocks") for name, ms in (("ours", 0.2), ("slow", 0.9), ("good", 0.3))
+    ]
+    failures = [
+        {"workload": "W", "length": 8192, "stage": "select_blocks", "subject": "bad", "error": "Error: a | b\n c"}
+    ]
     report = {
         "machine": MACHINE,
         "roofs": {"flops": 1e15, "bytes": 4e12},
@@ -40,7 +44,7 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     page = render(report, "run.json")
     assert "python -m validation.perf.stages --workloads W" in page
     assert "| **dense (cuDNN) / ours**, both passes | **1.50** |" in page
-    combined = next(line for line in page.splitlines() if line.startswith("| combine | forward | 8k |"))
+    combined = next(line for line in page.splitlines() if line.startswith("| select blocks | forward | 8k |"))
     assert combined.split(" | ")[3] == "0.200"
     assert combined.endswith("| 0.300 (good) |")
     assert "a \\| b c |" in page

@@ -5,7 +5,7 @@ import torch
 
 from nsa.config import NSAConfig
 from validation import oracle
-from validation.perf.workloads import WORKLOADS, Roofs, Workload
+from validation.perf.workloads import PARTS, WORKLOADS, Roofs, Workload
 
 SMALL = Workload("small", 6, 2, 16, 32, NSAConfig(16, 8, 16, 4, window_size=20), torch.float32)
 LENGTH = 150
@@ -13,8 +13,7 @@ LENGTH = 150
 
 def test_inputs_are_those_of_the_stages():
     x = SMALL.draw(LENGTH, "cpu")
-    out, lse = oracle.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], SMALL.config)
-    assert out.shape == x["out_cmp"].shape
+    _, lse = oracle.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], SMALL.config)
     # The mean of the exponentials of normal logits is exp(1/2): known up to chance.
     assert torch.equal(lse == -torch.inf, x["lse"] == -torch.inf)
     seen = lse[:, LENGTH // 2 :] - x["lse"][:, LENGTH // 2 :]
@@ -71,7 +70,5 @@ def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
     whole = work.floor("nsa_attention", "backward", 4096, roofs)
     assert whole > work.floor("combine", "backward", 4096, roofs) > 0
     assert costs["nsa_attention", "forward"].flops == sum(
-        cost.flops
-        for (stage, direction), cost in costs.items()
-        if direction == "forward" and stage not in ("nsa_attention", "dense", "compress")
+        cost.flops for (stage, direction), cost in costs.items() if direction == "forward" and stage in PARTS
     )
