@@ -177,8 +177,7 @@ def main() -> int:
     # Whoever cannot be imported ends it here. FlexAttention is for GPUs.
     subjects = [find(name) for name in (options.impl, "dense", *(["flex"] if on_gpu else []), *options.peer)]
 
-    turns = [(s, stage, w) for stage in stages for w in workloads for s in subjects if getattr(s, stage)]
-    jobs = [turn for turn in turns if turn[1] != "nsa_attention"]  # which has no kernels of its own
+    jobs = [(s, stage, w) for stage in stages for w in workloads for s in subjects if getattr(s, stage)]
     if options.jobs:
         take_jobs(jobs, options.jobs, partial(_launch_once, lengths=lengths))
         return 0

@@ -143,8 +143,8 @@ class Workload:
         - `compress` (`"mlp"`, keys and values, `C` blocks each): `2 C Hk (l D D + D D)`, backward twice that, for the
           gradients of inputs and of weights. Reads tokens and weights, writes blocks; backward reads those and the
           blocks' gradients and writes gradients of tokens and weights.
-        - `combine`: reads three branches and gates and writes the output; backward reads them and `dout` and writes
-          four gradients.
+        - `combine`: reads three branches and gates and writes the output. Its backward costs nothing but the gates and
+          their gradients: the backward of a branch reads its output and `dout` anyway, and may take the gate beside it.
         - `nsa_attention`: the sum of its stages, which follow one another; `dense`: causal attention.
         """
         shapes, size = self.shapes(length), self.dtype.itemsize
@@ -180,7 +180,7 @@ class Workload:
         costs["compress", "backward"] = Cost(2 * products, 2 * tokens + blocks + 2 * elements(*weights))
 
         costs["combine", "forward"] = Cost(0, 4 * out + elements("gates"))
-        costs["combine", "backward"] = Cost(0, 7 * out + 2 * elements("gates"))
+        costs["combine", "backward"] = Cost(0, 2 * elements("gates"))
 
         for direction in ("forward", "backward"):
             parts = [costs[part, direction] for part in PARTS if (part, direction) in costs]
