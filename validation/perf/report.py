@@ -1,15 +1,16 @@
-"""The tables of docs/performance.md, from a run of `validation.perf.stages` that was saved:
+"""The tables of docs/performance.md, from runs of `validation.perf.stages` on one machine that were saved:
 
-    python -m validation.perf.report docs/runs/stages_h200.json > docs/performance.md
+    python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json > docs/performance.md
 
-The same file always gives the same page.
+The same files always give the same page. What several of them hold is taken from the first.
 """
 
 import argparse
 import json
+import operator
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,19 @@ TITLES = {
 DENSE = "dense"
 HEAD = """# Performance
 
-Made from [`{name}`](runs/{name}) by
+Made by
 
 ```sh
-python -m validation.perf.report docs/runs/{name} > docs/performance.md
+python -m validation.perf.report {paths} > docs/performance.md
 ```
 
-and that file, on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python {python}, {date}{clocks}, by
+from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python {python}, {date}{clocks}:
 
 ```sh
-{command}
+{commands}
 ```
+
+A peer is anybody's implementation of the stages, as an object for [`--peer`](../validation/implementations.py).
 
 Times are medians in ms on the device, each call with a cold second-level cache and the host ahead of it
 ([`timing.py`](../validation/perf/timing.py)): what starts the kernels is not in them, and has a line of its own. The
@@ -56,17 +59,18 @@ in bfloat16:
 """
 
 
-def render(report: dict[str, Any], name: str) -> str:
-    """The page for the report in the file called `name`."""
+def render(reports: Mapping[str, dict[str, Any]]) -> str:
+    """The page for reports, by the names of their files."""
+    report = merge(list(reports.values()))
     machine, roofs = report["machine"], Roofs(**report["roofs"])
     found = {record["workload"] for record in report["results"]}
     workloads = [workload for workload in WORKLOADS.values() if workload.name in found]
     clocks = ", ".join(f"{key} {value}" for key, value in machine.get("clocks", {}).items())
     head = HEAD.format(
-        name=name,
+        paths=" ".join(f"docs/runs/{name}" for name in reports),
         **{key: machine[key] for key in ("device", "driver", "torch", "triton", "python", "date")},
         clocks=f" ({clocks})" if clocks else "",
-        command=shlex.join(machine["command"]),
+        commands="\n".join(shlex.join(each["machine"]["command"]) for each in reports.values()),
         flops=roofs.flops / 1e12,
         bytes=roofs.bytes / 1e12,
         workloads="\n".join(
@@ -89,6 +93,14 @@ def render(report: dict[str, Any], name: str) -> str:
             )
         )
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first report, with what only the others have."""
+    key = operator.itemgetter("workload", "length", "stage", "subject", "direction")
+    results = {key(record): record for report in reversed(reports) for record in report["results"]}
+    failures = [failure for report in reports for failure in report["failures"]]
+    return {**reports[0], "results": list(results.values()), "failures": failures}
 
 
 class Results:
@@ -180,9 +192,8 @@ def _one_line(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="what validation.perf.stages wrote")
-    file = parser.parse_args().file
-    sys.stdout.write(render(json.loads(file.read_text()), file.name))
+    parser.add_argument("files", type=Path, nargs="+", help="what validation.perf.stages wrote")
+    sys.stdout.write(render({file.name: json.loads(file.read_text()) for file in parser.parse_args().files}))
     return 0
 
 
