@@ -81,7 +81,7 @@ def work(tool: str) -> None:
     with ExitStack() as stack:
         if tool == "racecheck":
             # The tool takes copies by tensor descriptors, whose barriers it does not follow, for races.
-            for name in {key[0] for key in tuning._TABLE}:
+            for name in {entry.kernel for entry in tuning.read_table()}:
                 stack.enter_context(tuning.override(name, TMA=False))
         for case, dtype in CASES.items():
             tensors = {name: x.cuda() for name, x in draw(case, dtype).items()}
