@@ -62,7 +62,7 @@ each_long = pytest.mark.parametrize(
 )
 each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
 needs_memory = pytest.mark.skipif(
-    not kernels.INTERPRETED and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30,
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30,
     reason="tensors of more than 2**31 elements: needs a GPU of 120 GiB",
 )
 
