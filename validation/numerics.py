@@ -80,6 +80,9 @@ def assert_matches(
     _assert_same_structure(actual, oracle, what)
     if actual.numel() == 0:
         return
+    if baseline is not None:
+        # Beside a baseline of NaN or infinity every error would look small.
+        _assert_same_structure(baseline.detach().to(oracle.device), oracle, f"plain PyTorch's {what}")
     error, magnitude = _error(actual, oracle), _finite(oracle.abs())
     if dtype == torch.float64:
         bound = FLOAT64_BOUND * max(magnitude.max().item(), 1.0)
@@ -126,6 +129,7 @@ def assert_selection_matches(
     *,
     positions: Tensor,
     reduction: int = 1,
+    logit: float = 1.0,
     what: str = "indices",
 ) -> None:
     """Fail unless a selection is well formed, holds every forced block and no avoidably poor free one.
@@ -139,6 +143,7 @@ def assert_selection_matches(
         dtype: of the inputs.
         positions: of the queries in their own sequence, `[Tq]`.
         reduction: length of the sum behind a score, the key head dim.
+        logit: magnitude of the log-sum-exp, where that is far above 1.
     """
     if indices.dtype != torch.int32 or indices.shape != oracle_indices.shape:
         raise AssertionError(
@@ -162,7 +167,7 @@ def assert_selection_matches(
 
     worst_chosen = importance.masked_fill(~chosen | forced, math.inf).amin(-1)
     best_left = importance.masked_fill(chosen | ~candidate, 0.0).amax(-1)
-    good = worst_chosen >= best_left - score_bound(best_left, dtype, reduction)
+    good = worst_chosen >= best_left - score_bound(best_left, dtype, reduction, logit)
     _check_rows(
         good, indices, oracle_indices, f"{what}: a free block is worth less than one left out", worst_chosen, best_left
     )
@@ -181,15 +186,16 @@ def assert_same_training(actual: Any, expected: Any, names: Sequence[str]) -> No
                 )
 
 
-def score_bound(score: Tensor, dtype: torch.dtype, reduction: int) -> Tensor:
+def score_bound(score: Tensor, dtype: torch.dtype, reduction: int, logit: float = 1.0) -> Tensor:
     """How far two importances may be apart and still change places.
 
     An importance is a sum of exponentials, so its relative error is the absolute error of the scores above it: sums of
-    `reduction` products in the accumulator, perhaps rounded to the dtype. Whatever underflows may change places.
+    `reduction` products in the accumulator, as large as `logit`, perhaps rounded to the dtype. Whatever underflows may
+    change places.
     """
     if dtype == torch.float64:
-        return FLOAT64_BOUND * score + torch.finfo(torch.float64).tiny
-    rounding = BASELINE_FACTOR * _eps(dtype) + math.sqrt(reduction) * _eps(torch.float32)
+        return FLOAT64_BOUND * max(logit, 1.0) * score + torch.finfo(torch.float64).tiny
+    rounding = BASELINE_FACTOR * _eps(dtype) + math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32)
     return rounding * score + torch.finfo(torch.float32).tiny
 
 

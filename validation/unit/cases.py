@@ -151,13 +151,32 @@ KERNEL_CASES = [for_kernels(case) for case in CASES if case.id not in ("dense_st
 
 
 def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
-    """Inputs of every stage for a case: unit normal, the same at every call.
+    """Inputs of every stage for a case, the same at every call: those of `draw_inputs`, and what follows from them.
+
+    `lse [B, Tq, Hq]` of the compressed branch and `indices [B, Tq, Hk, N]`, both the oracle's.
+    """
+    tensors = with_selection(case, draw_inputs(case, dtype))
+    if case.scrambled:
+        tensors["indices"] = _scramble(tensors["indices"], _generator(case.id + " scrambled"))
+    return tensors
+
+
+def with_selection(case: Case, tensors: Tensors) -> Tensors:
+    """The tensors and what the oracle makes of them for the later stages, in place of what was there."""
+    q, k_cmp, v_cmp = (tensors[name] for name in ("q", "k_cmp", "v_cmp"))
+    lse = oracle.compressed_attention(q, k_cmp, v_cmp, case.config, **_behind(case))[1]
+    indices = oracle.select_blocks(q, k_cmp, None, case.config, **_behind(case))
+    return {**tensors, "lse": lse if q.dtype == torch.float64 else lse.float(), "indices": indices}
+
+
+def draw_inputs(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
+    """What a case starts from, at any length: unit normal, the same at every call.
 
     `q [B, Tq, Hq, Dk]`, `k`, `k_slc`, `k_win [B, Tk, Hk, Dk]`, `v`, `v_slc`, `v_win [B, Tk, Hk, Dv]`,
-    `k_cmp`, `v_cmp [B, C, Hk, D]`, `gates [B, Tq, Hq, 3]`, `indices [B, Tq, Hk, N]` and the compression parameters
-    `k_position`, `k_weight`, `k_weight_out`, `v_...`.
+    `k_cmp`, `v_cmp [B, C, Hk, D]`, `gates [B, Tq, Hq, 3]` and the compression parameters `k_position`, `k_weight`,
+    `k_weight_out`, `v_...`.
     """
-    generator = torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(case.id.encode()))
+    generator = _generator(case.id)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -170,12 +189,11 @@ def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
         tensors |= {f"{kind}{branch}": normal(*keys, width) for branch in ("", "_slc", "_win")}
         tensors[f"{kind}_cmp"] = normal(*blocks, width)
         tensors |= {f"{kind}_{name}": x for name, x in _params(case, width, normal).items()}
-    lse = oracle.compressed_attention(*(tensors[n] for n in ("q", "k_cmp", "v_cmp")), case.config, **_behind(case))[1]
-    tensors["lse"] = lse if dtype == torch.float64 else lse.float()
-    tensors["indices"] = oracle.select_blocks(tensors["q"], tensors["k_cmp"], None, case.config, **_behind(case))
-    if case.scrambled:
-        tensors["indices"] = _scramble(tensors["indices"], generator)
     return tensors
+
+
+def _generator(seed: str) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(seed.encode()))
 
 
 def upcast(tensors: Mapping[str, Any]) -> Tensors:
@@ -219,19 +237,25 @@ class Stage:
     reduction: Callable[[Case], int]
 
     def leaves(self, tensors: Mapping[str, Any]) -> Tensors:
-        """The differentiable inputs among `tensors`, as fresh leaves."""
-        return {name: tensors[name].detach().clone().requires_grad_() for name in self.inputs if name in tensors}
+        """The differentiable inputs among `tensors`, as fresh leaves of the same strides."""
+        return {name: tensors[name].detach().requires_grad_() for name in self.inputs if name in tensors}
 
     def results(
-        self, subject: Any, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype = torch.float64
+        self,
+        subject: Any,
+        case: Case,
+        tensors: Mapping[str, Any],
+        dtype: torch.dtype = torch.float64,
+        *,
+        cotangent: Tensor | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Outputs, then the gradient of every differentiable input under a fixed cotangent drawn in `dtype`."""
+        """Outputs, then the gradient of every differentiable input under a cotangent, a fixed one drawn in `dtype`."""
         leaves = self.leaves(tensors)
         outputs = self.run(subject, case, {**tensors, **leaves})
         yield from outputs.items()
         out = outputs["out"]
-        generator = torch.Generator(torch.get_default_device()).manual_seed(zlib.crc32(case.id.encode()))
-        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+        if cotangent is None:
+            cotangent = torch.randn(out.shape, generator=_generator(case.id), dtype=torch.float64).to(dtype)
         gradients = torch.autograd.grad(
             out, list(leaves.values()), cotangent.to(out.dtype), materialize_grads=True, allow_unused=True
         )
@@ -239,9 +263,19 @@ class Stage:
 
 
 def compare(
-    impl: Any, stage: Stage, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype, *, beside_plain: bool = False
+    impl: Any,
+    stage: Stage,
+    case: Case,
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    beside_plain: bool = False,
+    logit: float = 1.0,
 ) -> None:
-    """Hold everything a stage gives to the oracle's value of it, beside plain PyTorch's in the same dtype if asked."""
+    """Hold everything a stage gives to the oracle's value of it, beside plain PyTorch's in the same dtype if asked.
+
+    `logit` is the magnitude of the log-sum-exp, where that is far above 1.
+    """
     expected = dict(stage.results(oracle, case, upcast(tensors), dtype))
     nearest: Tensors = {}
     if beside_plain:
@@ -251,7 +285,8 @@ def compare(
         what = f"{stage.name}, case {case.id}, {name}"
         # A gradient of keys sums over queries, whatever the stage sums over.
         reduction = max(stage.reduction(case), case.num_queries * case.group)
-        assert_matches(actual, expected[name], what=what, baseline=nearest.get(name), reduction=reduction, dtype=dtype)
+        bound = {"baseline": nearest.get(name), "reduction": reduction, "logit": logit, "dtype": dtype}
+        assert_matches(actual, expected[name], what=what, **bound)
 
 
 def _compress(kind: str) -> Callable[[Any, Case, Mapping[str, Any]], Tensors]:

@@ -1,0 +1,186 @@
+"""Inputs that random numbers never are: where softmax, its rescaling and the selection go wrong first.
+
+Every stage of the Triton backend, forward and backward, held to the oracle beside plain PyTorch in the same dtype,
+finiteness first. Compiled kernels are tried in shapes whose selected branch goes by query and by block; under Triton's
+interpreter a small case in float64 proves the algebra, and these tests themselves.
+"""
+
+import pytest
+import torch
+
+from nsa import kernels
+from nsa.config import NSAConfig
+from nsa.operators import accumulation_dtype
+from validation import oracle
+from validation.implementations import load
+from validation.numerics import assert_equal, assert_matches, assert_selection_matches
+from validation.unit.cases import (
+    STAGES,
+    Case,
+    Stage,
+    Tensors,
+    compare,
+    config,
+    draw_inputs,
+    importance,
+    select_blocks,
+    upcast,
+    whole,
+    with_selection,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    # NumPy, in which the interpreter computes, warns of hidden keys whose probability is masked only afterwards.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+
+TRITON = load("triton")
+DIMS = {"key_dim": 128, "value_dim": 128}
+if kernels.INTERPRETED:
+    SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
+    TRIED = [Case("small", whole(52), SMALL, kv_heads=1, key_dim=16, value_dim=16)]
+    DTYPES, SKIPPED = ["float64"], ("compress_keys", "compress_values", "nsa_attention")  # the last takes longest
+else:
+    TRIED = [
+        Case("by_query", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS),
+        Case("by_block", whole(1200), NSAConfig(), group=4, **DIMS),
+    ]
+    DTYPES, SKIPPED = ["float32", "float16", "bfloat16"], ("compress_keys", "compress_values")
+
+ATTENTION = [stage for stage in STAGES.values() if stage.name not in SKIPPED]
+KEYS, VALUES = ("k", "k_cmp", "k_slc", "k_win"), ("v", "v_cmp", "v_slc", "v_win")
+
+
+# What is done to unit normal inputs, in place.
+
+
+def logits_a_hundredfold(x: Tensors) -> None:
+    for name in ("q", *KEYS):
+        x[name] *= 10
+
+
+def identical_keys(x: Tensors) -> None:
+    for name in KEYS:
+        x[name][:] = x[name][:, :1].clone()
+
+
+def zero_queries(x: Tensors) -> None:
+    x["q"].zero_()
+
+
+def equal_values(x: Tensors) -> None:
+    for name in VALUES:
+        x[name][:] = x[name][:, :1].clone()
+
+
+def large_values(x: Tensors) -> None:
+    """As large as leaves their gradients, sums over queries, room in float16."""
+    for name in VALUES:
+        x[name].sign_().mul_(torch.finfo(x[name].dtype).max / 1024)
+
+
+def spotlight(x: Tensors, where: float, logit: float) -> None:
+    """All queries alike in one direction, in which one key has a logit that high and no other key has any."""
+    x["q"][..., 0] = x["q"].shape[-1] ** 0.5
+    for name in KEYS:
+        x[name][..., 0] = 0
+        x[name][:, int(where * x[name].shape[1]), :, 0] = logit
+
+
+def one_hot(x: Tensors) -> None:
+    """One key has all but `exp(-40)` of the probability, in the dtype all of it."""
+    spotlight(x, 0.5, 40)
+
+
+def underflow(x: Tensors) -> None:
+    """The first key has all of it: that of the others, and the importance of all but the first block, is 0."""
+    spotlight(x, 0, 1000)
+
+
+ADVERSITIES = [
+    logits_a_hundredfold,
+    identical_keys,
+    zero_queries,
+    equal_values,
+    large_values,
+    one_hot,
+    underflow,
+]
+
+each_adversity = pytest.mark.parametrize("adversity", ADVERSITIES, ids=lambda function: function.__name__)
+each_stage = pytest.mark.parametrize("stage", ATTENTION, ids=lambda stage: stage.name)
+each_case = pytest.mark.parametrize("case", TRIED, ids=lambda case: case.id)
+each_dtype = pytest.mark.parametrize("dtype", [getattr(torch, name) for name in DTYPES], ids=DTYPES)
+
+
+def adverse(case: Case, dtype: torch.dtype, adversity) -> Tensors:
+    tensors = draw_inputs(case, dtype)
+    adversity(tensors)
+    return with_selection(case, tensors)
+
+
+def largest_logit(tensors: Tensors) -> float:
+    """Of the compressed branch, and near enough of the others, whose keys had the same done to them."""
+    return tensors["lse"].abs().masked_fill(tensors["lse"].isinf(), 0).max().item()
+
+
+@each_dtype
+@each_adversity
+@each_stage
+@each_case
+def test_matches_the_oracle(stage: Stage, case: Case, adversity, dtype: torch.dtype) -> None:
+    tensors = adverse(case, dtype, adversity)
+    narrow = dtype != torch.float64
+    compare(TRITON, stage, case, tensors, dtype, beside_plain=narrow, logit=largest_logit(tensors))
+
+
+@each_dtype
+@each_adversity
+@each_case
+def test_selection(case: Case, adversity, dtype: torch.dtype) -> None:
+    tensors = adverse(case, dtype, adversity)
+    bound = {"positions": case.positions, "reduction": case.key_dim, "logit": largest_logit(tensors)}
+    indices, scores = select_blocks(TRITON, case, tensors), importance(case, tensors)
+    assert_selection_matches(indices, tensors["indices"], scores, case.config, dtype, **bound)
+
+
+@each_dtype
+@each_case
+def test_slots_are_filled_from_the_lower_end_where_importance_underflows(case: Case, dtype: torch.dtype) -> None:
+    tensors = adverse(case, dtype, underflow)
+    # Not even float64 tells the free candidates apart, so the rule for ties decides every slot.
+    assert_equal(select_blocks(TRITON, case, tensors), tensors["indices"], what="indices under underflow")
+
+
+@each_dtype
+@each_stage
+@each_case
+def test_large_logits_cost_outputs_no_precision(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+    tensors = adverse(case, dtype, logits_a_hundredfold)
+    expected = stage.run(oracle, case, upcast(tensors))
+    bound = {"reduction": stage.reduction(case), "logit": largest_logit(tensors), "dtype": dtype}
+    for name, actual in stage.run(TRITON, case, tensors).items():
+        # Plain PyTorch rounds logits to the dtype, and is no guide where they are hundreds.
+        assert_matches(actual, expected[name], what=f"{name} of {stage.name}", **bound)
+
+
+@each_dtype
+@each_stage
+@each_case
+def test_the_largest_values_pass(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+    tensors = draw_inputs(case, dtype)
+    # Three gated branches add up to less than four times a value. Before a branch is divided by the sum of its
+    # exponentials, each of them at most 1, the accumulator holds up to so many times a value.
+    accumulator = torch.finfo(accumulation_dtype(dtype)).max / case.num_keys
+    largest = min(torch.finfo(dtype).max, accumulator) / 4
+    for name in VALUES:
+        tensors[name].sign_().mul_(largest)
+    tensors = with_selection(case, tensors)
+    with oracle.computing_in(dtype):
+        nearest = stage.run(oracle, case, tensors)["out"]
+    actual, expected = (
+        stage.run(subject, case, x)["out"] for subject, x in ((TRITON, tensors), (oracle, upcast(tensors)))
+    )
+    baseline = nearest if dtype != torch.float64 else None
+    assert_matches(actual, expected, what=f"output of {stage.name}", baseline=baseline, reduction=stage.reduction(case))

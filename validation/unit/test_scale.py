@@ -1,0 +1,245 @@
+"""Lengths and batches of real training, where loops are long, tiles are many and offsets pass 32 bits.
+
+The oracle's masks grow with the square of the length, so it is asked for single queries: query `t` is the last of a
+sequence of `t + 1` tokens, by the rule that queries are the last of their keys. With a cotangent that is zero but for
+sampled queries, their gradients are all there is, and the oracle has every element of `dk` and `dv` too.
+
+Compiled kernels only; under Triton's interpreter the same tests take a short sequence, to prove themselves.
+"""
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import kernels
+from nsa.config import NSAConfig
+from validation import oracle
+from validation.implementations import load
+from validation.numerics import assert_equal, assert_matches, assert_selection_matches
+from validation.unit.cases import STAGES, Case, Stage, Tensors, config, draw_inputs, importance, select_blocks, whole
+
+pytestmark = pytest.mark.usefixtures("on_device", "memory_given_back")
+
+TRITON = load("triton")
+BY_QUERY = ("q", "gates", "indices", "lse", "out")
+ATTENTION = [stage for stage in STAGES.values() if "compress_" not in stage.name]
+SAMPLES = 64
+"""Queries (or blocks) at which a long sequence is compared."""
+
+
+def shaped(name: str, tokens: int, heads: int, kv_heads: int, key_dim: int = 128, batch: int = 1) -> Case:
+    sizes = {"batch": batch, "kv_heads": kv_heads, "group": heads // kv_heads, "key_dim": key_dim, "value_dim": 128}
+    return Case(f"{name}-{batch}x{tokens}", whole(tokens), NSAConfig(), **sizes)
+
+
+SHAPES = {"W": (64, 4), "W4": (32, 8), "W192": (64, 4, 192)}
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+DTYPE = torch.float64 if kernels.INTERPRETED else torch.bfloat16
+if kernels.INTERPRETED:
+    SAMPLES = 5
+    SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
+    TINY = Case("tiny", whole(44), SMALL, kv_heads=1, key_dim=16, value_dim=16)
+    LONG = [(TINY, torch.float64)]
+    LARGE = [replace(TINY, id="tiny-batch", batch=2, lengths=whole(20))]
+    ATTENTION = ATTENTION[:-1]  # the whole takes as long as its parts together
+else:
+    LONG = [(shaped(name, 1 << 14, *sizes), dtype) for (name, sizes), dtype in product(SHAPES.items(), NARROW)]
+    LONG += [(shaped(name, 1 << 16, *sizes), torch.bfloat16) for name, sizes in SHAPES.items()]
+    # The last row of each ends beyond 2**31 elements, and so does the very long sequence.
+    LARGE = [shaped("W", 1 << 13, 64, 4, batch=33), shaped("W4", 1 << 13, 32, 8, batch=65)]
+VERY_LONG = shaped("W", (1 << 18) + 200, 64, 4)
+
+
+each_stage = pytest.mark.parametrize("stage", ATTENTION, ids=lambda stage: stage.name)
+each_long = pytest.mark.parametrize(
+    ("case", "dtype"), [pytest.param(*pair, id=f"{pair[0].id}-{str(pair[1]).removeprefix('torch.')}") for pair in LONG]
+)
+each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+needs_memory = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30,
+    reason="tensors of more than 2**31 elements: needs a GPU of 120 GiB",
+)
+
+
+needs_gpu = pytest.mark.skipif(kernels.INTERPRETED, reason="a sequence of 2**31 query elements: needs a GPU")
+
+
+@pytest.fixture
+def memory_given_back() -> Iterator[None]:
+    """Tests that need most of a GPU's memory find it free and whole."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def draw_long(case: Case, dtype: torch.dtype) -> Tensors:
+    """Inputs whose `lse` and `indices` are the implementation's own, for the oracle has none at this length."""
+    tensors = draw_inputs(case, dtype)
+    compressed = STAGES["compressed_attention"].run(TRITON, case, tensors)
+    tensors["lse"] = compressed["lse"]
+    return {**tensors, "indices": select_blocks(TRITON, case, tensors)}
+
+
+def sample(case: Case) -> list[int]:
+    """Queries on both sides of every kind of edge, at both ends, and anywhere."""
+    c, end = case.config, case.num_queries
+    edges = {c.compress_stride, c.compress_block_size, c.select_block_size, c.window_size, end // 2, end}
+    wanted = {0, 1, end - 2, *(edge + side for edge in edges for side in (-1, 0))} & set(range(end))
+    for token in torch.randperm(end).tolist():
+        if len(wanted) >= SAMPLES:
+            break
+        wanted.add(token)
+    return sorted(wanted)
+
+
+def up_to(case: Case, name: str, x: Tensor, query: int) -> Tensor:
+    """What one query, or the query at its place, has of a tensor."""
+    if name in BY_QUERY:
+        return x[:, query : query + 1]
+    return x[:, : case.config.num_compressed(query + 1)] if name.endswith("_cmp") else x[:, : query + 1]
+
+
+def alone(case: Case, tensors: Tensors, query: int) -> tuple[Case, Tensors]:
+    """The query as the only one, last of its keys."""
+    names = [name for name in tensors if "_weight" not in name and "_position" not in name]
+    return replace(case, lengths=((1, query + 1),)), {n: up_to(case, n, tensors[n], query) for n in names}
+
+
+def by_queries(
+    stage: Stage, case: Case, tensors: Tensors, queries: list[int], cotangent: Tensor, dtype: torch.dtype
+) -> Tensors:
+    """Outputs and gradients as the oracle has them in a dtype: rows of `queries`, and all keys and values."""
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    sums = {name: torch.zeros(tensors[name].shape, dtype=torch.float64) for name in stage.inputs if name[0] in "kv"}
+    for query in queries:
+        one, inputs = alone(case, tensors, query)
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        given = up_to(case, "out", cotangent, query)
+        for name, x in stage.results(oracle, one, inputs, dtype, cotangent=given.to(dtype)):
+            key = name.removeprefix("gradient of ")
+            if key in sums:
+                up_to(case, key, sums[key], query).add_(x)
+            else:
+                rows[name].append(x)
+    return {name: torch.cat(parts, 1) for name, parts in rows.items()} | {
+        f"gradient of {n}": x for n, x in sums.items()
+    }
+
+
+def sampled_results(
+    stage: Stage, case: Case, tensors: Tensors, queries: list[int], dtype: torch.dtype
+) -> tuple[Tensors, Tensor]:
+    """The implementation's results, rows of `queries` alone, and the cotangent, zero for all other queries."""
+    cotangent = torch.zeros(*tensors["q"].shape[:3], case.value_dim, dtype=dtype)
+    cotangent[:, queries] = torch.randn(case.batch, len(queries), *cotangent.shape[2:], dtype=dtype)
+    results = dict(stage.results(TRITON, case, tensors, dtype, cotangent=cotangent))
+    for name, x in results.items():
+        if name.removeprefix("gradient of ") in BY_QUERY:
+            results[name] = x[:, queries]
+            if name.startswith("gradient"):
+                others = x.detach().clone()
+                others[:, queries] = 0
+                assert not others.any(), f"{name}: not 0 where the cotangent is"
+    return results, cotangent
+
+
+def assert_sampled_match(stage: Stage, case: Case, dtype: torch.dtype, queries: list[int]) -> None:
+    tensors = draw_long(case, dtype)
+    results, cotangent = sampled_results(stage, case, tensors, queries, dtype)
+    expected = by_queries(stage, case, tensors, queries, cotangent, torch.float64)
+    nearest: Tensors = {}
+    if dtype != torch.float64:
+        with oracle.computing_in(dtype):
+            nearest = by_queries(stage, case, tensors, queries, cotangent, dtype)
+    reduction = max(stage.reduction(case), len(queries) * case.group)
+    for name, actual in results.items():
+        bound = {"baseline": nearest.get(name), "reduction": reduction, "dtype": dtype}
+        assert_matches(actual, expected[name], what=f"{stage.name}, case {case.id}, {name}", **bound)
+
+
+def assert_selection_sampled(case: Case, dtype: torch.dtype, queries: list[int]) -> None:
+    tensors = draw_long(case, dtype)
+    for query in queries:
+        one, inputs = alone(case, tensors, query)
+        expected, scores = select_blocks(oracle, one, inputs), importance(one, inputs)
+        bound = {"positions": torch.tensor([query]), "reduction": case.key_dim, "what": f"indices of query {query}"}
+        assert_selection_matches(inputs["indices"], expected, scores, case.config, dtype, **bound)
+
+
+# 1. Long sequences.
+
+
+@each_long
+@each_stage
+def test_long_sequences_match_the_oracle_at_sampled_queries(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+    assert_sampled_match(stage, case, dtype, sample(case))
+
+
+@each_long
+def test_selection_of_long_sequences_at_sampled_queries(case: Case, dtype: torch.dtype) -> None:
+    assert_selection_sampled(case, dtype, sample(case))
+
+
+@each_long
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+def test_compression_of_long_sequences_at_sampled_blocks(kind: str, case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, config=replace(case.config, compression=kind))
+    stage, tensors, length = STAGES["compress_keys"], draw_inputs(case, dtype), case.config.compress_block_size
+    count = case.config.num_compressed(case.num_keys)
+    blocks = sorted({0, count - 1, *torch.randperm(count)[:SAMPLES].tolist()})
+    actual = stage.run(TRITON, case, tensors)["out"][:, blocks]
+    starts = [block * case.config.compress_stride for block in blocks]
+    pieces = [{**tensors, "k": tensors["k"][:, start : start + length]} for start in starts]
+    one = replace(case, lengths=whole(length))
+    expected = torch.cat([stage.run(oracle, one, piece)["out"] for piece in pieces], 1)
+    assert_matches(actual, expected, what=f"blocks, {case.id}", reduction=stage.reduction(case), dtype=dtype)
+
+
+# 2. Offsets that need 64 bits.
+
+
+@needs_memory
+@each_large
+@pytest.mark.parametrize("stage", [*ATTENTION, STAGES["compress_keys"]], ids=lambda stage: stage.name)
+def test_the_last_row_of_a_large_batch_is_what_it_is_as_the_first(stage: Stage, case: Case) -> None:
+    if stage.name == "compress_keys":
+        tensors = {"k": torch.randn(case.batch, case.num_keys, case.kv_heads * case.group, case.key_dim, dtype=DTYPE)}
+        case = replace(case, config=replace(case.config, compression="mean"))
+    else:
+        tensors = draw_long(case, DTYPE)
+    cotangent = torch.randn_like(stage.run(TRITON, case, tensors)["out"])
+    results = stage.results(TRITON, case, tensors, DTYPE, cotangent=cotangent)
+    last = {name: x[-1].clone() for name, x in results}
+    # Rows change places rather than be run alone: how a sum is shared out may depend on the number of rows.
+    tensors = {name: tensors.pop(name).flip(0) for name in list(tensors)}
+    for name, x in stage.results(TRITON, case, tensors, DTYPE, cotangent=cotangent.flip(0)):
+        assert_equal(x[0], last[name], what=f"{name} of the row that was last")
+
+
+@needs_memory
+@each_large
+def test_the_selection_of_a_large_batch_keeps_its_rows(case: Case) -> None:
+    tensors = draw_long(case, DTYPE)
+    turned = {name: x.flip(0) for name, x in tensors.items() if name in ("q", "k_cmp", "lse")}
+    assert_equal(select_blocks(TRITON, case, turned).flip(0), tensors["indices"], what="indices of rows turned round")
+
+
+@needs_gpu
+@needs_memory
+@each_stage
+def test_the_end_of_a_very_long_sequence_matches_the_oracle(stage: Stage) -> None:
+    end = VERY_LONG.num_queries
+    assert_sampled_match(stage, VERY_LONG, DTYPE, [0, end // 2, end - 2, end - 1])
+
+
+@needs_gpu
+@needs_memory
+def test_the_selection_at_the_end_of_a_very_long_sequence() -> None:
+    end = VERY_LONG.num_queries
+    assert_selection_sampled(VERY_LONG, DTYPE, [0, end // 2, end - 2, end - 1])
