@@ -299,12 +299,13 @@ def _queries_kernel(
                 v1 = fetch(
                     v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], V0, V1, DV, BLOCK_N, MASKED, TMA
                 )
-            p = tl.exp2(_logits(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2 - lse2[:, None])
+            x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
             if MASKED:
                 visible = keys[None, :] < num_seen[:, None]
                 if WINDOWED:
                     visible = visible & (keys[None, :] >= first_seen[:, None])
-                p = tl.where(visible, p, 0.0)
+                x = tl.where(visible, x, float("-inf"))
+            p = tl.exp2(x - lse2[:, None])
             ds = (p * (_logits(do0, do1, v0, v1, V1, ACC, PRECISION) - delta[:, None])).to(k0.dtype)
             dq0 = dot(ds, k0, dq0, ACC, PRECISION)
             if K1:
@@ -466,13 +467,13 @@ def _keys_kernel(
                 row_lse2 = tl.load(lse2 + of_row)
                 row_delta = tl.load(delta + of_row)
             s = _logits(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
-            p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
             if MASKED:
                 position = queries + shift
                 visible = keys[:, None] < _num_seen(position, STRIDE, LAST)[None, :]
                 if WINDOWED:
                     visible = visible & (keys[:, None] > (position - window)[None, :])
-                p = tl.where(visible, p, 0.0)
+                s = tl.where(visible, s, float("-inf"))
+            p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
             p_low = p.to(do0.dtype)
             dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
             if V1:

@@ -29,11 +29,7 @@ from validation.unit.cases import (
     with_selection,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("on_device"),
-    # NumPy, in which the interpreter computes, warns of hidden keys whose probability is masked only afterwards.
-    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
-]
+pytestmark = pytest.mark.usefixtures("on_device")
 
 TRITON = load("triton")
 DIMS = {"key_dim": 128, "value_dim": 128}
