@@ -128,6 +128,7 @@ def assert_selection_matches(
     dtype: torch.dtype,
     *,
     positions: Tensor,
+    group: int = 1,
     reduction: int = 1,
     logit: float = 1.0,
     what: str = "indices",
@@ -142,6 +143,7 @@ def assert_selection_matches(
         importance: the oracle's, `[B, Tq, Hk, S]`.
         dtype: of the inputs.
         positions: of the queries in their own sequence, `[Tq]`.
+        group: query heads a KV head, over which importance is summed.
         reduction: length of the sum behind a score, the key head dim.
         logit: magnitude of the log-sum-exp, where that is far above 1.
     """
@@ -167,7 +169,9 @@ def assert_selection_matches(
 
     worst_chosen = importance.masked_fill(~chosen | forced, math.inf).amin(-1)
     best_left = importance.masked_fill(chosen | ~candidate, 0.0).amax(-1)
-    good = worst_chosen >= best_left - score_bound(best_left, dtype, reduction, logit)
+    # Overlaps with one block, over d: what its importance sums up, a query head.
+    weight = group * config.compress_block_size * config.select_block_size / config.compress_stride**2
+    good = worst_chosen >= best_left - score_bound(best_left, dtype, reduction, logit, weight)
     _check_rows(
         good, indices, oracle_indices, f"{what}: a free block is worth less than one left out", worst_chosen, best_left
     )
@@ -186,17 +190,17 @@ def assert_same_training(actual: Any, expected: Any, names: Sequence[str]) -> No
                 )
 
 
-def score_bound(score: Tensor, dtype: torch.dtype, reduction: int, logit: float = 1.0) -> Tensor:
+def score_bound(score: Tensor, dtype: torch.dtype, reduction: int, logit: float = 1.0, weight: float = 1.0) -> Tensor:
     """How far two importances may be apart and still change places.
 
     An importance is a sum of exponentials, so its relative error is the absolute error of the scores above it: sums of
-    `reduction` products in the accumulator, as large as `logit`, perhaps rounded to the dtype. Whatever underflows may
-    change places.
+    `reduction` products in the accumulator, as large as `logit`, perhaps rounded to the dtype. Every exponential below
+    the smallest normal number may have become 0: terms of `weight` in all.
     """
     if dtype == torch.float64:
-        return FLOAT64_BOUND * max(logit, 1.0) * score + torch.finfo(torch.float64).tiny
+        return FLOAT64_BOUND * max(logit, 1.0) * score + weight * torch.finfo(torch.float64).tiny
     rounding = BASELINE_FACTOR * _eps(dtype) + math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32)
-    return rounding * score + torch.finfo(torch.float32).tiny
+    return rounding * score + weight * torch.finfo(torch.float32).tiny
 
 
 def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool = False) -> None:

@@ -59,7 +59,7 @@ def test_selection(case, dtype_name):
     dtype = getattr(torch, dtype_name)
     tensors = draw(case, dtype)
     indices, expected = select_blocks(TRITON, case, tensors), select_blocks(oracle, case, tensors)
-    bound = {"positions": case.positions, "reduction": case.key_dim}
+    bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
     assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
 
 

@@ -98,7 +98,7 @@ def test_selection_in_narrow_dtypes(impl: Implementation, case: Case, dtype_name
     tensors = draw(case, dtype)
     indices = select_blocks(impl, case, tensors)
     expected = select_blocks(oracle, case, tensors)
-    bound = {"positions": case.positions, "reduction": case.key_dim}
+    bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
     assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
 
 
