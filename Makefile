@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-PYTEST = $(PY) -m pytest $(if $(IMPL),--impl=$(IMPL))
+PYTEST = $(PY) -m pytest $(IMPL:%=--impl=%)
 
 .PHONY: help setup lint unit integration system perf sanitize train test doctor clean
 
@@ -30,7 +30,7 @@ help:  ## list the targets and variables
 	@echo '  PYTHON=python3    makes the environment: Python 3.11 or 3.12'
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
-	@echo '  IMPL=             the implementation under test: NAME or package.module:object'
+	@echo '  IMPL=             implementations under test: eager, triton, fla or package.module:object (unit)'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
 

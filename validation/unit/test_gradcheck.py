@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from validation import oracle
-from validation.implementations import Implementation, load
+from validation.implementations import Implementation
 from validation.numerics import gradcheck
-from validation.unit.cases import STAGES, Case, Stage, config, draw, select_blocks, whole
+from validation.unit.cases import BY_ID, STAGES, Case, Stage, config, draw, fitted, require, select_blocks, whole
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
+SMALL = (BY_ID["small"], BY_ID["pooled"])
 SHAPE = {"key_dim": 2, "value_dim": 3, "kv_heads": 1}
 
 # The whole Jacobian, one element at a time, on the smallest case in which every branch has something to leave out.
@@ -29,13 +30,18 @@ TINY = [
     Case("gradcheck_mean", whole(9), config(compression="mean"), **SHAPE),
 ]
 
-each_tiny = pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+# The same where blocks are (16, 8, 16) at least: one of each compression, of queries of all keys and of the last.
+LARGER = [
+    Case(f"gradcheck_{name}", lengths, config((16, 8, 16), 2, window, num_local_blocks=1, compression=kind), **shape)
+    for name, lengths, window, kind, shape in (
+        ("large", whole(40), 6, "mlp", {"kv_heads": 1, "key_dim": 16, "value_dim": 16}),
+        ("large_few", ((5, 40),), 9, "linear", {"kv_heads": 1, "group": 3, "key_dim": 16, "value_dim": 20}),
+        ("large_packed", whole(1, 17, 0, 9), 5, "mean", {"kv_heads": 1, "group": 1, "key_dim": 20, "value_dim": 16}),
+    )
+]
+
+each_case = pytest.mark.parametrize("case", [*TINY, *LARGER], indirect=True, ids=lambda case: case.id)
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
-
-
-@pytest.fixture(scope="module")
-def impl() -> Implementation:
-    return load("eager")
 
 
 def check(subject: object, stage: Stage, case: Case, *, fast: bool) -> None:
@@ -49,12 +55,14 @@ def check(subject: object, stage: Stage, case: Case, *, fast: bool) -> None:
 
 
 @each_stage
-@each_tiny
+@each_case
+@pytest.mark.sparing(case=[case.id for case in LARGER])
 def test_gradients_are_those_of_finite_differences(impl: Implementation, stage: Stage, case: Case) -> None:
     check(impl, stage, case, fast=True)
 
 
 @each_stage
+@pytest.mark.sparing
 def test_every_element_of_the_jacobian(impl: Implementation, stage: Stage) -> None:
     check(impl, stage, SMALLEST, fast=False)
 
@@ -65,21 +73,24 @@ def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: Stage) -
 
 
 def test_selection_has_no_gradient(impl: Implementation) -> None:
-    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(TINY[0]).items()}
-    assert not select_blocks(impl, TINY[0], tensors).requires_grad
+    case = fitted(impl, *SMALL)
+    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(case, impl.widest).items()}
+    assert not select_blocks(impl, case, tensors).requires_grad
 
 
 def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
-    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(TINY[0]).items()}
-    results = STAGES["compressed_attention"].run(impl, TINY[0], tensors)
-    assert results["out"].requires_grad
+    case = fitted(impl, *SMALL)
+    tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(case, impl.widest).items()}
+    results = STAGES["compressed_attention"].run(impl, case, tensors)
+    assert results["out"].requires_grad == impl.backward
     assert not results["lse"].requires_grad
 
 
 def test_second_derivatives_are_refused_rather_than_wrong(impl: Implementation) -> None:
-    stage = STAGES["sliding_window_attention"]
-    leaves = stage.leaves(draw(TINY[0]))
-    out = stage.run(impl, TINY[0], leaves)["out"]
+    stage, case = STAGES["sliding_window_attention"], fitted(impl, *SMALL)
+    require(impl, case, stage.functions, impl.widest, backward=True)
+    leaves = stage.leaves(draw(case, impl.widest))
+    out = stage.run(impl, case, leaves)["out"]
     (gradient,) = torch.autograd.grad(out.square().sum(), [leaves["q"]], create_graph=True)
     with pytest.raises(RuntimeError, match=r"no autograd formula|double backward|does not require grad"):
         torch.autograd.grad(gradient.sum(), [leaves["q"]])
