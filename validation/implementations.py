@@ -229,7 +229,7 @@ def fla() -> Implementation:
     try:
         peer = import_module("validation.peers.fla")
     except ModuleNotFoundError as error:
-        if error.name != "fla":
+        if (error.name or "").partition(".")[0] != "fla":
             raise
         remedy = "pip install -c constraints.txt -e .[peers]"
         raise ModuleNotFoundError(

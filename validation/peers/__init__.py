@@ -1,1 +1,1 @@
-"""Other people's implementations behind the harness's interface, each a file; `validation.implementations` lists them."""
+"""Other people's implementations behind the harness's interface, each in a file of its own."""

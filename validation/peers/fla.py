@@ -7,8 +7,8 @@ What is translated here is form, never arithmetic:
 - Its selection comes by importance and in powers of two of slots, of which the first `n` are the best; ours ascends.
 - It takes selected indices in powers of two of slots: the rest is filled with -1.
 - The initial block and the last two are forced and cannot be changed; nor can keys be given a branch.
-- It has no function for the window alone: `parallel_nsa` calls flash-attn's. Where that is not installed, what stands in
-  for it is PyTorch's attention under a mask, with flash-attn's signature.
+- It has no function for the window alone: `parallel_nsa` calls flash-attn's. Where that is not installed, PyTorch's
+  attention under a mask stands in for it, with flash-attn's signature.
 
 Read in version 0.6.0, which constraints.txt pins and the extra `peers` installs.
 """

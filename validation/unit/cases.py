@@ -199,7 +199,8 @@ def fitted(impl: Implementation, *cases: Case) -> Case:
     """
     larger = [scale for scale in SCALES[1:] if TYPICAL_LENGTH * scale[1] >= 2 * impl.tile]
     for case in cases:
-        wider = replace(case, key_dim=max(16, case.key_dim), value_dim=max(16, case.value_dim))
+        times = max(1, -(-16 // min(case.key_dim, case.value_dim)))
+        wider = replace(case, key_dim=times * case.key_dim, value_dim=times * case.value_dim)
         for each in (case, wider, *(scaled(case, *scale) for scale in larger)):
             if each is not None and impl.lacks(each) is None:
                 return each
