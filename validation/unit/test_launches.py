@@ -63,3 +63,12 @@ def test_a_later_entry_takes_the_place_of_an_earlier_one(tmp_path):
     file = tmp_path / "table.json"
     write_table([entry(16, 64), entry(4, 32), entry(16, 128)], file)
     assert read_table(file) == [entry(4, 32), entry(16, 128)]
+
+
+@pytest.mark.parametrize("dim", range(16, 257))
+def test_a_head_dim_is_cut_into_powers_of_two_that_cover_it_and_are_not_narrow(dim):
+    first, second = tuning.chunks(dim)
+    assert first + second >= dim
+    assert second <= first
+    assert {width for width in (first, second) if width} <= {32, 64, 128, 256}
+    assert first + second <= max(32, 1 << (dim - 1).bit_length()), "more than one power of two would take"
