@@ -58,7 +58,9 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m validation.faults", description="Seeded faults the tests must kill.")
+    parser = argparse.ArgumentParser(
+        prog="python -m validation.faults", description="Seeded faults the tests must kill."
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to try; all unless given")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (2)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of all faults there")

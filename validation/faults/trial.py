@@ -47,7 +47,10 @@ def run(arguments: Sequence[str], fault: Fault | None = None) -> Outcome:
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
         module = "nsa"
         if fault is not None:
-            fault.apply(copy)
+            try:
+                fault.apply(copy)
+            except ValueError as error:
+                return Outcome(problem=str(error))
             module = ".".join(["nsa", *Path(fault.file).with_suffix("").parts])
         command = [sys.executable, "-m", "validation.faults.witness", str(report), module, *arguments]
         # From within the copy it is the copy's packages that are found, by processes that tests start too.

@@ -76,23 +76,26 @@ def test_nothing_is_written_beside_a_result(
 # 2. Offsets that need 64 bits.
 
 FAR = 2**30
-"""Elements between rows of a batch: the third begins at 2**31."""
+"""Elements between rows of a batch: the third begins at 2**31, or in 32 bits at -2**31."""
 
 
 @pytest.fixture(scope="module")
 def expanse() -> Tensor:
-    """Memory for tensors with rows that far apart. Hardly any of it is ever touched, so a CPU's never comes to be."""
+    """Memory for rows that far apart, and as much before it, so that a wrong offset reads something that is wrong.
+
+    Hardly any of it is ever touched, so that on a CPU it hardly comes to be.
+    """
     device = "cpu" if kernels.INTERPRETED else "cuda"
-    return torch.empty(2 * FAR + 2**20, dtype=torch.float16, device=device)
+    return torch.empty(4 * FAR + 2**20, dtype=torch.float16, device=device)
 
 
 def spread(tensors: Tensors, expanse: Tensor) -> Tensors:
     """The same values, rows of the batch `FAR` apart."""
-    first, views = 0, {}
+    first, views = 2 * FAR, {}
     for name, x in tensors.items():
         views[name] = expanse.as_strided(x.shape, (FAR, *x.stride()[1:]), first).copy_(x)
         first += x[0].numel()
-    assert first <= len(expanse) - 2 * FAR
+    assert first + 2 * FAR <= len(expanse)
     return views
 
 
