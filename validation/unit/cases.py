@@ -19,7 +19,7 @@ from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
 from validation import oracle
 from validation.implementations import Implementation
-from validation.numerics import assert_matches
+from validation.numerics import assert_matches, gradcheck
 
 Tensors = dict[str, Any]
 
@@ -154,6 +154,17 @@ CASES += [
 ]
 
 BY_ID = {case.id: case for case in CASES}
+
+# For finite differences where blocks are (16, 8, 16) at least: one of each compression, of queries of all keys and of
+# the last. They are as short as may be, and so not among the others.
+DIFFERENTIATED = [
+    Case(f"gradcheck_{name}", lengths, config((16, 8, 16), 2, window, num_local_blocks=1, compression=kind), **shape)
+    for name, lengths, window, kind, shape in (
+        ("large", whole(40), 6, "mlp", {"kv_heads": 1, "key_dim": 16, "value_dim": 16}),
+        ("large_few", ((5, 40),), 9, "linear", {"kv_heads": 1, "group": 3, "key_dim": 16, "value_dim": 20}),
+        ("large_packed", whole(1, 17, 0, 9), 5, "mean", {"kv_heads": 1, "group": 1, "key_dim": 20, "value_dim": 16}),
+    )
+]
 
 
 SCALES = ((1, 1), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
@@ -364,6 +375,17 @@ def compare(
         reduction = max(stage.reduction(case), case.num_queries * case.group)
         bound = {"baseline": nearest.get(name), "reduction": reduction, "logit": logit, "dtype": dtype}
         assert_matches(actual, expected[name], what=what, **bound)
+
+
+def check_gradients(subject: Any, stage: Stage, case: Case, *, fast: bool = True) -> None:
+    """Hold a stage's gradients to central differences of its own values."""
+    tensors = draw(case)
+    leaves = stage.leaves(tensors)
+
+    def function(*values: Tensor) -> Tensor:
+        return stage.run(subject, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
+
+    gradcheck(function, leaves.values(), fast=fast)
 
 
 def _compress(kind: str) -> Callable[[Any, Case, Mapping[str, Any]], Tensors]:
