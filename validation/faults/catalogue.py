@@ -267,7 +267,7 @@ _EAGER = [
         "eager.py",
         ".masked_fill_(peak < _HIDDEN / 2, -torch.inf)",
         ".masked_fill_(peak < _HIDDEN / 2, 0.0)",
-        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero",),
+        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero[eager]",),
         models=10,
     ),
     Fault(
@@ -284,7 +284,7 @@ _EAGER = [
         "eager.py",
         "p = scores.softmax(-1)",
         "p = scores.exp() / scores.exp().sum(-1, keepdim=True)",
-        ("test_semantics.py::test_large_logits_are_finite_and_right",),
+        ("test_semantics.py::test_large_logits_are_finite_and_right[eager-float32-compressed_attention]",),
     ),
     Fault(
         "eager-delta-missing",
@@ -292,7 +292,7 @@ _EAGER = [
         "eager.py",
         ".sub_((out * dout).sum(-1, keepdim=True))",
         "",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[sliding_window_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-sliding_window_attention]",),
     ),
     Fault(
         "eager-keys-gradient-unscaled",
@@ -300,7 +300,7 @@ _EAGER = [
         "eager.py",
         "ds.mT @ (q * scale)",
         "ds.mT @ q",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[compressed_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-compressed_attention]",),
     ),
     Fault(
         "eager-shared-blocks-overwritten",
@@ -308,7 +308,7 @@ _EAGER = [
         "eager.py",
         "table.index_add_(0, rows.flatten(), gathered)",
         "table.index_copy_(0, rows.flatten(), gathered)",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[selected_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-selected_attention]",),
         models=13,
     ),
     Fault(
@@ -317,7 +317,7 @@ _EAGER = [
         "eager.py",
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)",
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, q.dtype)",
-        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype",),
+        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype[eager-bfloat16-compressed_attention]",),
     ),
     Fault(
         "eager-importance-shifted",
@@ -325,7 +325,7 @@ _EAGER = [
         "eager.py",
         "start = (tap - earlier) * stride",
         "start = (tap - earlier + 1) * stride",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
         models=11,
     ),
     Fault(
@@ -334,7 +334,7 @@ _EAGER = [
         "eager.py",
         " * (overlap / stride)",
         " * (overlap > 0)",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-importance-of-one-head",
@@ -342,7 +342,7 @@ _EAGER = [
         "eager.py",
         ".unflatten(2, (-1, queries.shape[3])).sum(3)",
         ".unflatten(2, (-1, queries.shape[3])).amax(3)",
-        ("test_stages.py::test_selection_in_float64[many_blocks]",),
+        ("test_stages.py::test_selection[eager-many_blocks-float64]",),
     ),
     Fault(
         "eager-one-local-block-more",
@@ -350,7 +350,7 @@ _EAGER = [
         "eager.py",
         "(block > own - config.num_local_blocks)",
         "(block >= own - config.num_local_blocks)",
-        ("test_stages.py::test_selection_in_float64[paper]",),
+        ("test_stages.py::test_selection[eager-paper-float64]",),
     ),
     Fault(
         "eager-ties-to-the-higher-index",
@@ -358,7 +358,7 @@ _EAGER = [
         "eager.py",
         "best, chosen = score.sort(dim=-1, descending=True, stable=True)\n",
         "best, chosen = score.flip(-1).sort(dim=-1, descending=True, stable=True)\n    chosen = blocks - 1 - chosen\n",
-        ("test_stages.py::test_ties_go_to_the_lower_index[blocks1-float64]",),
+        ("test_stages.py::test_ties_go_to_the_lower_index[eager-blocks1-float64]",),
     ),
     Fault(
         "eager-underflow-loses-a-block",
@@ -366,7 +366,7 @@ _EAGER = [
         "eager.py",
         "masked_fill(best == -torch.inf, blocks)",
         "masked_fill(best <= 0, blocks)",
-        ("test_semantics.py::test_underflowing_importance_loses_no_candidate",),
+        ("test_semantics.py::test_underflowing_importance_loses_no_candidate[eager-float32]",),
         models=4,
     ),
     Fault(
@@ -375,7 +375,7 @@ _EAGER = [
         "eager.py",
         "chosen.masked_fill(best == -torch.inf, blocks).sort(dim=-1).values",
         "chosen.masked_fill(best == -torch.inf, blocks)",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-blocks-summed",
@@ -399,7 +399,7 @@ _EAGER = [
         "eager.py",
         "sliding_window_attention(q, k_win, v_win, config, *rest)",
         "sliding_window_attention(q, k_win, v_win, config, *rest[:2], q.shape[-1] ** -0.5)",
-        ("test_semantics.py::test_scale_reaches_every_branch[nsa_attention]",),
+        ("test_semantics.py::test_scale_reaches_every_branch[eager-nsa_attention]",),
         models=3,
     ),
     Fault(
@@ -408,7 +408,7 @@ _EAGER = [
         "eager.py",
         "zip(branches, gates.unbind(-1), strict=True)",
         "zip(branches, gates.flip(-1).unbind(-1), strict=True)",
-        ("test_semantics.py::test_a_gate_lets_its_branch_through",),
+        ("test_semantics.py::test_a_gate_lets_its_branch_through[eager-0]",),
     ),
 ]
 
@@ -446,7 +446,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)",
         "block = (start - BEFORE) * RATIO + 1 + tl.arange(0, BLOCKS * RATIO)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
         models=11,
     ),
     Fault(
@@ -455,7 +455,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)",
         "own_weight = ((LENGTH + 0 * share) // STRIDE).to(ACC)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "importance-of-one-head",
@@ -463,7 +463,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
         "p = tl.max(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "one-local-block-more",
@@ -471,7 +471,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(block > own - LOCAL)",
         "(block >= own - LOCAL)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "ties-to-the-higher-index",
@@ -479,7 +479,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(tl.cumsum(equal, 1) <= spare)",
         "(tl.sum(equal, 1)[:, None] - tl.cumsum(equal, 1) < spare)",
-        ("test_kernels.py::test_ties_go_to_the_lower_index",),
+        ("test_stages.py::test_ties_go_to_the_lower_index[triton-blocks1-float32]",),
     ),
     Fault(
         "underflow-loses-a-block",
