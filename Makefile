@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NGPU ?= 4
+JOBS ?= auto
 PYTEST_ARGS ?=
 IMPL ?=
 FRESH ?=
@@ -30,6 +31,7 @@ help:  ## list the targets and variables
 	@echo '  PYTHON=python3    makes the environment: Python 3.11 or 3.12'
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
+	@echo '  JOBS=auto         processes the unit tests are shared out among: one a core'
 	@echo '  IMPL=             implementations under test: eager, triton, fla or package.module:object (unit)'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
@@ -52,7 +54,7 @@ lint: $(READY)  ## style, format and types
 # A layer that ran nothing fails: pytest says 5 where it collected nothing, conftest.py 1 where everything was skipped.
 
 unit: $(READY)  ## is each stage right?
-	$(PYTEST) validation/unit $(PYTEST_ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal validation/unit $(PYTEST_ARGS)
 
 integration: $(READY)  ## do the parts work together, across NGPU processes?
 	NGPU=$(NGPU) $(PYTEST) validation/integration $(PYTEST_ARGS)

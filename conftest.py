@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from _pytest.junitxml import xml_key  # the fixture for this, record_testsuite_property, is lost on parallel workers
 
 from validation import doctor, seeds
 
@@ -39,6 +40,8 @@ def pytest_configure(config):
     if len(GPUS) < config.option.require_gpus:
         raise pytest.UsageError(f"--require-gpus={config.option.require_gpus}: {len(GPUS)} found")
     config.implementations = _implementations(config.option.impl)
+    config.xfails = _read_xfails(config.option.xfails_file) if config.option.xfails_file else {}
+    config.refused = ""
 
 
 def _implementations(names):
@@ -155,19 +158,29 @@ def _read_xfails(file):
 class _Xfails:
     @pytest.hookimpl(tryfirst=True)  # ids are looked for among all tests, whatever -k leaves of them
     def pytest_collection_modifyitems(self, config, items):
-        reasons = _read_xfails(config.option.xfails_file)
+        reasons = config.xfails
         unmatched = reasons.keys() - {item.nodeid for item in items}
         if unmatched:
             names = "\n  ".join(sorted(unmatched))
-            raise pytest.UsageError(f"{config.option.xfails_file}: no test of this run has the id\n  {names}")
+            message = f"{config.option.xfails_file}: no test of this run has the id\n  {names}"
+            if not hasattr(config, "workeroutput"):
+                raise pytest.UsageError(message)
+            # What a parallel worker raises is lost: it has no tests then, and tells the one that has it run.
+            config.workeroutput["refused"] = message
+            items.clear()
         for item in items:
             if item.nodeid in reasons:
                 item.add_marker(pytest.mark.xfail(reason=reasons[item.nodeid], strict=True))
 
 
 def pytest_sessionstart(session):
-    if session.config.option.xfails_file is not None:
+    if session.config.xfails:
         session.config.pluginmanager.register(_Xfails())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.refused = getattr(node, "workeroutput", {}).get("refused", node.config.refused)
 
 
 # The account of a run.
@@ -188,17 +201,22 @@ def _skips(config) -> Counter:
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _account(request, record_testsuite_property):
+def _account(config) -> None:
     """What a JUnit report says of the whole: it has the durations, and every test's seed, by itself."""
-    yield
-    record_testsuite_property("shuffle-seed", request.config.option.shuffle_seed)
-    for reason, count in _skips(request.config).items():
-        record_testsuite_property(f"skipped: {reason}", count)
+    report = config.stash.get(xml_key, None)
+    if report is None:
+        return
+    report.add_global_property("shuffle-seed", config.option.shuffle_seed)
+    for reason, count in _skips(config).items():
+        report.add_global_property(f"skipped: {reason}", count)
 
 
+@pytest.hookimpl(tryfirst=True)  # before reports are written
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus == pytest.ExitCode.OK and _nothing_ran(session.config):
+    _account(session.config)
+    if session.config.refused:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+    elif exitstatus == pytest.ExitCode.OK and _nothing_ran(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -208,5 +226,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         terminalreporter.section("skipped, by reason")
     for reason, count in skips.most_common():
         terminalreporter.write_line(f"{count:6}  {reason}")
-    if exitstatus != pytest.ExitCode.USAGE_ERROR and _nothing_ran(config):
+    if config.refused:
+        terminalreporter.write_line(f"ERROR: {config.refused}", red=True, bold=True)
+    elif exitstatus != pytest.ExitCode.USAGE_ERROR and _nothing_ran(config):
         terminalreporter.write_line(NOTHING_RAN, red=True, bold=True)

@@ -135,9 +135,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):
             reports[dict(report.user_properties).get("implementation", "")][outcome].append(report)
-    subjects = [impl for impl in config.implementations or [] if impl.name in reports]
-    if not subjects:
+    if reports.keys() <= {""}:
         return
+    subjects = [impl for impl in chosen(config) if impl.name in reports]
     terminalreporter.section("capabilities")
     for line in table(subjects):
         terminalreporter.write_line(line)

@@ -149,10 +149,11 @@ def test_expected_failures_are_strict(tmp_path):
     assert "XPASS(strict)" in output
 
 
-def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path):
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path, processes):
     file = tmp_path / "xfails"
     file.write_text("nothing::like_this # gone")
-    status, output = run(WINDOW, f"--xfails-file={file}")
+    status, output = run(WINDOW, f"--xfails-file={file}", "-n", processes)
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert "no test of this run has the id\n  nothing::like_this" in output
 

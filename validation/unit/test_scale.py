@@ -11,7 +11,10 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from itertools import product
+from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import torch
@@ -68,10 +71,13 @@ needs_gpu = pytest.mark.needs_gpu  # a sequence of 2**31 query elements
 
 @pytest.fixture
 def memory_given_back() -> Iterator[None]:
-    """Tests that need most of a GPU's memory find it free and whole."""
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Tests that need most of a GPU's memory find it free and whole: where tests run in parallel, they take turns."""
+    with open(Path(gettempdir(), "nsa-gpu-memory.lock"), "w") as lock:
+        if torch.cuda.is_available():
+            flock(lock, LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def draw_long(case: Case, dtype: torch.dtype) -> Tensors:
