@@ -51,8 +51,12 @@ class Implementation:
     """Values of another head dim than keys (`Dv != Dk`)."""
     groups: Callable[[int], bool] = lambda group: group >= 1
     """Whether a number of query heads a KV head (`G`) is supported."""
+    head_dims: Callable[[int], bool] = lambda dim: dim >= 1
+    """Whether a head dim (`Dk`, `Dv`) is supported."""
     config: Callable[[Any], bool] = lambda config: True
     """Whether an `NSAConfig` is supported."""
+    interpreted: bool = False
+    """Whether it runs under Triton's interpreter: seconds where a GPU takes microseconds, so it is tried on little."""
     checks_input: bool = True
     """Whether bad input is refused before work starts."""
 
@@ -74,12 +78,16 @@ def eager() -> Implementation:
 
 def triton() -> Implementation:
     """Our Triton backend: compiled on a GPU, elsewhere under Triton's interpreter."""
-    functional = import_module("nsa.functional")
+    functional, kernels = import_module("nsa.functional"), import_module("nsa.kernels")
+    dtypes = {torch.float32, torch.bfloat16, torch.float16} | ({torch.float64} if kernels.INTERPRETED else set())
     return Implementation(
         name="triton",
-        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        dtypes=frozenset(dtypes),
+        head_dims=lambda dim: 16 <= dim <= 256,
+        config=lambda config: kernels.why_not(config) is None,
+        interpreted=kernels.INTERPRETED,
         **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
-        combine=import_module("nsa.kernels").combine,
+        combine=kernels.combine,
     )
 
 
