@@ -37,8 +37,8 @@ COMPILED_SHAPES: list[tuple[Blocks, int, int, int]] = [
 ]
 """Blocks, group, head dims of keys and of values. They are constants of kernels, which are compiled for each."""
 
-INTERPRETED_EXAMPLES = 3
-INTERPRETED_TOKENS = 40
+INTERPRETED_EXAMPLES = 2
+INTERPRETED_TOKENS = 34
 
 RELATIONS: dict[str, Callable[[NSAConfig], bool]] = {
     "any": lambda c: True,
@@ -113,6 +113,7 @@ def _shapes(draw: DrawFn, impl: Implementation, related: Callable[[NSAConfig], b
         shape = {"group": draw(st.integers(1, 4)), "key_dim": draw(dims), "value_dim": draw(dims)}
         return draw(st.sampled_from(small)), shape
     shapes = [shape for shape in COMPILED_SHAPES if impl.config(config(shape[0])) and related(config(shape[0]))]
+    shapes = shapes[: 1 if impl.interpreted else None]
     blocks, group, key_dim, value_dim = draw(st.sampled_from(shapes))
     return blocks, {"group": group, "key_dim": key_dim, "value_dim": value_dim if impl.value_head_dim else key_dim}
 
@@ -123,7 +124,8 @@ def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, p
     most = INTERPRETED_TOKENS if impl.interpreted else 5 * blocks[2]
     edges = [edge for size in blocks for edge in (size - 1, size, size + 1) if edge <= most]
     tokens = st.integers(0, most) | st.sampled_from(edges)
-    keys = draw(st.lists(tokens, min_size=2, max_size=4)) if packed else [max(1, draw(tokens))]
+    several = st.lists(tokens, min_size=2, max_size=2 if impl.interpreted else 4)
+    keys = draw(several) if packed else [max(1, draw(tokens))]
     if not partial or draw(st.booleans()):
         return whole(*keys)
     return tuple((draw(st.integers(0 if packed else 1, count)), count) for count in keys)
