@@ -25,6 +25,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _fast_interpreter():
+    """What kernels are tested under where there is no GPU is too slow as it is."""
+    if "TRITON_INTERPRET" in os.environ:
+        from validation import interpreter
+
+        interpreter.accelerate()
+
+
 @pytest.fixture
 def on_device():
     """Makes tensors on the GPU where there is one."""

@@ -298,7 +298,7 @@ def _lists_kernel(
     mine = ((batch * HEADS + row % HEADS) * blocks).to(tl.int32) + tl.where(valid, block, 0)
     if PACKED:
         mine += tl.load(located + 3 * query + 2, mask=inside, other=0)
-    tl.store(lists_of + pair, tl.where(valid, mine, lists), mask=inside)
+    tl.store(lists_of + pair, tl.where(valid, mine, lists).to(lists_of.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -643,7 +643,9 @@ class _Index(NamedTuple):
 def _invert(indices: Tensor, shift: int, packing: _Packing, size: int, chunk: int) -> _Index:
     batch, num_queries, heads, slots = indices.shape
     lists, pairs, width = batch * heads * packing.blocks, indices.numel(), 512
-    lists_of, members = indices.new_empty(2, pairs)
+    # A sort's time is by the bit; the last number is that of pairs which belong to no list.
+    lists_of = indices.new_empty(pairs, dtype=torch.int16 if lists < 2**15 - 1 else torch.int32)
+    members = indices.new_empty(pairs)
     grid = (triton.cdiv(pairs, width),)
     _lists_kernel[grid](
         indices, lists_of, packing.located, indices.stride(), num_queries, shift, pairs, lists, packing.blocks, heads,
@@ -651,7 +653,7 @@ def _invert(indices: Tensor, shift: int, packing: _Packing, size: int, chunk: in
     )  # fmt: skip
     lists_of, order = lists_of.sort(stable=True)
     _members_kernel[grid](order, members, num_queries, pairs, heads, SLOTS=slots, WIDTH=width)
-    bounds = torch.arange(lists + 1, device=indices.device, dtype=torch.int32)
+    bounds = torch.arange(lists + 1, device=indices.device, dtype=lists_of.dtype)
     offsets = torch.searchsorted(lists_of, bounds, out_int32=True)
     pieces = ((offsets.diff() + (chunk - 1)) // chunk).clamp_(min=1).cumsum(0, dtype=torch.int32)
     return _Index(members, offsets, pieces, chunk)

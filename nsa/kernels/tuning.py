@@ -60,6 +60,7 @@ def write_table(entries: Sequence[Entry], file: Path = TABLE) -> None:
 _OVERRIDES: dict[str, Launch] = {}
 
 
+@cache
 def chunks(dim: int) -> tuple[int, int]:
     """A head dimension as one or two powers of two; the second is 0 where one serves as well.
 

@@ -84,13 +84,13 @@ def whole(*lengths: int) -> tuple[tuple[int, int], ...]:
 
 CASES = [
     Case("small", whole(37)),
-    Case("batch", whole(29), batch=2, group=1),
+    Case("batch", whole(21), batch=2, group=1),
     Case("single_token", whole(1)),
     Case("before_first_block", whole(3)),
     Case("one_block_exactly", whole(4)),
     Case("paper", whole(211), config((32, 16, 64), 3, 48), group=4, kv_heads=1, key_dim=16, value_dim=16),
-    Case("equal_blocks", whole(100), config((16, 16, 16), 4, 20), group=3),
-    Case("short_select", whole(90), config((32, 16, 32), 4, 33), key_dim=16),
+    Case("equal_blocks", whole(100), config((16, 16, 16), 4, 20), group=3, kv_heads=1),
+    Case("short_select", whole(90), config((32, 16, 32), 4, 33), kv_heads=1, key_dim=16),
     Case("disjoint_compression", whole(41), config((2, 2, 8), 3)),
     Case("dense_stride", whole(23), config((3, 1, 4), 4, num_initial_blocks=0)),
     Case("group_3", whole(35), group=3),
@@ -99,18 +99,19 @@ CASES = [
     Case("wide_keys", whole(33), key_dim=12, value_dim=5, scale=0.3),
     Case("last_queries", ((7, 40),)),
     Case("decode", ((1, 37),), batch=3),
-    Case("scrambled", whole(49), config(selected=5), batch=2, scrambled=True),
+    Case("many_blocks", ((9, 150),), config(selected=6)),
+    Case("scrambled", whole(49), config(selected=5), batch=2, kv_heads=1, scrambled=True),
     Case("scrambled_last_queries", ((11, 64),), config(selected=6), scrambled=True),
     Case("more_selected_than_blocks", whole(25), config(selected=11)),
     Case("window_1", whole(19), config(window=1)),
     Case("window_over_length", whole(19), config(window=100)),
     Case("no_local_blocks", whole(45), config(selected=3, num_local_blocks=0)),
     Case("nothing_forced", whole(45), config(selected=2, num_initial_blocks=0, num_local_blocks=0)),
-    Case("all_forced", whole(61), config(selected=4, num_initial_blocks=2, num_local_blocks=2)),
-    Case("mean", whole(37), config(compression="mean")),
-    Case("linear", whole(37), config(compression="linear"), key_dim=6, value_dim=10),
+    Case("all_forced", whole(45), config(selected=4, num_initial_blocks=2, num_local_blocks=2)),
+    Case("mean", whole(21), config(compression="mean")),
+    Case("linear", whole(21), config(compression="linear"), key_dim=6, value_dim=10),
     Case("packed", whole(0, 1, 3, 4, 23, 0), group=3),
-    Case("packed_paper", whole(31, 0, 1, 32, 97), config((32, 16, 64), 3, 48), key_dim=16, value_dim=16),
+    Case("packed_paper", whole(31, 0, 1, 32, 97), config((32, 16, 64), 3, 48), kv_heads=1, key_dim=16, value_dim=16),
     Case("packed_mean", whole(5, 17, 2), config(compression="mean")),
     Case("packed_last_queries", ((3, 19), (0, 5), (1, 1), (8, 8), (2, 31)), value_dim=12),
     Case("packed_scrambled", whole(29, 0, 1, 18), config(selected=5), scrambled=True),
@@ -119,8 +120,8 @@ CASES = [
 BY_ID = {case.id: case for case in CASES}
 
 
-def for_kernels(case: Case) -> Case:
-    """The case four times as long and as wide, for kernels whose smallest blocks are `(16, 8, 16)`.
+def for_kernels(case: Case, factor: int) -> Case:
+    """The case for kernels, whose smallest blocks are `(16, 8, 16)`: about `factor` times as long, its heads wider.
 
     What is special about a length stays so: nothing, a single token, one token less than a compressed block, a block.
     """
@@ -129,7 +130,7 @@ def for_kernels(case: Case) -> Case:
         return replace(case, key_dim=max(16, case.key_dim), value_dim=max(16, case.value_dim))
 
     def longer(tokens: int) -> int:
-        return {0: 0, 1: 1, length - 1: 4 * length - 1}.get(tokens, 4 * tokens)
+        return {0: 0, 1: 1, length - 1: 4 * length - 1, length: 4 * length}.get(tokens, factor * tokens)
 
     return replace(
         case,
@@ -138,16 +139,22 @@ def for_kernels(case: Case) -> Case:
             case.config,
             compress_block_size=4 * length,
             compress_stride=4 * stride,
-            select_block_size=4 * size,
-            window_size=4 * case.config.window_size - 1 if case.config.window_size > 1 else 1,
+            select_block_size=factor * size,
+            window_size=factor * case.config.window_size - 1 if case.config.window_size > 1 else 1,
         ),
         key_dim=4 * case.key_dim,
         value_dim=4 * case.value_dim,
     )
 
 
-# Strides of 1 and blocks of 3 tokens are beyond kernels at any scale.
-KERNEL_CASES = [for_kernels(case) for case in CASES if case.id not in ("dense_stride", "disjoint_compression")]
+def kernel_cases(factor: int) -> list[Case]:
+    """`CASES` for kernels, but for those with strides of 1 and blocks of 3 tokens, which are beyond kernels anyhow.
+
+    Args:
+        factor: how many times as long, 2 at least. Kernels cut sequences into tiles: the longer these are, the longer
+            is a sequence that has several.
+    """
+    return [for_kernels(case, factor) for case in CASES if case.id not in ("dense_stride", "disjoint_compression")]
 
 
 def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:

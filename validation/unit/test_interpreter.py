@@ -1,0 +1,44 @@
+"""The accelerated interpreter against Triton's own: run as a module, this file asks the one and then the other."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from nsa import kernels
+from validation import interpreter
+from validation.implementations import load
+from validation.unit.cases import STAGES, Case, config, draw, select_blocks
+
+
+def everything() -> dict[str, torch.Tensor]:
+    """What every stage gives, and its gradients, on a case that takes Triton's own interpreter a few seconds."""
+    impl, blocks = load("triton"), config((16, 8, 16), 2, 7, num_local_blocks=1)
+    case = Case("few", ((3, 20),), blocks, kv_heads=1, key_dim=16, value_dim=16)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = draw(case, dtype)
+        results[f"selection, {dtype}"] = select_blocks(impl, case, tensors)
+        for stage in STAGES.values():
+            results |= {f"{stage.name}, {name}, {dtype}": x for name, x in stage.results(impl, case, tensors, dtype)}
+    return results
+
+
+def test_this_version_of_triton_is_accelerated():
+    assert interpreter.accelerate() == kernels.INTERPRETED
+
+
+def test_results_are_bit_for_bit_those_of_triton():
+    command = [sys.executable, "-m", "validation.unit.test_interpreter"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    own = everything()
+    assert interpreter.accelerate()
+    accelerated = everything()
+    assert own.keys() == accelerated.keys()
+    different = [name for name, x in own.items() if not torch.equal(x, accelerated[name])]
+    assert not different, different
