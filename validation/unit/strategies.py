@@ -37,7 +37,10 @@ COMPILED_SHAPES: list[tuple[Blocks, int, int, int]] = [
 ]
 """Blocks, group, head dims of keys and of values. They are constants of kernels, which are compiled for each."""
 
-INTERPRETED_EXAMPLES = 2
+FRESH_EXAMPLES = 10
+"""As many at a time: then Hypothesis would turn to varying those it has, which shows less than others do."""
+
+INTERPRETED_EXAMPLES = 4
 INTERPRETED_TOKENS = 34
 
 RELATIONS: dict[str, Callable[[NSAConfig], bool]] = {
@@ -121,7 +124,7 @@ def _shapes(draw: DrawFn, impl: Implementation, related: Callable[[NSAConfig], b
 @st.composite
 def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, partial: bool) -> Any:
     """`(Tq, Tk)` of one sequence, or of several, empty ones among them."""
-    most = INTERPRETED_TOKENS if impl.interpreted else 5 * blocks[2]
+    most = INTERPRETED_TOKENS if impl.interpreted else max(24, 5 * blocks[2])
     edges = [edge for size in blocks for edge in (size - 1, size, size + 1) if edge <= most]
     tokens = st.integers(0, most) | st.sampled_from(edges)
     several = st.lists(tokens, min_size=2, max_size=2 if impl.interpreted else 4)
@@ -159,16 +162,22 @@ def for_all(
 
         @wraps(test, updated=())
         def run(impl: Implementation, **parameters: Any) -> None:
-            @wraps(test)
-            def check(**drawn: Any) -> None:
-                test(impl, **parameters, **drawn)
+            tried = [known for known in examples if supports(impl, known["case"])]
+            for profile in _profiles(impl):
 
-            check.__signature__ = signature.replace(  # type: ignore[attr-defined]
-                parameters=[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in strategies]
-            )
-            for known in examples:
-                check = example(**known)(check) if supports(impl, known["case"]) else check
-            given(**{name: strategy(impl) for name, strategy in strategies.items()})(_sparingly(impl)(check))()
+                @wraps(test)
+                def check(**drawn: Any) -> None:
+                    test(impl, **parameters, **drawn)
+
+                check.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                    parameters=[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in strategies]
+                )
+                while tried:
+                    check = example(**tried.pop())(check)
+                if profile.derandomize:
+                    # Python's generator is seeded from the test's id; Hypothesis would know no more than its source.
+                    check = seed(random.getrandbits(32))(check)
+                given(**{name: strategy(impl) for name, strategy in strategies.items()})(profile(check))()
 
         kept = [parameter for name, parameter in signature.parameters.items() if name not in strategies]
         run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
@@ -177,11 +186,10 @@ def for_all(
     return decorate
 
 
-def _sparingly(impl: Implementation) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """As many examples as the profile says; few and not shrunk where each takes seconds; a test's own each time."""
+def _profiles(impl: Implementation) -> list[settings]:
+    """The profile in parts of fresh examples; few, and none made smaller, where each takes seconds."""
     profile = settings()
     if impl.interpreted:
         few = max(INTERPRETED_EXAMPLES, profile.max_examples // 20)
-        profile = settings(profile, max_examples=few, phases=set(Phase) - {Phase.shrink})
-    # Python's generator is seeded from the id of the running test; hypothesis would know no more than its source.
-    return lambda test: profile(seed(random.getrandbits(32))(test) if profile.derandomize else test)
+        return [settings(profile, max_examples=few, phases=set(Phase) - {Phase.shrink, Phase.explain})]
+    return [settings(profile, max_examples=FRESH_EXAMPLES)] * max(1, profile.max_examples // FRESH_EXAMPLES)
