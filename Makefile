@@ -22,7 +22,7 @@ endif
 
 PYTEST = $(PY) -m pytest $(if $(IMPL),--impl=$(IMPL))
 
-.PHONY: help setup lint unit integration system perf sanitize train test doctor clean
+.PHONY: help setup lint unit integration system perf faults sanitize train test doctor clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ system: $(READY)  ## does it do its job? short training runs against a dense twi
 
 perf: $(READY)  ## is it fast, and still as fast as yesterday?
 	$(PYTEST) validation/perf --benchmark-only $(PYTEST_ARGS)
+
+faults: $(READY)  ## do unit tests notice when something is wrong? every seeded fault must make one fail
+	$(PY) -m validation.faults
 
 sanitize: $(READY)  ## do the kernels stay within their memory, and free of races? compute-sanitizer on a GPU
 	$(PY) -m validation.sanitize

@@ -39,6 +39,7 @@ def accelerate() -> bool:
     # Whatever a function has the language from, the one module or the other, it finds it patched.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+    tl.tensor.__index__ = lambda self: self.handle.data.item()  # that of Triton 3.6 fails with NumPy 2.4
     interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
     tl.tensor.__init__ = _copying_tensors(tl.tensor.__init__)
     tl.block_type.__init__ = _copying_block_types(tl.block_type.__init__, tl.constexpr)

@@ -28,6 +28,7 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: \d+ hazards? displa
 # By query and by block, one sequence and several, queries for some keys only, head dims of one chunk, two and neither.
 # No length is a multiple of anything, so that the last tile of everything reaches beyond the end.
 BLOCKS = config((32, 16, 64), 3, 48, num_local_blocks=1)
+SMALL_BLOCKS = config((16, 16, 16), 3, 48, num_local_blocks=1)
 DIMS = {"kv_heads": 2, "key_dim": 128, "value_dim": 128}
 WHOLE, PACKED = whole(211), whole(97, 0, 1, 70)
 CASES = {
@@ -37,6 +38,7 @@ CASES = {
     Case("by_block_packed", PACKED, BLOCKS, group=3, **DIMS): torch.bfloat16,
     Case("last_queries", ((50, 211),), BLOCKS, group=16, **DIMS): torch.bfloat16,
     Case("wide_keys", WHOLE, BLOCKS, group=16, kv_heads=1, key_dim=192, value_dim=128): torch.bfloat16,
+    Case("small_blocks", WHOLE, SMALL_BLOCKS, group=3, kv_heads=1, key_dim=64, value_dim=64): torch.float32,
     Case("wide_values", WHOLE, BLOCKS, group=3, kv_heads=1, key_dim=48, value_dim=80): torch.float32,
 }
 

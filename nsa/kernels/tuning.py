@@ -57,6 +57,9 @@ def write_table(entries: Sequence[Entry], file: Path = TABLE) -> None:
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
+NARROWEST = 32
+"""Columns of the narrowest tile."""
+
 _OVERRIDES: dict[str, Launch] = {}
 
 
@@ -67,10 +70,10 @@ def chunks(dim: int) -> tuple[int, int]:
     Kernels work on powers of two. 192 columns padded to 256 would waste a quarter of the matrix units, the registers
     and the shared memory; as 128 + 64 they waste nothing.
     """
-    # Narrower tiles cost as much, and compiled float32 products of 16 columns were seen to be wrong (Triton 3.6).
-    whole = max(32, triton.next_power_of_2(dim))
+    # Narrower tiles save little, and float32 products over 16 columns read shared memory out of bounds (Triton 3.6).
+    whole = max(NARROWEST, triton.next_power_of_2(dim))
     first = whole // 2
-    second = max(16, triton.next_power_of_2(max(dim - first, 1)))
+    second = max(NARROWEST, triton.next_power_of_2(max(dim - first, 1)))
     return (first, second) if first >= 64 and first + second < whole else (whole, 0)
 
 

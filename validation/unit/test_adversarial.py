@@ -35,7 +35,8 @@ TRITON = load("triton")
 DIMS = {"key_dim": 128, "value_dim": 128}
 if kernels.INTERPRETED:
     SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
-    TRIED = [Case("small", whole(52), SMALL, kv_heads=1, key_dim=16, value_dim=16)]
+    SHAPE = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
+    TRIED = [Case("by_query", whole(44), SMALL, group=8, **SHAPE), Case("small", whole(52), SMALL, **SHAPE)]
     DTYPES, SKIPPED = ["float64"], ("compress_keys", "compress_values", "nsa_attention")  # the last takes longest
 else:
     TRIED = [
@@ -54,6 +55,12 @@ KEYS, VALUES = ("k", "k_cmp", "k_slc", "k_win"), ("v", "v_cmp", "v_slc", "v_win"
 def logits_a_hundredfold(x: Tensors) -> None:
     for name in ("q", *KEYS):
         x[name] *= 10
+
+
+def queries_of_all_sizes(x: Tensors) -> None:
+    """Whatever one row's logits are, those of the rows beside it are far above or below."""
+    x["q"][:, 1::3] *= 400
+    x["q"][:, :, 1::2] /= 400
 
 
 def identical_keys(x: Tensors) -> None:
@@ -96,6 +103,7 @@ def underflow(x: Tensors) -> None:
 
 ADVERSITIES = [
     logits_a_hundredfold,
+    queries_of_all_sizes,
     identical_keys,
     zero_queries,
     equal_values,

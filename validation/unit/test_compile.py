@@ -145,6 +145,14 @@ def test_operators_keep_the_rules(qualified: str) -> None:
     torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, inputs)
 
 
+@pytest.mark.parametrize("qualified", OPERATORS)
+def test_operators_promise_what_they_give(qualified: str) -> None:
+    """In a narrow dtype, where it matters which results are kept in a wider one."""
+    namespace, name = qualified.split("::")
+    inputs = OPERATORS[qualified](name, namespace, draw(CASE, torch.bfloat16))
+    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, inputs, test_utils="test_faketensor")
+
+
 # 3. Recomputation in the backward pass.
 
 

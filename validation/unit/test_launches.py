@@ -26,7 +26,7 @@ def on_hopper(monkeypatch):
     tuning._choose.cache_clear()
 
 
-@pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (12, 64), (16, 64), (64, 64)])
+@pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (9, 64), (12, 64), (16, 64), (64, 64)])
 def test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two(on_hopper, group, rows):
     assert tuning.launch("window_forward", torch.bfloat16, 128, 128, group) == {"BLOCK_M": rows}
 
@@ -63,3 +63,12 @@ def test_a_later_entry_takes_the_place_of_an_earlier_one(tmp_path):
     file = tmp_path / "table.json"
     write_table([entry(16, 64), entry(4, 32), entry(16, 128)], file)
     assert read_table(file) == [entry(4, 32), entry(16, 128)]
+
+
+@pytest.mark.parametrize("dim", range(16, 257))
+def test_a_head_dim_is_cut_into_powers_of_two_that_cover_it_and_are_not_narrow(dim):
+    first, second = tuning.chunks(dim)
+    assert first + second >= dim
+    assert second <= first
+    assert {width for width in (first, second) if width} <= {32, 64, 128, 256}
+    assert first + second <= max(32, 1 << (dim - 1).bit_length()), "more than one power of two would take"

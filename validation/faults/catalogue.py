@@ -1,0 +1,810 @@
+"""The faults: each a small change to one file of `nsa/`, of the kind that people make and that runs without complaint.
+
+Those that public implementations of Native Sparse Attention have shipped are among them, numbered as in `PUBLIC_BUGS`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PUBLIC_BUGS = {
+    1: "backward of the compressed branch wrong for wide values: delta summed for one chunk of them only",
+    2: "a number of blocks that is no power of two: forward attends to blocks of the padding, gradients do not",
+    3: "the scale given does not reach the window branch",
+    4: "importance that underflows to 0 ties with padding: a valid block is lost",
+    5: "the maximum of one row used for all rows: overflow with large logits",
+    6: "a store at a head dim that is no power of two writes into the next head",
+    7: "a window of w + 1 tokens",
+    8: "a -1 among the indices read as a block",
+    9: "no causal mask inside the query's own block; the end of a packed sequence reads the next one",
+    10: "rows that see no compressed block made 0 in the first tile only",
+    11: "importance off by one compressed block",
+    12: "offsets of large batches overflow 32 bits",
+    13: "gradients dropped, or doubled, where several queries share a block",
+}
+"""What real kernels shipped. Cached decoding that differs from the full forward is missing: there is no cache yet."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change that makes the package wrong.
+
+    Attributes:
+        name: what it is called in the table and on the command line.
+        what: what it does, in a line.
+        file: below `nsa/`.
+        old: text that stands in the file exactly once.
+        new: what is put in its place.
+        tests: ids of the unit tests, below `validation/unit/`, that are tried first: one of them should fail.
+        models: the public bug it is an example of, by its number.
+    """
+
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    models: int | None = None
+
+    def apply(self, root: Path) -> None:
+        """Makes the change in the copy of the repository at `root`.
+
+        Raises:
+            ValueError: the text to be replaced does not stand there exactly once.
+        """
+        path = root / "nsa" / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"its text must stand in nsa/{self.file} once, not {text.count(self.old)} times")
+        path.write_text(text.replace(self.old, self.new))
+
+
+def _oracle(case: str, part: str, dtype: str = "float64") -> str:
+    """The test that compares a part of the Triton backend with the oracle on a case."""
+    return f"test_kernels.py::test_matches_the_oracle[{case}-{dtype}-{part}]"
+
+
+def _wide(stage: str) -> str:
+    """The test of a stage whose head dims come in two chunks."""
+    return f"test_kernels.py::test_head_dims_that_are_no_powers_of_two[{stage}-float32-(96, 80)]"
+
+
+def _eager(case: str, stage: str) -> str:
+    """The test that compares a stage of the eager backend with the oracle on a case."""
+    return f"test_stages.py::test_matches_the_oracle_in_float64[{case}-{stage}]"
+
+
+_CONFIG = [
+    Fault(
+        "stride-need-not-divide",
+        "the configuration takes a stride that does not divide the compressed block",
+        "config.py",
+        'for name in ("compress_block_size", "select_block_size"):',
+        'for name in ("select_block_size",):',
+        ("test_errors.py::test_illegal_configurations",),
+    ),
+    Fault(
+        "more-forced-than-selected",
+        "the configuration takes one forced block more than blocks are selected",
+        "config.py",
+        "if self.num_selected_blocks < forced:",
+        "if self.num_selected_blocks < forced - 1:",
+        ("test_errors.py::test_illegal_configurations",),
+    ),
+    Fault(
+        "last-selection-block-not-counted",
+        "the block at the end that is filled in part is none",
+        "config.py",
+        "return -(-num_keys // self.select_block_size)",
+        "return num_keys // self.select_block_size",
+        (_eager("small", "selected_attention"),),
+    ),
+]
+
+_FUNCTIONS = [
+    Fault(
+        "dtypes-mixed",
+        "keys may have another dtype than queries",
+        "functional.py",
+        '_check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q, dtype=q.dtype)',
+        '_check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q)',
+        ("test_errors.py::test_mixed_dtypes",),
+    ),
+    Fault(
+        "triton-replaced-silently",
+        'backend="triton" takes eager where Triton lacks support',
+        "functional.py",
+        'if backend == "triton":\n',
+        'if backend == "triton" and False:\n',
+        ("test_errors.py::test_triton_is_never_replaced_silently",),
+    ),
+    Fault(
+        "offsets-of-keys-ignored",
+        "cu_seqlens_k is checked, then that of the queries used in its place",
+        "functional.py",
+        "return cu_seqlens_q, cu_seqlens_k\n\n\ndef _check_cu_seqlens",
+        "return cu_seqlens_q, cu_seqlens_q\n\n\ndef _check_cu_seqlens",
+        (_eager("packed_last_queries", "sliding_window_attention"),),
+    ),
+    Fault(
+        "compressed-block-crosses-a-boundary",
+        "the first compressed block of a packed sequence is taken to be one more of the sequence before",
+        "functional.py",
+        "sequence = torch.searchsorted(ends, block, right=True)",
+        "sequence = torch.searchsorted(ends, block)",
+        (_eager("packed_mean", "compress_keys"),),
+    ),
+    Fault(
+        "block-listed-twice-accepted",
+        "a block that is listed twice for one query counts twice",
+        "functional.py",
+        "if bool(repeated.any()):",
+        "if bool(repeated.all()):",
+        ("test_errors.py::test_a_block_listed_twice",),
+    ),
+]
+
+_MODULE = [
+    Fault(
+        "compressed-keys-rotated-at-their-end",
+        "RoPE takes a compressed block's last position, not its first",
+        "module.py",
+        "rope[blocks.positions]",
+        "rope[blocks.positions + self.config.compress_block_size - 1]",
+        ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mean]",),
+    ),
+    Fault(
+        "positions-run-through",
+        "positions of packed sequences do not start anew",
+        "module.py",
+        "return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]",
+        "return token",
+        ("test_module.py::test_matches_the_oracle_with_all_gradients[packed-mean]",),
+    ),
+    Fault(
+        "branches-in-another-order",
+        "the window gets the keys of the selected branch and the other way round",
+        "module.py",
+        "k_cmp, k_slc, k_win = self._branches(self.wk(x))",
+        "k_cmp, k_win, k_slc = self._branches(self.wk(x))",
+        ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mean]",),
+    ),
+    Fault(
+        "gates-by-softmax",
+        "gates compete with one another",
+        "module.py",
+        "_split(self.wg(x), 3).sigmoid()",
+        "_split(self.wg(x), 3).softmax(-1)",
+        ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mean]",),
+    ),
+    Fault(
+        "values-compressed-like-keys",
+        "values go through the compression of keys",
+        "module.py",
+        "v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)",
+        "v_cmp = self.compress_k(v_cmp, cu_seqlens, self.backend)",
+        ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mlp]",),
+    ),
+]
+
+_OPERATORS = [
+    Fault(
+        "backward-forgets-the-packing",
+        "offsets of packed sequences are not saved for the backward",
+        "operators.py",
+        "ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])",
+        "ctx.save_for_backward(*inputs[:3], *output, inputs[3], None, None)",
+        (_eager("packed", "sliding_window_attention"),),
+    ),
+    Fault(
+        "sums-in-the-narrow-dtype",
+        "the log-sum-exp that tracing promises has the dtype of the inputs",
+        "operators.py",
+        "lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))",
+        "lse = q.new_empty(q.shape[:-1])",
+        ("test_compile.py::test_operators_promise_what_they_give[nsa_eager::compressed_attention]",),
+    ),
+]
+
+_EAGER = [
+    Fault(
+        "eager-compressed-block-seen-early",
+        "a compressed block is seen one token before it has passed",
+        "eager.py",
+        "* config.compress_stride + config.compress_block_size - 1",
+        "* config.compress_stride + config.compress_block_size - 2",
+        (_eager("small", "compressed_attention"),),
+    ),
+    Fault(
+        "eager-window-one-wider",
+        "the window has w + 1 tokens",
+        "eager.py",
+        "behind = 1 - window - ahead",
+        "behind = -window - ahead",
+        (_eager("small", "sliding_window_attention"),),
+        models=7,
+    ),
+    Fault(
+        "eager-own-block-not-causal",
+        "the selected branch sees the whole of the query's own block",
+        "eager.py",
+        "ahead = first_ahead.float().unsqueeze(-1) + within",
+        "ahead = first_ahead.float().unsqueeze(-1) + 0 * within",
+        (_eager("small", "selected_attention"),),
+        models=9,
+    ),
+    Fault(
+        "eager-empty-slot-is-block-0",
+        "an empty slot of the indices is read as the first block",
+        "eager.py",
+        ".masked_fill_(chosen < 0, 1)",
+        "",
+        (_eager("scrambled", "selected_attention"),),
+        models=8,
+    ),
+    Fault(
+        "eager-queries-are-the-first-tokens",
+        "fewer queries than keys are the first tokens, not the last",
+        "eager.py",
+        "slice(first_block, last_block), (k1 - k0) - (q1 - q0))",
+        "slice(first_block, last_block), 0)",
+        (_eager("last_queries", "sliding_window_attention"),),
+    ),
+    Fault(
+        "eager-blocks-of-silent-sequences-kept",
+        "the compressed blocks of a sequence without queries go to the next one",
+        "eager.py",
+        "\n        first_block = last_block\n",
+        "\n            first_block = last_block\n",
+        (_eager("packed_last_queries", "compressed_attention"),),
+    ),
+    Fault(
+        "eager-blind-rows-not-zero",
+        "a query that sees no compressed block gets a log-sum-exp of 0, and a mean of what it must not see",
+        "eager.py",
+        ".masked_fill_(peak < _HIDDEN / 2, -torch.inf)",
+        ".masked_fill_(peak < _HIDDEN / 2, 0.0)",
+        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero",),
+        models=10,
+    ),
+    Fault(
+        "eager-blind-rows-have-gradients",
+        "queries that see nothing give gradients to what they do not see",
+        "eager.py",
+        "    dout = _seen(dout, lse)\n",
+        "",
+        (_eager("small", "compressed_attention"),),
+    ),
+    Fault(
+        "eager-no-maximum-subtracted",
+        "softmax without its maximum overflows",
+        "eager.py",
+        "p = scores.softmax(-1)",
+        "p = scores.exp() / scores.exp().sum(-1, keepdim=True)",
+        ("test_semantics.py::test_large_logits_are_finite_and_right",),
+    ),
+    Fault(
+        "eager-delta-missing",
+        "the gradient of softmax lacks what its sum takes away",
+        "eager.py",
+        ".sub_((out * dout).sum(-1, keepdim=True))",
+        "",
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[sliding_window_attention]",),
+    ),
+    Fault(
+        "eager-keys-gradient-unscaled",
+        "the gradient of keys lacks the scale",
+        "eager.py",
+        "ds.mT @ (q * scale)",
+        "ds.mT @ q",
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[compressed_attention]",),
+    ),
+    Fault(
+        "eager-shared-blocks-overwritten",
+        "of the queries that share a block only one gives it a gradient",
+        "eager.py",
+        "table.index_add_(0, rows.flatten(), gathered)",
+        "table.index_copy_(0, rows.flatten(), gathered)",
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[selected_attention]",),
+        models=13,
+    ),
+    Fault(
+        "eager-log-sum-exp-narrow",
+        "the log-sum-exp is rounded to the dtype of the inputs",
+        "eager.py",
+        "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)",
+        "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, q.dtype)",
+        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype",),
+    ),
+    Fault(
+        "eager-importance-shifted",
+        "importance is that of the compressed blocks one further on",
+        "eager.py",
+        "start = (tap - earlier) * stride",
+        "start = (tap - earlier + 1) * stride",
+        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        models=11,
+    ),
+    Fault(
+        "eager-overlap-not-weighed",
+        "every compressed block that reaches into a block counts alike",
+        "eager.py",
+        " * (overlap / stride)",
+        " * (overlap > 0)",
+        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+    ),
+    Fault(
+        "eager-importance-of-one-head",
+        "importance is the greatest of a group's heads, not their sum",
+        "eager.py",
+        ".unflatten(2, (-1, queries.shape[3])).sum(3)",
+        ".unflatten(2, (-1, queries.shape[3])).amax(3)",
+        ("test_stages.py::test_selection_in_float64[many_blocks]",),
+    ),
+    Fault(
+        "eager-one-local-block-more",
+        "one block more than the local ones is forced",
+        "eager.py",
+        "(block > own - config.num_local_blocks)",
+        "(block >= own - config.num_local_blocks)",
+        ("test_stages.py::test_selection_in_float64[paper]",),
+    ),
+    Fault(
+        "eager-ties-to-the-higher-index",
+        "of equally important blocks the last is taken",
+        "eager.py",
+        "best, chosen = score.sort(dim=-1, descending=True, stable=True)\n",
+        "best, chosen = score.flip(-1).sort(dim=-1, descending=True, stable=True)\n    chosen = blocks - 1 - chosen\n",
+        ("test_stages.py::test_ties_go_to_the_lower_index[blocks1-float64]",),
+    ),
+    Fault(
+        "eager-underflow-loses-a-block",
+        "a block whose importance is 0 is taken for padding",
+        "eager.py",
+        "masked_fill(best == -torch.inf, blocks)",
+        "masked_fill(best <= 0, blocks)",
+        ("test_semantics.py::test_underflowing_importance_loses_no_candidate",),
+        models=4,
+    ),
+    Fault(
+        "eager-indices-by-importance",
+        "indices come in the order of importance",
+        "eager.py",
+        "chosen.masked_fill(best == -torch.inf, blocks).sort(dim=-1).values",
+        "chosen.masked_fill(best == -torch.inf, blocks)",
+        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+    ),
+    Fault(
+        "eager-blocks-summed",
+        "compression of the mean kind gives the sum",
+        "eager.py",
+        ".mean(3).to(x.dtype)",
+        ".sum(3).to(x.dtype)",
+        (_eager("mean", "compress_keys"),),
+    ),
+    Fault(
+        "eager-position-embedding-left-out",
+        "tokens are compressed without their position in the block",
+        "eager.py",
+        "rows = (tokens + params.position.to(x.dtype)).flatten(3)",
+        "rows = tokens.flatten(3)",
+        (_eager("small", "compress_values"),),
+    ),
+    Fault(
+        "eager-scale-not-for-the-window",
+        "the window branch takes the default scale whatever is given",
+        "eager.py",
+        "sliding_window_attention(q, k_win, v_win, config, *rest)",
+        "sliding_window_attention(q, k_win, v_win, config, *rest[:2], q.shape[-1] ** -0.5)",
+        ("test_semantics.py::test_scale_reaches_every_branch[nsa_attention]",),
+        models=3,
+    ),
+    Fault(
+        "eager-gates-turned-round",
+        "the gates of the compressed and of the window branch change places",
+        "eager.py",
+        "zip(branches, gates.unbind(-1), strict=True)",
+        "zip(branches, gates.flip(-1).unbind(-1), strict=True)",
+        ("test_semantics.py::test_a_gate_lets_its_branch_through",),
+    ),
+]
+
+_COMPRESSION_KERNELS = [
+    Fault(
+        "mean-gradient-misses-a-block",
+        "a token has no gradient from the first of the blocks it belongs to",
+        "kernels/compress.py",
+        "for back in tl.static_range(LENGTH // STRIDE):",
+        "for back in tl.static_range(LENGTH // STRIDE - 1):",
+        (_oracle("mean", "compress_keys"),),
+    ),
+    Fault(
+        "mean-gradient-misses-the-last-block",
+        "the last compressed block gives its tokens no gradient",
+        "kernels/compress.py",
+        "covers = live & (block >= 0) & (block < count)",
+        "covers = live & (block >= 0) & (block < count - 1)",
+        (_oracle("mean", "compress_keys"),),
+    ),
+    Fault(
+        "one-position-for-all-parts",
+        "every part of a compressed block gets the position embedding of its first part",
+        "kernels/compress.py",
+        "products[:, :, pieces + m, m]",
+        "products[:, :, pieces, m]",
+        (_oracle("linear", "compress_keys"),),
+    ),
+]
+
+_SELECTION_KERNELS = [
+    Fault(
+        "importance-shifted",
+        "importance is that of the compressed blocks one further on",
+        "kernels/select.py",
+        "block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)",
+        "block = (start - BEFORE) * RATIO + 1 + tl.arange(0, BLOCKS * RATIO)",
+        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        models=11,
+    ),
+    Fault(
+        "overlap-not-weighed",
+        "a compressed block counts in full for the block it starts in and not for the next",
+        "kernels/select.py",
+        "own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)",
+        "own_weight = ((LENGTH + 0 * share) // STRIDE).to(ACC)",
+        ("test_kernels.py::test_selection[many_blocks-float64]",),
+    ),
+    Fault(
+        "importance-of-one-head",
+        "importance is the greatest of a group's heads, not their sum",
+        "kernels/select.py",
+        "p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
+        "p = tl.max(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
+        ("test_kernels.py::test_selection[many_blocks-float64]",),
+    ),
+    Fault(
+        "one-local-block-more",
+        "one block more than the local ones is forced",
+        "kernels/select.py",
+        "(block > own - LOCAL)",
+        "(block >= own - LOCAL)",
+        ("test_kernels.py::test_selection[many_blocks-float64]",),
+    ),
+    Fault(
+        "ties-to-the-higher-index",
+        "of equally important blocks the last is taken",
+        "kernels/select.py",
+        "(tl.cumsum(equal, 1) <= spare)",
+        "(tl.sum(equal, 1)[:, None] - tl.cumsum(equal, 1) < spare)",
+        ("test_kernels.py::test_ties_go_to_the_lower_index",),
+    ),
+    Fault(
+        "underflow-loses-a-block",
+        "a block whose importance is 0 is taken for padding",
+        "kernels/select.py",
+        "rank = tl.where(candidate, rank, -1)",
+        "rank = tl.where(candidate & (rank > 0), rank, -1)",
+        ("test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
+        models=4,
+    ),
+]
+
+_CONTIGUOUS_KERNELS = [
+    Fault(
+        "compressed-block-seen-early",
+        "a compressed block is seen one token before it has passed",
+        "kernels/contiguous.py",
+        'return _Branch("compressed", config.compress_stride, config.compress_block_size - 1, None)',
+        'return _Branch("compressed", config.compress_stride, config.compress_block_size - 2, None)',
+        (_oracle("small", "compressed_attention"),),
+    ),
+    Fault(
+        "window-one-wider",
+        "the window has w + 1 tokens",
+        "kernels/contiguous.py",
+        "max(1, min(config.window_size, num_keys))",
+        "max(1, min(config.window_size + 1, num_keys))",
+        (_oracle("small", "sliding_window_attention"),),
+        models=7,
+    ),
+    Fault(
+        "window-one-wider-for-values",
+        "gradients of keys and values come from a window of w + 1 tokens, outputs from one of w",
+        "kernels/contiguous.py",
+        "visible = visible & (keys[:, None] > (position - window)[None, :])",
+        "visible = visible & (keys[:, None] >= (position - window)[None, :])",
+        (_oracle("small", "sliding_window_attention"),),
+    ),
+    Fault(
+        "sum-not-rescaled",
+        "the sum of exponentials is not rescaled when the maximum grows",
+        "kernels/contiguous.py",
+        "z = z * rescale + tl.sum(p, 1)",
+        "z = z + tl.sum(p, 1)",
+        (_oracle("small", "sliding_window_attention"),),
+    ),
+    Fault(
+        "second-chunk-not-rescaled",
+        "the second chunk of the values' columns is not rescaled when the maximum grows",
+        "kernels/contiguous.py",
+        "acc1 = dot(p, v1, acc1 * rescale[:, None], ACC, PRECISION)",
+        "acc1 = dot(p, v1, acc1, ACC, PRECISION)",
+        (_wide("sliding_window_attention"),),
+    ),
+    Fault(
+        "maximum-of-one-row-for-all",
+        "the running maximum is that of the tile's first row",
+        "kernels/contiguous.py",
+        "                peak = tl.maximum(m, tl.max(x, 1))\n                # A row",
+        '                peak = tl.maximum(m, tl.max(tl.where(rows == first, tl.max(x, 1), float("-inf")), 0))\n'
+        "                # A row",
+        (_oracle("small", "compressed_attention"),),
+        models=5,
+    ),
+    Fault(
+        "blind-rows-zero-in-the-first-tile",
+        "rows that see no compressed block are made 0 in the first tile only",
+        "kernels/contiguous.py",
+        "blind = z == 0\n",
+        "blind = (z == 0) & (first == 0)\n",
+        (_oracle("small", "compressed_attention"),),
+        models=10,
+    ),
+    Fault(
+        "delta-of-one-chunk",
+        "delta lacks the second chunk of the values' columns",
+        "kernels/contiguous.py",
+        "        delta += tl.sum(do1.to(ACC) * load_rows(out, out_offsets, inside, V0, V1, DV, True).to(ACC), 1)\n",
+        "",
+        (_wide("compressed_attention"),),
+        models=1,
+    ),
+    Fault(
+        "keys-miss-the-last-queries",
+        "gradients of keys and values lack the last tile of queries",
+        "kernels/contiguous.py",
+        "y = count * (share + 1) // shares",
+        "y = tl.minimum(count * (share + 1) // shares, count - 1)",
+        (_oracle("small", "sliding_window_attention"),),
+    ),
+    Fault(
+        "scale-twice-for-keys",
+        "the gradient of keys is scaled twice",
+        "kernels/contiguous.py",
+        "store_rows(dk, key * dk_strides[2], held, dk0 * scale, 0, K0, DK)",
+        "store_rows(dk, key * dk_strides[2], held, dk0 * scale * scale, 0, K0, DK)",
+        (_oracle("small", "sliding_window_attention"),),
+    ),
+    Fault(
+        "queries-are-the-first-tokens",
+        "in the backward of keys, fewer queries than keys are the first tokens",
+        "kernels/contiguous.py",
+        "    shift = num_tokens - num_queries\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
+        "    shift = 0\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
+        (_oracle("last_queries", "sliding_window_attention"),),
+    ),
+    Fault(
+        "unwritten-gradients",
+        "gradients of compressed keys that packed sequences leave no use for are whatever memory held",
+        "kernels/contiguous.py",
+        "make = torch.empty if packing is None or branch.window is not None else torch.zeros",
+        "make = torch.empty",
+        ("test_reproducibility.py::test_no_result_comes_of_memory_never_written[packed-compressed_attention]",),
+    ),
+    Fault(
+        "batch-offset-of-32-bits",
+        "the offset of a batch row overflows where it passes 2**31 elements",
+        "kernels/contiguous.py",
+        "    query_head = head * G + rows % G\n    batch64 = tl.cast(batch, tl.int64)\n",
+        "    query_head = head * G + rows % G\n    batch64 = batch\n",
+        ("test_bounds.py::test_rows_of_a_batch_may_be_far_apart[compressed_attention]",),
+        models=12,
+    ),
+    Fault(
+        "tile-in-part-left-out",
+        "the tile at the end of a packed sequence that is filled in part is none",
+        "kernels/common.py",
+        "counts = (lengths + (block - 1)) // block",
+        "counts = lengths // block",
+        (_oracle("packed", "sliding_window_attention"),),
+    ),
+    Fault(
+        "launched-like-the-nearest-by-difference",
+        "parameters are taken from the group nearest by difference, not by ratio",
+        "kernels/tuning.py",
+        "abs(math.log2(other / group))",
+        "abs(other - group)",
+        ("test_launches.py::test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two",),
+    ),
+    Fault(
+        "short-sequences-take-blocks-away",
+        "a packed sequence shorter than a compressed block has a negative number of them",
+        "kernels/common.py",
+        "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)",
+        "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1)",
+        (_oracle("packed", "compressed_attention"),),
+    ),
+    Fault(
+        "store-beyond-the-head",
+        "a store at a head dim that is no power of two writes into the next head",
+        "kernels/common.py",
+        "mask = seen[:, None]\n    if FIRST + WIDTH > DIM:",
+        "mask = seen[:, None]\n    if FIRST > DIM:",
+        ("test_bounds.py::test_nothing_is_written_beside_a_result[sliding_window_attention-2-(24, 72)]",),
+        models=6,
+    ),
+    Fault(
+        "load-beyond-the-head",
+        "a load at a head dim that is no power of two reads the next head",
+        "kernels/common.py",
+        "return tl.load(pointers, mask=seen[:, None] & (columns < DIM)[None, :], other=0.0)",
+        "return tl.load(pointers, mask=seen[:, None] & (columns >= 0)[None, :], other=0.0)",
+        (_oracle("wide_values", "sliding_window_attention"),),
+    ),
+]
+
+_SELECTED_KERNELS = [
+    Fault(
+        "padded-slots-attended-to",
+        "slots up to the next power of two are read as blocks: by output and dq, not by dk and dv",
+        "kernels/selected.py",
+        "block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)",
+        "block = tl.load(indices + slot * stride, mask=slot < SPAN, other=-1)",
+        (_oracle("many_blocks", "selected_attention_by_query"),),
+        models=2,
+    ),
+    Fault(
+        "own-block-not-causal",
+        "going by query, the whole of the query's own block is seen, and at the end of a packed sequence the next one",
+        "kernels/selected.py",
+        "return first, valid & (first + tl.arange(0, KEYS) <= position)",
+        "return first, valid & (first + tl.arange(0, KEYS) >= 0)",
+        (_oracle("many_blocks", "selected_attention_by_query"),),
+        models=9,
+    ),
+    Fault(
+        "own-block-not-causal-by-block",
+        "going by block, the output has the whole of the query's own block in it, its gradients have not",
+        "kernels/selected.py",
+        's = tl.where(within[None, :] <= reach[:, None], s, float("-inf"))',
+        's = tl.where(real[None, :], s, float("-inf"))',
+        (_oracle("many_blocks", "selected_attention_by_block"),),
+        models=9,
+    ),
+    Fault(
+        "packed-keys-of-the-first-sequence",
+        "going by query, every packed sequence reads the keys of the first",
+        "kernels/selected.py",
+        "first_key = tl.load(located + 3 * query + 1)",
+        "first_key = query * 0",
+        (_oracle("packed_scrambled", "selected_attention_by_query"),),
+    ),
+    Fault(
+        "empty-slot-is-block-0",
+        "going by block, an empty slot is read as the first block",
+        "kernels/selected.py",
+        "valid = (block >= 0) & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
+        "valid = inside & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
+        (_oracle("scrambled", "selected_attention_by_block"),),
+        models=8,
+    ),
+    Fault(
+        "maximum-not-subtracted",
+        "going by query, exponentials are taken of logits as they are",
+        "kernels/selected.py",
+        "        highest = tl.maximum(peak, tl.max(s, 1))\n",
+        '        highest = tl.where(tl.maximum(peak, tl.max(s, 1)) == float("-inf"), float("-inf"), 0.0)\n',
+        ("test_adversarial.py::test_matches_the_oracle[by_query-selected_attention-queries_of_all_sizes-float64]",),
+    ),
+    Fault(
+        "maximum-of-one-row-for-all-by-block",
+        "going by block, every row of a tile is taken relative to the maximum of the first",
+        "kernels/selected.py",
+        "            peak = tl.max(s, 1)\n",
+        '            peak = tl.max(tl.max(tl.where(row[:, None] == step, s, float("-inf")), 1), 0)\n',
+        ("test_adversarial.py::test_matches_the_oracle[small-selected_attention-queries_of_all_sizes-float64]",),
+        models=5,
+    ),
+    Fault(
+        "sum-not-rescaled-by-block",
+        "the partial results of a query are put together without rescaling",
+        "kernels/selected.py",
+        "total = total * rescale + weight",
+        "total = total + weight",
+        (_oracle("small", "selected_attention_by_block"),),
+    ),
+    Fault(
+        "delta-of-one-chunk-selected",
+        "delta of the selected branch lacks the second chunk of the values' columns",
+        "kernels/selected.py",
+        "total += tl.sum(o1.to(ACC) * do1.to(ACC), 1)",
+        "total += 0.0",
+        (_wide("selected_attention"),),
+        models=1,
+    ),
+    Fault(
+        "padded-head-stride",
+        "going by block, the head dim of values is taken to be padded to a power of two in memory",
+        "kernels/selected.py",
+        "        v += batch * v_strides[0] + head * v_strides[2]\n"
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
+        "        v += batch * v_strides[0] + head * (V0 + V1)\n"
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
+        (_oracle("wide_values", "selected_attention_by_block"),),
+    ),
+    Fault(
+        "last-piece-dropped",
+        "the last piece of a block's list of queries is not added to its gradient",
+        "kernels/selected.py",
+        "for piece in range(0, count):",
+        "for piece in range(0, count - 1):",
+        (_oracle("small", "selected_attention_by_block"),),
+        models=13,
+    ),
+    Fault(
+        "pieces-overlap",
+        "a piece of a block's list goes on to the end of the list: its queries count several times",
+        "kernels/selected.py",
+        "count = tl.minimum(tl.load(offsets + low + 1) - begin, CHUNK)",
+        "count = tl.load(offsets + low + 1) - begin",
+        (_oracle("small", "selected_attention_by_block"),),
+        models=13,
+    ),
+    Fault(
+        "by-block-queries-are-the-first-tokens",
+        "going by block, fewer queries than keys are the first tokens",
+        "kernels/selected.py",
+        "return (query + shift).to(tl.int32)",
+        "return query.to(tl.int32)",
+        (_oracle("last_queries", "selected_attention_by_block"),),
+    ),
+    Fault(
+        "dq-overwritten",
+        "going by block, the selected branch writes its dq over that of the compressed branch",
+        "kernels/selected.py",
+        "ROWS=tile, ADD=add,",
+        "ROWS=tile, ADD=False,",
+        (_oracle("small", "nsa_attention"),),
+    ),
+]
+
+_ATTENTION_KERNELS = [
+    Fault(
+        "scale-not-for-the-window",
+        "the window branch takes the default scale whatever is given",
+        "kernels/attention.py",
+        "contiguous.window_forward(q, k_win, v_win, None, *rest)",
+        "contiguous.window_forward(q, k_win, v_win, None, *rest[:-1], q.shape[-1] ** -0.5)",
+        (_oracle("wide_keys", "nsa_attention"),),
+        models=3,
+    ),
+    Fault(
+        "gates-gradients-exchanged",
+        "the gates of the selected and the window branch get one another's gradient",
+        "kernels/attention.py",
+        "(dgate_cmp, dgate_slc, dgate_win)",
+        "(dgate_cmp, dgate_win, dgate_slc)",
+        (_oracle("small", "nsa_attention"),),
+    ),
+    Fault(
+        "sign-of-the-gate-lost",
+        "a negative gate gives keys and values the gradient of a positive one",
+        "kernels/common.py",
+        'negative = (weight < 0) & (log_sum < float("inf"))',
+        'negative = (weight < 0) & (log_sum > float("inf"))',
+        ("test_gates.py::test_gates_of_either_sign_and_zero[triton-2]",),
+    ),
+]
+
+FAULTS = [
+    *_CONFIG,
+    *_FUNCTIONS,
+    *_MODULE,
+    *_OPERATORS,
+    *_EAGER,
+    *_COMPRESSION_KERNELS,
+    *_SELECTION_KERNELS,
+    *_CONTIGUOUS_KERNELS,
+    *_SELECTED_KERNELS,
+    *_ATTENTION_KERNELS,
+]

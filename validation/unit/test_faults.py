@@ -1,0 +1,115 @@
+"""The catalogue of seeded faults: it fits the source, leaves no public bug out, and its trials tell kills from noise.
+
+Whether unit tests kill every fault takes minutes, and is asked by `make faults`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from validation.faults import trial
+from validation.faults.catalogue import FAULTS, PUBLIC_BUGS, Fault
+from validation.faults.trial import ROOT, UNIT
+
+PAGE = ROOT / "docs" / "faults.md"
+TESTS = {path.name: set(re.findall(r"^def (test_\w+)", path.read_text(), re.M)) for path in (ROOT / UNIT).glob("*.py")}
+
+each_fault = pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+
+
+# 1. The catalogue.
+
+
+@each_fault
+def test_a_fault_applies_exactly_once(fault: Fault) -> None:
+    text = (ROOT / "nsa" / fault.file).read_text()
+    assert text.count(fault.old) == 1, f"{fault.name} no longer fits nsa/{fault.file}"
+    assert fault.new != fault.old
+    compile(text.replace(fault.old, fault.new), fault.file, "exec")
+
+
+@each_fault
+def test_the_tests_tried_first_exist(fault: Fault) -> None:
+    assert fault.tests
+    for test in fault.tests:
+        assert_exists(test)
+
+
+def test_names_are_unique_and_the_faults_are_many() -> None:
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
+
+
+def test_every_public_bug_is_among_them() -> None:
+    assert {fault.models for fault in FAULTS} - {None} == set(PUBLIC_BUGS)
+
+
+def test_every_part_of_the_attention_has_faults() -> None:
+    parts = {"config.py", "functional.py", "module.py", "operators.py", "eager.py"}
+    kernels = {f"kernels/{path.name}" for path in (ROOT / "nsa" / "kernels").glob("*.py")} - {"kernels/__init__.py"}
+    assert {fault.file for fault in FAULTS} == parts | kernels
+
+
+# 2. The page that says which test killed which.
+
+
+def rows() -> Iterator[list[str]]:
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if len(cells) == 5 and "`" in cells[2]:
+            yield cells
+
+
+def test_the_page_is_of_this_catalogue() -> None:
+    stated = [[name, what, where.strip("`"), bug] for name, what, where, bug, _ in rows()]
+    assert stated == [[fault.name, fault.what, fault.file, str(fault.models or "")] for fault in FAULTS]
+
+
+def test_the_killers_on_the_page_exist() -> None:
+    for *_, killer in rows():
+        assert_exists(killer.strip("`"))
+
+
+def assert_exists(test: str) -> None:
+    file, _, function = test.partition("::")
+    assert function.partition("[")[0] in TESTS.get(file, ()), f"there is no test {test}"
+
+
+# 3. Trials.
+
+QUICK = "test_errors.py::test_scale_of_another_type"
+REFUSAL = 'raise TypeError(f"scale must be a float or None'
+FAULT = Fault("scale-of-any-type", "takes any scale", "functional.py", REFUSAL, "return 1.0  # ", (QUICK,))
+
+
+def test_a_run_without_a_fault_kills_nothing() -> None:
+    outcome = trial.run(trial.related(FAULT))
+    assert outcome.passed > 1
+    assert not outcome.killer
+    assert not outcome.problem
+
+
+def test_a_test_that_fails_kills_the_fault() -> None:
+    before = (ROOT / "nsa" / FAULT.file).read_text()
+    outcome = trial.attempt(FAULT)
+    assert outcome.killer.startswith(UNIT + QUICK)
+    assert not outcome.problem
+    assert (ROOT / "nsa" / FAULT.file).read_text() == before, "the fault was made in the package itself"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (REFUSAL, 'raise TypError(f"', "misspelt"),
+        ("import torch\n", "import torhc\n", "could not be collected"),
+    ],
+    ids=["misspelt", "not_importable"],
+)
+def test_what_every_test_would_notice_is_no_kill(old: str, new: str, problem: str) -> None:
+    assert problem in trial.attempt(replace(FAULT, old=old, new=new)).problem
+
+
+def test_a_fault_that_does_not_apply_is_an_error() -> None:
+    problem = trial.attempt(replace(FAULT, old="no such text")).problem
+    assert problem == "its text must stand in nsa/functional.py once, not 0 times"
