@@ -20,9 +20,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-PYTEST = $(PY) -m pytest $(if $(IMPL),--impl=$(IMPL))
+PYTEST = $(PY) -m pytest $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report=)
 
-.PHONY: help setup lint unit integration system perf faults sanitize train test doctor clean
+.PHONY: help setup lint unit integration coverage system perf faults sanitize train test doctor clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +30,7 @@ help:  ## list the targets and variables
 	@echo '  PYTHON=python3    makes the environment: Python 3.11 or 3.12'
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
-	@echo '  IMPL=             the implementation under test: NAME or package.module:object'
+	@echo '  IMPL=             implementations under test: eager, triton, fla or package.module:object (unit)'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
 
@@ -72,7 +72,12 @@ sanitize: $(READY)  ## do the kernels stay within their memory, and free of race
 train: $(READY)  ## train NSA and its dense twin on the same data, side by side
 	$(PY) -m validation.system.twins $(if $(FRESH),--fresh)
 
-test: lint unit integration system  ## all that any machine can run
+coverage: $(READY)  ## unit and integration, and how much of nsa/ they reach, by line and branch
+	$(PY) -m coverage erase
+	$(MAKE) unit integration COVERAGE=1
+	$(PY) -m coverage report
+
+test: lint coverage system  ## all that any machine can run
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

@@ -1,20 +1,86 @@
-"""What holds for every layer: a header of facts, a seed of its own for every test, no success without a test run."""
+"""What holds for every layer: a header of facts, a seed of its own for every test, and no success that shows nothing.
+
+Options: `--impl`, `--xfails-file`, `--require-gpus`, `--shuffle-seed`; see docs/validate-your-own.md.
+"""
 
 import os
 import random
-from zlib import crc32
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from validation import doctor
+from validation import doctor, seeds
 
-if not doctor.inspect().gpus:
+GPUS = doctor.inspect().gpus
+if not GPUS:
     # Before anything imports Triton: without a GPU its kernels are tested under its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_report_header():
-    return doctor.facts()
+def pytest_addoption(parser):
+    group = parser.getgroup("validation")
+    group.addoption(
+        "--impl",
+        action="append",
+        metavar="NAME|package.module:object",
+        help="implementation under test, repeatable; other tests are left out (default: eager and triton)",
+    )
+    group.addoption("--xfails-file", type=Path, help="ids of tests that are to fail, one a line, each with # a reason")
+    group.addoption("--require-gpus", type=int, default=0, metavar="N", help="N GPUs must be here: lack of them fails")
+    group.addoption("--shuffle-seed", type=int, metavar="N", help="run in an order of N's, on numbers of N's")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs_gpu(count=1, gib=0): so many GPUs, with so much memory each")
+    config.addinivalue_line("markers", "every_dtype: every case in every dtype, beside float64 too")
+    config.addinivalue_line("markers", "sparing(**names): parameters that are enough where a call takes seconds")
+    seeds.variation = config.option.shuffle_seed
+    if len(GPUS) < config.option.require_gpus:
+        raise pytest.UsageError(f"--require-gpus={config.option.require_gpus}: {len(GPUS)} found")
+    config.implementations = _implementations(config.option.impl)
+
+
+def _implementations(names):
+    """Those asked for, or None: the layer that has a use for them knows what to take by default."""
+    if not names:
+        return None
+    from validation.implementations import load
+
+    try:
+        return [load(name) for name in names]
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise pytest.UsageError(f"--impl: {error}") from error
+
+
+def pytest_report_header(config):
+    chosen = config.option.shuffle_seed
+    return [*doctor.facts(), *([] if chosen is None else [f"shuffled: --shuffle-seed={chosen}"])]
+
+
+# Randomness.
+
+
+@pytest.hookimpl(trylast=True)  # whoever leaves tests out or sorts them has done so
+def pytest_collection_modifyitems(config, items):
+    if config.option.shuffle_seed is not None:
+        random.Random(config.option.shuffle_seed).shuffle(items)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """Seeds from the test's own id: the same numbers in any order, alone or in company, never those of another test."""
+    import numpy
+    import torch
+
+    seed = seeds.seed_of(request.node.nodeid)
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 (for whoever uses the global generator)
+    torch.manual_seed(seed)
+    request.node.user_properties.append(("seed", seed))
+
+
+# Machines.
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,26 +100,77 @@ def _fast_interpreter():
         interpreter.accelerate()
 
 
-@pytest.fixture
-def on_device():
-    """Makes tensors on the GPU where there is one."""
+def _need_gpus(config, count=1, gib=0):
     import torch
 
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(len(GPUS))]
+    found = sum(size >= gib for size in sizes)
+    if found >= count:
+        return
+    reason = f"missing hardware: {count} GPU{'s' * (count > 1)}{f' of {gib} GiB' * (gib > 0)}, {found} found"
+    if count <= config.option.require_gpus:
+        pytest.fail(f"{reason}, yet --require-gpus={config.option.require_gpus}", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs_gpu"):
+        _need_gpus(item.config, *mark.args, **mark.kwargs)
+
+
+@pytest.fixture
+def on_device(request):
+    """Makes tensors on the GPU where there is one, unless the implementation under test has no use for it."""
+    import torch
+
+    usable = request.getfixturevalue("impl").devices if "impl" in request.fixturenames else {"cpu", "cuda"}
+    if "cpu" not in usable:
+        _need_gpus(request.config)
+    with torch.device("cuda" if torch.cuda.is_available() and "cuda" in usable else "cpu"):
         yield
 
 
-@pytest.fixture(autouse=True)
-def _seed(request):
-    """Seeds from the test's own id: the same numbers in any order, alone or in company, never those of another test."""
-    import numpy
-    import torch
+# Expected failures.
 
-    seed = crc32(request.node.nodeid.encode())
-    random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002 (for whoever uses the global generator)
-    torch.manual_seed(seed)
 
+def _read_xfails(file):
+    """Reasons by test id."""
+    reasons = {}
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise pytest.UsageError(f"--xfails-file: {error}") from error
+    for number, line in enumerate(lines, 1):
+        name, _, reason = (part.strip() for part in line.partition(" #"))
+        if not name or name.startswith("#"):
+            continue
+        if not reason:
+            raise pytest.UsageError(f"{file}:{number}: {name} needs a reason, after ' # '")
+        if name in reasons:
+            raise pytest.UsageError(f"{file}:{number}: {name} is there twice")
+        reasons[name] = reason
+    return reasons
+
+
+class _Xfails:
+    @pytest.hookimpl(tryfirst=True)  # ids are looked for among all tests, whatever -k leaves of them
+    def pytest_collection_modifyitems(self, config, items):
+        reasons = _read_xfails(config.option.xfails_file)
+        unmatched = reasons.keys() - {item.nodeid for item in items}
+        if unmatched:
+            names = "\n  ".join(sorted(unmatched))
+            raise pytest.UsageError(f"{config.option.xfails_file}: no test of this run has the id\n  {names}")
+        for item in items:
+            if item.nodeid in reasons:
+                item.add_marker(pytest.mark.xfail(reason=reasons[item.nodeid], strict=True))
+
+
+def pytest_sessionstart(session):
+    if session.config.option.xfails_file is not None:
+        session.config.pluginmanager.register(_Xfails())
+
+
+# The account of a run.
 
 NOTHING_RAN = "no test was executed, all were skipped or deselected: this run shows nothing, so it fails"
 
@@ -65,11 +182,31 @@ def _nothing_ran(config) -> bool:
     return not any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "xfailed", "xpassed"))
 
 
+def _skips(config) -> Counter:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter else []
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _account(request, record_testsuite_property):
+    """What a JUnit report says of the whole: it has the durations, and every test's seed, by itself."""
+    yield
+    record_testsuite_property("shuffle-seed", request.config.option.shuffle_seed)
+    for reason, count in _skips(request.config).items():
+        record_testsuite_property(f"skipped: {reason}", count)
+
+
 def pytest_sessionfinish(session, exitstatus):
     if exitstatus == pytest.ExitCode.OK and _nothing_ran(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    skips = _skips(config)
+    if skips:
+        terminalreporter.section("skipped, by reason")
+    for reason, count in skips.most_common():
+        terminalreporter.write_line(f"{count:6}  {reason}")
     if _nothing_ran(config):
         terminalreporter.write_line(NOTHING_RAN, red=True, bold=True)

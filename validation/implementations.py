@@ -1,10 +1,11 @@
 """What the harness needs of an implementation: the stage functions and an honest account of what they can do.
 
 Our own backends go through the same door as everybody else's. A subject is named by its key in `ADAPTERS` or as
-`package.module:object`, the object being an `Implementation` or a function that makes one.
+`package.module:object`, the object being an `Implementation` or a function that makes one. What it declares is tested,
+and fails where it does not hold; what it does not declare is skipped, visibly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -21,6 +22,27 @@ STAGES = (
     "nsa_attention",
 )
 """The stage functions by name; each has the signature of the oracle's function of that name."""
+
+
+COMPRESSIONS = frozenset({"mlp", "linear", "mean"})
+"""Every kind of compression an `NSAConfig` knows."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A range of sizes as a capability: asked by calling it, printed in words."""
+
+    least: int = 1
+    most: int | None = None
+    powers_of_two: bool = False
+
+    def __call__(self, size: int) -> bool:
+        fits = self.least <= size and (self.most is None or size <= self.most)
+        return fits and not (self.powers_of_two and size & (size - 1))
+
+    def __str__(self) -> str:
+        kind = "powers of two " if self.powers_of_two else ""
+        return f"{kind}from {self.least}" if self.most is None else f"{kind}{self.least} to {self.most}"
 
 
 @dataclass(frozen=True)
@@ -43,26 +65,129 @@ class Implementation:
     """Device types of the inputs."""
     backward: bool = True
     """Whether gradients flow."""
+    deterministic: bool = True
+    """Whether the same inputs give the same bits, gradients included."""
     packed: bool = True
     """Several sequences in one row, by `cu_seqlens_q` and `cu_seqlens_k`."""
     partial_queries: bool = True
     """Fewer queries than keys (`Tq < Tk`)."""
+    partial_queries_backward: bool = True
+    """Gradients then, too."""
+    own_keys: bool = True
+    """Keys and values of their own a branch in `nsa_attention`; otherwise all come of one `k` and one `v`."""
     value_head_dim: bool = True
     """Values of another head dim than keys (`Dv != Dk`)."""
-    groups: Callable[[int], bool] = lambda group: group >= 1
-    """Whether a number of query heads a KV head (`G`) is supported."""
-    head_dims: Callable[[int], bool] = lambda dim: dim >= 1
-    """Whether a head dim (`Dk`, `Dv`) is supported."""
-    config: Callable[[Any], bool] = lambda config: True
-    """Whether an `NSAConfig` is supported."""
-    interpreted: bool = False
-    """Whether it runs under Triton's interpreter: seconds where a GPU takes microseconds, so it is tried on little."""
+    any_indices: bool = True
+    """Indices in any order, -1 anywhere among them, blocks beyond the query among them."""
+    empty_queries: bool = True
+    """Queries with no block at all among the indices given: their output is 0."""
     checks_input: bool = True
-    """Whether bad input is refused before work starts."""
+    """Whether bad input is refused before work starts, by `ValueError` or `TypeError`."""
+    compressions: frozenset[str] = COMPRESSIONS
+    """Kinds of compression."""
+    lengths: Callable[[int], bool] = Sizes(0)
+    """Whether a number of tokens a sequence is supported; 0 is an empty one among others."""
+    head_dims: Callable[[int], bool] = Sizes()
+    """Whether a head dim (`Dk`, `Dv`) is supported."""
+    groups: Callable[[int], bool] = Sizes()
+    """Whether a number of query heads a KV head (`G`) is supported."""
+    config: Callable[[Any], bool] = lambda config: True
+    """Whether the sizes and counts of an `NSAConfig` are supported; the first line of its docstring says which are."""
+
+    tile: int = 1
+    """Tokens it takes at a time, about: sequences are tried that are longer than several of them."""
+    interpreted: bool = False
+    """Whether it runs under Triton's interpreter: seconds a call, and rounding like no GPU's."""
+    plain: bool = False
+    """Whether it is plain PyTorch, as the baseline of others is: it is then held to the oracle without any."""
 
     def has(self, stage: str) -> bool:
         """Whether the stage of that name (one of `STAGES`) is there."""
         return getattr(self, stage) is not None
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The dtype that leaves least to rounding."""
+        return min(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def lacks(
+        self,
+        case: Any,
+        stages: Iterable[str] = (),
+        dtype: torch.dtype | None = None,
+        *,
+        backward: bool = False,
+        own_keys: bool = False,
+    ) -> str | None:
+        """The first capability that is wanted and not declared, in words; None where there is none.
+
+        Args:
+            case: a `validation.unit.cases.Case`.
+            stages: the stages that will be called.
+            dtype: of the inputs; any, unless given.
+            backward: whether gradients are wanted.
+            own_keys: whether branches have keys and values of their own.
+        """
+        partial = any(queries != keys for queries, keys in case.lengths)
+        sizes = (case.config.compress_block_size, case.config.compress_stride, case.config.select_block_size)
+        there = {
+            **{f"the stage {stage}": self.has(stage) for stage in stages},
+            _name(dtype): dtype is None or dtype in self.dtypes,
+            f"blocks {sizes}, {case.config.num_selected_blocks} selected": self.config(case.config),
+            "packed sequences": self.packed or not case.packed,
+            "fewer queries than keys": self.partial_queries or not partial,
+            "keys of their own a branch": self.own_keys or not own_keys,
+            "Dv != Dk": self.value_head_dim or case.key_dim == case.value_dim,
+            **{f"a head dim of {dim}": self.head_dims(dim) for dim in (case.key_dim, case.value_dim)},
+            f"groups of {case.group}": self.groups(case.group),
+            f"{case.config.compression} compression": case.config.compression in self.compressions,
+            **{f"sequences of {keys} tokens": self.lengths(keys) for _, keys in case.lengths},
+            "indices in any order": self.any_indices or not case.scrambled,
+            "queries without a block": self.empty_queries or not (case.scrambled and case.emptied),
+            "a backward pass": self.backward or not backward,
+            "a backward pass of fewer queries than keys": self.partial_queries_backward or not (backward and partial),
+        }
+        return next((capability for capability, is_there in there.items() if not is_there), None)
+
+    def capabilities(self) -> dict[str, str]:
+        """What it declares, in words: for the table at the end of a run."""
+        missing = [stage for stage in STAGES if not self.has(stage)]
+        partial = "forward only" if self.partial_queries and not self.partial_queries_backward else None
+        return {
+            "stages": f"all but {', '.join(missing)}" if missing else "all",
+            "dtypes": ", ".join(sorted(map(_name, self.dtypes))),
+            "devices": ", ".join(sorted(self.devices)),
+            "backward": _yes(self.backward),
+            "deterministic": _yes(self.deterministic),
+            "packed sequences": _yes(self.packed),
+            "Tq < Tk": partial or _yes(self.partial_queries),
+            "keys of their own a branch": _yes(self.own_keys),
+            "Dv != Dk": _yes(self.value_head_dim),
+            "head dims": _words(self.head_dims),
+            "group sizes": _words(self.groups),
+            "tokens a sequence": _words(self.lengths),
+            "compression": ", ".join(sorted(self.compressions)),
+            "blocks": _words(self.config),
+            "indices in any order": _yes(self.any_indices),
+            "queries without a block": _yes(self.empty_queries),
+            "checks of input": _yes(self.checks_input),
+        }
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _yes(there: bool) -> str:
+    return "yes" if there else "no"
+
+
+def _words(supports: Callable[..., bool]) -> str:
+    if isinstance(supports, Sizes):
+        return str(supports)
+    if supports is Implementation.config:
+        return "any"
+    return (supports.__doc__ or "some").splitlines()[0].rstrip(".")
 
 
 def eager() -> Implementation:
@@ -73,25 +198,47 @@ def eager() -> Implementation:
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
         **{stage: partial(getattr(functional, stage), backend="eager") for stage in STAGES},
         combine=import_module("nsa.eager").combine,
+        plain=True,
     )
 
 
 def triton() -> Implementation:
     """Our Triton backend: compiled on a GPU, elsewhere under Triton's interpreter."""
     functional, kernels = import_module("nsa.functional"), import_module("nsa.kernels")
-    dtypes = {torch.float32, torch.bfloat16, torch.float16} | ({torch.float64} if kernels.INTERPRETED else set())
+
+    def blocks(config: Any) -> bool:
+        """powers of two, d from 8, l and l' from 16"""
+        return kernels.why_not(config) is None
+
     return Implementation(
         name="triton",
-        dtypes=frozenset(dtypes),
-        head_dims=lambda dim: 16 <= dim <= 256,
-        config=lambda config: kernels.why_not(config) is None,
-        interpreted=kernels.INTERPRETED,
+        dtypes=frozenset(
+            {torch.float32, torch.bfloat16, torch.float16} | ({torch.float64} if kernels.INTERPRETED else set())
+        ),
         **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
         combine=kernels.combine,
+        head_dims=Sizes(16, 256),
+        config=blocks,
+        tile=16 if kernels.INTERPRETED else 64,
+        interpreted=kernels.INTERPRETED,
     )
 
 
-ADAPTERS: dict[str, Callable[[], Implementation]] = {"eager": eager, "triton": triton}
+def fla() -> Implementation:
+    """The kernels of the package `fla-core`, where it is installed."""
+    try:
+        peer = import_module("validation.peers.fla")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "fla":
+            raise
+        remedy = "pip install -c constraints.txt -e .[peers]"
+        raise ModuleNotFoundError(
+            f"fla needs the package fla-core, of the extra `peers`: {remedy}", name="fla"
+        ) from error
+    return peer.fla()
+
+
+ADAPTERS: dict[str, Callable[[], Implementation]] = {"eager": eager, "triton": triton, "fla": fla}
 """Makers of the subjects that ship with the harness; making one imports what it needs."""
 
 

@@ -12,6 +12,8 @@ for bit:
 - Whether a sum or product of integers overflows is found out by several more interpreted operations, and then ignored
   unless Triton is being debugged. Here it is not asked.
 
+Kernels of other people that tune themselves at the first call find no clock there: they get the first configuration.
+
 Together they are worth a factor of about four. Triton 3.6 to 3.7.1 have these places.
 """
 
@@ -30,7 +32,7 @@ def accelerate() -> bool:
     """
     import triton.language as tl
     from triton import knobs
-    from triton.runtime import interpreter
+    from triton.runtime import autotuner, interpreter
 
     places = ("_patch_lang", "_get_np_dtype", "interpreter_builder")
     if not knobs.runtime.interpret or not all(hasattr(interpreter, place) for place in places):
@@ -45,6 +47,7 @@ def accelerate() -> bool:
     tl.block_type.__init__ = _copying_block_types(tl.block_type.__init__, tl.constexpr)
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    autotuner.Autotuner.do_bench = lambda self, call, quantiles: [1.0 for _ in quantiles]
     return True
 
 

@@ -1,6 +1,8 @@
 """What the stages are tried on: a list of cases, one generator of inputs, and how to run a stage on them.
 
-A case is here because it differs from the others in a way that has broken somebody's kernel; it is not a product.
+A case is here because it differs from the others in a way that has broken somebody's kernel; it is not a product. It is
+written as small as it can be, and `fitted` to what an implementation can do. What that cannot do at any scale is
+skipped when it is asked for, in `Stage.run` and `select_blocks`, and nowhere else.
 """
 
 import zlib
@@ -9,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
 from validation import oracle
+from validation.implementations import Implementation
 from validation.numerics import assert_matches
 
 Tensors = dict[str, Any]
@@ -40,6 +44,8 @@ class Case:
     scale: float | None = None
     scrambled: bool = False
     """Indices in any order with -1 among them."""
+    emptied: float = 0.25
+    """Part of the scrambled slots that is emptied; some queries are then left without any block."""
 
     @property
     def packed(self) -> bool:
@@ -115,46 +121,97 @@ CASES = [
     Case("packed_mean", whole(5, 17, 2), config(compression="mean")),
     Case("packed_last_queries", ((3, 19), (0, 5), (1, 1), (8, 8), (2, 31)), value_dim=12),
     Case("packed_scrambled", whole(29, 0, 1, 18), config(selected=5), scrambled=True),
+    Case("shared_keys", whole(39), config(shared_kv=True), group=3),
+    # At the scale of kernels 96 and 80, 192 and 128, 256 and 64.
+    Case("odd_head_dims", whole(20), config(selected=3), group=3, kv_heads=1, key_dim=24, value_dim=20),
+    Case("latent_head_dims", whole(20), config(selected=3), kv_heads=1, key_dim=48, value_dim=32),
+    Case("largest_head_dims", whole(20), config(selected=3), kv_heads=1, key_dim=64, value_dim=16),
+]
+
+
+def pooled(id: str, lengths: tuple[tuple[int, int], ...], selected: int, window: int = 9, **rest: Any) -> Case:
+    """A case of the least common denominator: means of equal blocks, all forced ones, groups of 16, shared keys."""
+    shape = {"kv_heads": 1, "group": 16} | rest
+    return Case(id, lengths, config((4, 4, 4), selected, window, compression="mean", shared_kv=True), **shape)
+
+
+# Structure enough for implementations that can do no more than this, numbers of blocks that are no power of two among
+# it, and heads as wide as 192 and 256 at the scale of kernels.
+CASES += [
+    pooled("pooled", whole(38), 5, scale=0.3),
+    pooled("pooled_power_of_two", whole(38), 4, batch=2, kv_heads=2),
+    pooled("pooled_forced", whole(27), 3, window=1),
+    pooled("pooled_short", whole(6), 5),
+    pooled("pooled_wide", whole(26), 4, key_dim=32, value_dim=32),
+    pooled("pooled_wide_values", whole(26), 5, key_dim=16, value_dim=48),
+    pooled("pooled_widest_values", whole(18), 4, key_dim=16, value_dim=64),
+    pooled("pooled_last_queries", ((7, 38),), 6),
+    pooled("pooled_decode", ((1, 31),), 5, batch=2),
+    pooled("pooled_many_blocks", ((5, 150),), 6),
+    pooled("pooled_scrambled", whole(34), 6, scrambled=True, emptied=0.0),
+    pooled("pooled_packed", whole(1, 3, 4, 25), 5),
+    pooled("pooled_packed_last_queries", ((3, 19), (1, 1), (8, 8)), 5),
 ]
 
 BY_ID = {case.id: case for case in CASES}
 
 
-def for_kernels(case: Case, factor: int) -> Case:
-    """The case for kernels, whose smallest blocks are `(16, 8, 16)`: about `factor` times as long, its heads wider.
+SCALES = ((1, 1), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
+"""How much larger `l` and `d`, and all other lengths with `l'`, may be than a case says: the smallest that fits."""
+
+
+def scaled(case: Case, blocks: int, tokens: int) -> Case | None:
+    """The case with `l` and `d` so many times as large, sequences, `l'` and `w` so many times as long, wider heads.
 
     What is special about a length stays so: nothing, a single token, one token less than a compressed block, a block.
+    None where block sizes do not fit one another any more.
     """
-    length, stride, size = case.config.compress_block_size, case.config.compress_stride, case.config.select_block_size
-    if stride >= 8:
-        return replace(case, key_dim=max(16, case.key_dim), value_dim=max(16, case.value_dim))
+    length, size = case.config.compress_block_size, case.config.select_block_size
+    if blocks * length > tokens * size or tokens * size % (blocks * case.config.compress_stride):
+        return None
 
-    def longer(tokens: int) -> int:
-        return {0: 0, 1: 1, length - 1: 4 * length - 1, length: 4 * length}.get(tokens, factor * tokens)
+    def longer(count: int) -> int:
+        return {0: 0, 1: 1, length - 1: blocks * length - 1, length: blocks * length}.get(count, tokens * count)
 
     return replace(
         case,
         lengths=tuple((longer(queries), longer(keys)) for queries, keys in case.lengths),
         config=replace(
             case.config,
-            compress_block_size=4 * length,
-            compress_stride=4 * stride,
-            select_block_size=factor * size,
-            window_size=factor * case.config.window_size - 1 if case.config.window_size > 1 else 1,
+            compress_block_size=blocks * length,
+            compress_stride=blocks * case.config.compress_stride,
+            select_block_size=tokens * size,
+            window_size=tokens * case.config.window_size - 1 if case.config.window_size > 1 else 1,
         ),
         key_dim=4 * case.key_dim,
         value_dim=4 * case.value_dim,
     )
 
 
-def kernel_cases(factor: int) -> list[Case]:
-    """`CASES` for kernels, but for those with strides of 1 and blocks of 3 tokens, which are beyond kernels anyhow.
+TYPICAL_LENGTH = 37
+"""Of the sequences below: what an implementation's tile is compared with."""
 
-    Args:
-        factor: how many times as long, 2 at least. Kernels cut sequences into tiles: the longer these are, the longer
-            is a sequence that has several.
+
+def fitted(impl: Implementation, *cases: Case) -> Case:
+    """The first of the cases that the implementation can do, at the smallest scale at which it can.
+
+    Where it can do none of them it is the first, which will then be skipped.
     """
-    return [for_kernels(case, factor) for case in CASES if case.id not in ("dense_stride", "disjoint_compression")]
+    larger = [scale for scale in SCALES[1:] if TYPICAL_LENGTH * scale[1] >= 2 * impl.tile]
+    for case in cases:
+        times = max(1, -(-16 // min(case.key_dim, case.value_dim)))
+        wider = replace(case, key_dim=times * case.key_dim, value_dim=times * case.value_dim)
+        for each in (case, wider, *(scaled(case, *scale) for scale in larger)):
+            if each is not None and impl.lacks(each) is None:
+                return each
+    return cases[0]
+
+
+def require(subject: Any, case: Case, stages: tuple[str, ...], dtype: torch.dtype, **wanted: bool) -> None:
+    """Skip the test where an implementation does not declare what is about to be asked of it."""
+    missing = subject.lacks(case, stages, dtype, **wanted) if isinstance(subject, Implementation) else None
+    if missing is not None:
+        pytest.skip(f"{subject.name} lacks {missing}")
 
 
 def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
@@ -164,7 +221,7 @@ def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
     """
     tensors = with_selection(case, draw_inputs(case, dtype))
     if case.scrambled:
-        tensors["indices"] = _scramble(tensors["indices"], _generator(case.id + " scrambled"))
+        tensors["indices"] = _scramble(tensors["indices"], _generator(case.id + " scrambled"), case.emptied)
     return tensors
 
 
@@ -219,10 +276,10 @@ def _params(case: Case, width: int, normal: Callable[..., Tensor]) -> dict[str, 
     return {"position": position, "weight": weight * fan_in**-0.5, "weight_out": weight_out * hidden**-0.5}
 
 
-def _scramble(indices: Tensor, generator: torch.Generator) -> Tensor:
-    """Any order, and about a quarter of the slots emptied wherever they stand."""
+def _scramble(indices: Tensor, generator: torch.Generator, part: float) -> Tensor:
+    """Any order, and about so large a part of the slots emptied wherever they stand."""
     order = torch.rand(indices.shape, generator=generator).argsort(-1)
-    emptied = torch.rand(indices.shape, generator=generator) < 0.25
+    emptied = torch.rand(indices.shape, generator=generator) < part
     return indices.gather(-1, order).masked_fill(emptied, -1).int()
 
 
@@ -235,13 +292,21 @@ def _behind(case: Case) -> dict[str, Any]:
 class Stage:
     """A stage as the tests see it: a function of named tensors to named tensors.
 
-    `run(subject, case, tensors)` calls it on anything with the stages as attributes, the oracle included.
+    `call(subject, case, tensors)` calls it on anything with the stages as attributes, the oracle included.
     """
 
     name: str
+    functions: tuple[str, ...]
     inputs: tuple[str, ...]
-    run: Callable[[Any, Case, Mapping[str, Any]], Tensors]
+    call: Callable[[Any, Case, Mapping[str, Any]], Tensors]
     reduction: Callable[[Case], int]
+    own_keys: bool = False
+    """Whether branches have keys and values of their own."""
+
+    def run(self, subject: Any, case: Case, tensors: Mapping[str, Any]) -> Tensors:
+        """What it gives, by name; skips the test where the subject does not declare what that takes."""
+        require(subject, case, self.functions, tensors[self.inputs[0]].dtype, own_keys=self.own_keys)
+        return self.call(subject, case, tensors)
 
     def leaves(self, tensors: Mapping[str, Any]) -> Tensors:
         """The differentiable inputs among `tensors`, as fresh leaves of the same strides."""
@@ -252,14 +317,19 @@ class Stage:
         subject: Any,
         case: Case,
         tensors: Mapping[str, Any],
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
         *,
         cotangent: Tensor | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Outputs, then the gradient of every differentiable input under a cotangent, a fixed one drawn in `dtype`."""
+        """Outputs, then the gradient of every differentiable input under a cotangent.
+
+        Unless given, that is a fixed one, drawn in `dtype` or else that of the inputs.
+        """
+        dtype = dtype or tensors[self.inputs[0]].dtype
         leaves = self.leaves(tensors)
         outputs = self.run(subject, case, {**tensors, **leaves})
         yield from outputs.items()
+        require(subject, case, self.functions, dtype, backward=True)
         out = outputs["out"]
         if cotangent is None:
             cotangent = torch.randn(out.shape, generator=_generator(case.id), dtype=torch.float64).to(dtype)
@@ -313,6 +383,7 @@ def _compressed_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Ten
 
 def select_blocks(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensor:
     """The selection stage on a case; not a `Stage`, since it has no gradients and a comparison of its own."""
+    require(subject, case, ("select_blocks",), x["q"].dtype)
     return subject.select_blocks(x["q"], x["k_cmp"], x["lse"], case.config, **_behind(case))
 
 
@@ -337,39 +408,66 @@ def _nsa_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
     return {"out": subject.nsa_attention(*tensors, case.config, indices=x["indices"], **case.call)}
 
 
+def _from_shared_keys(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
+    blocks = {f"{kind}_cmp": _compress(kind)(subject, case, x)["out"] for kind in ("k", "v")}
+    branches = {f"{kind}_{branch}": x[kind] for kind in ("k", "v") for branch in ("slc", "win")}
+    return _nsa_attention(subject, case, {**x, **blocks, **branches})
+
+
 STAGES = {
     stage.name: stage
     for stage in (
         Stage(
             "compress_keys",
+            ("compress",),
             ("k", "k_position", "k_weight", "k_weight_out"),
             _compress("k"),
             lambda case: case.config.compress_block_size * case.key_dim,
         ),
         Stage(
             "compress_values",
+            ("compress",),
             ("v", "v_position", "v_weight", "v_weight_out"),
             _compress("v"),
             lambda case: case.config.compress_block_size * case.value_dim,
         ),
         Stage(
             "compressed_attention",
+            ("compressed_attention",),
             ("q", "k_cmp", "v_cmp"),
             _compressed_attention,
             lambda case: case.config.num_compressed(case.num_keys) + case.key_dim,
         ),
         Stage(
             "selected_attention",
+            ("selected_attention",),
             ("q", "k", "v"),
             _selected_attention,
             lambda case: case.config.num_selected_blocks * case.config.select_block_size + case.key_dim,
         ),
         Stage(
             "sliding_window_attention",
+            ("sliding_window_attention",),
             ("q", "k", "v"),
             _window,
             lambda case: case.config.window_size + case.key_dim,
         ),
-        Stage("nsa_attention", _BRANCHES, _nsa_attention, lambda case: case.num_keys + case.key_dim),
+        Stage(
+            "nsa_attention",
+            ("nsa_attention",),
+            _BRANCHES,
+            _nsa_attention,
+            lambda case: case.num_keys + case.key_dim,
+            own_keys=True,
+        ),
     )
 }
+
+SHARED = Stage(
+    "nsa_attention_from_shared_keys",
+    ("compress", "nsa_attention"),
+    ("q", "k", "v", "gates", *(f"{kind}_{name}" for kind in "kv" for name in ("position", "weight", "weight_out"))),
+    _from_shared_keys,
+    lambda case: case.num_keys + case.config.compress_block_size * case.key_dim,
+)
+"""Compression and all three branches from one `k` and one `v`, for cases with `shared_kv`."""

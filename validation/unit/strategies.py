@@ -7,8 +7,10 @@ import inspect
 import random
 from collections.abc import Callable, Mapping
 from functools import wraps
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import Phase, assume, example, given, seed, settings
 from hypothesis import strategies as st
@@ -16,9 +18,12 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from nsa.config import NSAConfig
 from validation.implementations import Implementation
-from validation.unit.cases import Case, config, whole
+from validation.seeds import seed_of
+from validation.unit.cases import Case, config, fitted, whole
 
 Blocks = tuple[int, int, int]
+Shape = tuple[Blocks, int, int, int]
+"""Blocks `(l, d, l')`, group, head dims of keys and of values."""
 
 BLOCKS: list[Blocks] = [
     (stride * overlapping, stride, stride * longer)
@@ -26,16 +31,17 @@ BLOCKS: list[Blocks] = [
     for overlapping in (1, 2, 3)
     for longer in (overlapping, overlapping + 1, 4)
 ]
-"""Small `(l, d, l')`, the simplest first; like the shapes below, of every kind: equal, disjoint, overlapping."""
+"""Small ones, the simplest first; like the shapes below, of every kind: equal, disjoint, overlapping."""
 
-COMPILED_SHAPES: list[tuple[Blocks, int, int, int]] = [
+COMPILED_SHAPES: list[Shape] = [
     ((16, 8, 16), 1, 16, 16),
     ((16, 16, 16), 3, 16, 32),
+    ((16, 16, 16), 16, 16, 16),
     ((16, 16, 32), 2, 24, 16),
     ((32, 16, 64), 4, 64, 64),
     ((32, 8, 32), 16, 48, 80),
 ]
-"""Blocks, group, head dims of keys and of values. They are constants of kernels, which are compiled for each."""
+"""For those who take no smaller ones: they are constants of kernels, which are compiled for each."""
 
 FRESH_EXAMPLES = 10
 """As many at a time: then Hypothesis would turn to varying those it has, which shows less than others do."""
@@ -52,27 +58,7 @@ RELATIONS: dict[str, Callable[[NSAConfig], bool]] = {
 """Special cases of block sizes, by name."""
 
 
-def supports(impl: Implementation, case: Case) -> bool:
-    """Whether a case is within the declared capabilities."""
-    return (
-        impl.config(case.config)
-        and impl.groups(case.group)
-        and impl.head_dims(case.key_dim)
-        and impl.head_dims(case.value_dim)
-        and (impl.value_head_dim or case.key_dim == case.value_dim)
-        and (impl.packed or not case.packed)
-        and (impl.partial_queries or all(queries == keys for queries, keys in case.lengths))
-    )
-
-
-def widest(impl: Implementation) -> torch.dtype:
-    """The dtype that leaves least to rounding."""
-    return min(impl.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-@st.composite
 def cases(
-    draw: DrawFn,
     impl: Implementation,
     *,
     relation: str = "any",
@@ -80,8 +66,8 @@ def cases(
     partial: bool = True,
     settings: Mapping[str, Any] | None = None,
     **fixed: Any,
-) -> Case:
-    """Cases of every structure.
+) -> SearchStrategy[Case]:
+    """Cases of every structure; skips the test where an implementation declares none of the kind.
 
     Args:
         relation: of the block sizes, from `RELATIONS`.
@@ -90,35 +76,67 @@ def cases(
         settings: fields of the configuration that are not to be drawn.
         fixed: fields of the case that are not to be drawn; or strategies for them.
     """
-    blocks, shape = draw(_shapes(impl, RELATIONS[relation]))
-    packed = draw(st.booleans()) if packed is None and impl.packed else bool(packed)
-    drawn = {
-        "id": str(draw(st.integers(0, 999))),
-        "lengths": draw(_lengths(impl, blocks, packed, partial and impl.partial_queries)),
-        "config": config(blocks, **{**draw(_settings(blocks)), **(settings or {})}),
-        "batch": 1 if packed else draw(st.integers(1, 2)),
-        "kv_heads": draw(st.integers(1, 2)),
-        "scale": draw(st.sampled_from([None, 0.5])),
-        **shape,
-        **{name: draw(x) if isinstance(x, SearchStrategy) else x for name, x in fixed.items()},
-    }
-    case = Case(**drawn)
-    assume(supports(impl, case) and case.num_queries > 0)
-    return case
+    if packed and not impl.packed:
+        pytest.skip(f"{impl.name} lacks packed sequences")
+    shapes = _shapes(impl, RELATIONS[relation])
+    if not shapes:
+        pytest.skip(f"{impl.name} lacks blocks of {relation} sizes")
+    return _cases(impl, shapes, packed if impl.packed else False, partial, settings or {}, fixed)
+
+
+def relations(impl: Implementation) -> list[str]:
+    """Those of `RELATIONS` that an implementation has blocks for."""
+    return [name for name, related in RELATIONS.items() if _shapes(impl, related)]
 
 
 @st.composite
-def _shapes(draw: DrawFn, impl: Implementation, related: Callable[[NSAConfig], bool]) -> tuple[Blocks, dict[str, int]]:
-    """Block sizes, group and head dims."""
-    small = [blocks for blocks in BLOCKS if impl.config(config(blocks)) and related(config(blocks))]
-    if small:
-        dims = st.integers(1, 9)
-        shape = {"group": draw(st.integers(1, 4)), "key_dim": draw(dims), "value_dim": draw(dims)}
-        return draw(st.sampled_from(small)), shape
-    shapes = [shape for shape in COMPILED_SHAPES if impl.config(config(shape[0])) and related(config(shape[0]))]
-    shapes = shapes[: 1 if impl.interpreted else None]
+def _cases(
+    draw: DrawFn,
+    impl: Implementation,
+    shapes: list[Shape],
+    packed: bool | None,
+    partial: bool,
+    settings: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+) -> Case:
     blocks, group, key_dim, value_dim = draw(st.sampled_from(shapes))
-    return blocks, {"group": group, "key_dim": key_dim, "value_dim": value_dim if impl.value_head_dim else key_dim}
+    if blocks in BLOCKS:
+        group, key_dim, value_dim = draw(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
+    packed = draw(st.booleans()) if packed is None else packed
+    drawn = {
+        "id": str(draw(st.integers(0, 999))),
+        "lengths": draw(_lengths(impl, blocks, packed, partial and impl.partial_queries)),
+        "config": config(blocks, **{**draw(_settings(impl, blocks)), **settings}),
+        "batch": 1 if packed else draw(st.integers(1, 2)),
+        "kv_heads": draw(st.integers(1, 2)),
+        "group": group,
+        "key_dim": key_dim,
+        "value_dim": value_dim if impl.value_head_dim else key_dim,
+        "scale": draw(st.sampled_from([None, 0.5])),
+        **{name: draw(x) if isinstance(x, SearchStrategy) else x for name, x in fixed.items()},
+    }
+    case = Case(**drawn)
+    assume(impl.lacks(case) is None and case.num_queries > 0)
+    return case
+
+
+def _shapes(impl: Implementation, related: Callable[[NSAConfig], bool]) -> list[Shape]:
+    """The small ones that an implementation takes, else those that are compiled; one where each call takes seconds."""
+
+    def takes(shape: Shape) -> bool:
+        blocks, group, key_dim, value_dim = shape
+        chosen = config(blocks, compression=_compressions(impl)[0])
+        # All other things as an implementation is most likely to have them.
+        case = Case("", whole(5 * blocks[2]), chosen, group=group, key_dim=key_dim, value_dim=value_dim)
+        return related(chosen) and impl.lacks(case) is None
+
+    small = [(blocks, 1, 1, 1) for blocks in BLOCKS]
+    found = [shape for shape in small if takes(shape)] or [shape for shape in COMPILED_SHAPES if takes(shape)]
+    return found[: 1 if impl.interpreted else None]
+
+
+def _compressions(impl: Implementation) -> list[str]:
+    return [kind for kind in ("mean", "linear", "mlp") if kind in impl.compressions]
 
 
 @st.composite
@@ -126,7 +144,7 @@ def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, p
     """`(Tq, Tk)` of one sequence, or of several, empty ones among them."""
     most = INTERPRETED_TOKENS if impl.interpreted else max(24, 5 * blocks[2])
     edges = [edge for size in blocks for edge in (size - 1, size, size + 1) if edge <= most]
-    tokens = st.integers(0, most) | st.sampled_from(edges)
+    tokens = (st.integers(0, most) | st.sampled_from(edges)).filter(impl.lengths)
     several = st.lists(tokens, min_size=2, max_size=2 if impl.interpreted else 4)
     keys = draw(several) if packed else [max(1, draw(tokens))]
     if not partial or draw(st.booleans()):
@@ -135,45 +153,54 @@ def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, p
 
 
 @st.composite
-def _settings(draw: DrawFn, blocks: Blocks) -> dict[str, Any]:
+def _settings(draw: DrawFn, impl: Implementation, blocks: Blocks) -> dict[str, Any]:
     """The rest of a configuration, as `cases.config` takes it."""
-    initial, local, free = draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 4))
+    counts = [
+        {"selected": max(1, initial + local + free), "num_initial_blocks": initial, "num_local_blocks": local}
+        for initial, local, free in product(range(3), range(3), range(5))
+    ]
     return {
-        "selected": max(1, initial + local + free),
-        "num_initial_blocks": initial,
-        "num_local_blocks": local,
+        **draw(st.sampled_from([count for count in counts if impl.config(config(blocks, **count))])),
         "window": draw(st.integers(1, 3 * blocks[2])),
-        "compression": draw(st.sampled_from(["mean", "linear", "mlp"])),
+        "compression": draw(st.sampled_from(_compressions(impl))),
     }
+
+
+ANYTHING = Implementation("anything")
+"""What no implementation takes part in is tried on cases of every kind."""
 
 
 def for_all(
     *examples: Mapping[str, Any], **strategies: Callable[[Implementation], SearchStrategy[Any]]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a test of `impl` and drawn arguments one of `impl`: `@for_all(case=cases)`; marks go above it.
+    """Makes a test of drawn arguments one without: `@for_all(case=cases)`; marks go above it.
 
     Args:
-        examples: tried first, by all implementations that support their `case`: what failed once.
-        strategies: of the arguments that are drawn, each made for the implementation.
+        examples: tried first, their `case` fitted to the implementation: what failed once.
+        strategies: of the arguments that are drawn, each made for the implementation under test.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(test)
 
         @wraps(test, updated=())
-        def run(impl: Implementation, **parameters: Any) -> None:
-            tried = [known for known in examples if supports(impl, known["case"])]
+        def run(**parameters: Any) -> None:
+            impl = parameters.get("impl", ANYTHING)
+            known = [{**each, "case": fitted(impl, each["case"])} for each in examples]
+            known = [each for each in known if impl.lacks(each["case"]) is None]
             for profile in _profiles(impl):
 
                 @wraps(test)
                 def check(**drawn: Any) -> None:
-                    test(impl, **parameters, **drawn)
+                    # An example is the same numbers each time: when it is made smaller, when it is tried again.
+                    torch.manual_seed(seed_of(repr(drawn)))
+                    test(**parameters, **drawn)
 
                 check.__signature__ = signature.replace(  # type: ignore[attr-defined]
                     parameters=[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in strategies]
                 )
-                while tried:
-                    check = example(**tried.pop())(check)
+                while known:
+                    check = example(**known.pop())(check)
                 if profile.derandomize:
                     # Python's generator is seeded from the test's id; Hypothesis would know no more than its source.
                     check = seed(random.getrandbits(32))(check)

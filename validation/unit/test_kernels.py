@@ -1,7 +1,7 @@
-"""The Triton kernels: compiled where there is a GPU, elsewhere the same code under Triton's interpreter.
+"""What is about our Triton kernels alone: the ways they can be launched, and what they refuse.
 
-Under the interpreter float64 shows that the algebra is right; compiled kernels are held to the policy in the dtypes
-they are made for, beside plain PyTorch in the same dtype.
+What they share with every implementation is tested in test_stages.py and its neighbours. As there, float64 under the
+interpreter shows that the algebra is right, and compiled kernels are held to the policy in their own dtypes.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,29 @@ from nsa.config import NSAConfig
 from nsa.kernels import select, selected, tuning
 from validation import oracle
 from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches, gradcheck
-from validation.unit.cases import STAGES, Case, Stage, compare, config, draw, importance, kernel_cases, whole
-from validation.unit.cases import select_blocks as run_selection
+from validation.numerics import assert_matches, assert_selection_matches, gradcheck
+from validation.unit.cases import (
+    BY_ID,
+    STAGES,
+    Case,
+    Stage,
+    compare,
+    config,
+    draw,
+    fitted,
+    importance,
+    select_blocks,
+    whole,
+)
+from validation.unit.conftest import tried
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
 SMALL = NSAConfig(16, 8, 16, 3, window_size=20)
+TRITON = load("triton")
 
-# Tiles are 16 long under the interpreter and mostly 64 compiled: cases are to have several.
-CASES = kernel_cases(2 if kernels.INTERPRETED else 4)
-BY_ID = {case.id: case for case in CASES}
-FEW = [BY_ID[name] for name in ("last_queries", "packed_last_queries", "many_blocks")]
-NARROW = ["float32", "float16", "bfloat16"]
-# The interpreter rounds where it likes, so that narrow dtypes show little more than that they work.
-TRIED = [(case, dtype) for case in (FEW[:2] if kernels.INTERPRETED else CASES) for dtype in NARROW]
-if kernels.INTERPRETED:
-    TRIED += [(case, "float64") for case in CASES]
+FITTED = {name: fitted(TRITON, case) for name, case in BY_ID.items()}
+FEW = [FITTED[name] for name in ("last_queries", "packed_last_queries", "many_blocks", "group_16")]
 WIDEST = "float64" if kernels.INTERPRETED else "float32"
 
 # Selected attention goes by query or by block. Whatever is the faster, both must be right, and so must the sums over a
@@ -42,29 +48,17 @@ CONTIGUOUS = tuple(
     f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
 )
 WAYS = {"by_query": {"SCATTER": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"SCATTER": True, "CHUNK": 8}}
-PARTS = {
-    "compress_keys": ("compress_keys", {}),
-    "compress_values": ("compress_values", {}),
-    "compressed_attention": ("compressed_attention", {}),
-    "selected_attention_by_query": ("selected_attention", WAYS["by_query"]),
-    "selected_attention_by_block": ("selected_attention", WAYS["by_block"]),
-    "sliding_window_attention": ("sliding_window_attention", {}),
-    "nsa_attention": ("nsa_attention", {"CHUNK": 8}),
-}
 
 each_case = pytest.mark.parametrize(
-    ("case", "dtype_name"), [pytest.param(case, dtype, id=f"{case.id}-{dtype}") for case, dtype in TRIED]
+    ("case", "dtype_name"),
+    [pytest.param(FITTED[case.id], dtype, id=f"{case.id}-{dtype}") for case, dtype in tried(TRITON)],
 )
 each_few = pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
-each_part = pytest.mark.parametrize(
-    ("stage", "way"), [(STAGES[name], way) for name, way in PARTS.values()], ids=PARTS.keys()
-)
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 each_branch = pytest.mark.parametrize(
     "stage", [STAGES[name] for name in ("compressed_attention", "selected_attention", "sliding_window_attention")],
     ids=lambda stage: stage.name,
 )  # fmt: skip
-
-TRITON, EAGER = load("triton"), load("eager")
 
 
 @contextmanager
@@ -81,29 +75,17 @@ def check(stage: Stage, case: Case, dtype_name: str) -> None:
     compare(TRITON, stage, case, draw(case, dtype), dtype, beside_plain=dtype != torch.float64)
 
 
-@each_part
+# Left to itself, attention to selected blocks goes by block in nearly all of the cases.
 @each_case
-def test_matches_the_oracle(stage, way, case, dtype_name):
-    with launched(SELECTED, **way):
-        check(stage, case, dtype_name)
-
-
-@each_case
-def test_selection(case, dtype_name):
-    check_selection(case, dtype_name)
-
-
-def check_selection(case: Case, dtype_name: str) -> None:
-    dtype = getattr(torch, dtype_name)
-    tensors = draw(case, dtype)
-    indices, expected = run_selection(TRITON, case, tensors), run_selection(oracle, case, tensors)
-    bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
-    assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
+def test_selected_attention_by_query(case, dtype_name):
+    with launched(SELECTED, **WAYS["by_query"]):
+        check(STAGES["selected_attention"], case, dtype_name)
 
 
 @each_few
-def test_attention_as_a_whole_by_query(case):
-    with launched(SELECTED, **WAYS["by_query"]):
+@each_way
+def test_attention_as_a_whole_either_way(case, way):
+    with launched(SELECTED, **way):
         check(STAGES["nsa_attention"], case, WIDEST)
 
 
@@ -114,47 +96,22 @@ def test_attention_as_a_whole_by_query(case):
 )
 def test_launch_parameters_change_nothing_else(parameters):
     with launched((*CONTIGUOUS, *SELECTED), **parameters), launched(SELECTED, **WAYS["by_query"]):
-        check(STAGES["nsa_attention"], BY_ID["many_blocks"], WIDEST)
+        check(STAGES["nsa_attention"], FITTED["many_blocks"], WIDEST)
 
 
 def test_partial_results_of_one_head_at_a_time(monkeypatch):
     monkeypatch.setattr(selected, "PARTIAL_BYTES", 1)
     with launched(SELECTED, **WAYS["by_block"]):
-        check(STAGES["selected_attention"], BY_ID["scrambled_last_queries"], WIDEST)
+        check(STAGES["selected_attention"], FITTED["scrambled_last_queries"], WIDEST)
 
 
 def test_importance_of_one_tile_of_queries_at_a_time(monkeypatch):
     monkeypatch.setattr(select, "WORKSPACE_BYTES", 1)
-    check_selection(BY_ID["packed"], WIDEST)
-    check_selection(BY_ID["batch"], WIDEST)
-
-
-@pytest.mark.parametrize("dims", [(96, 80)] if kernels.INTERPRETED else [(96, 80), (192, 128), (256, 64)], ids=str)
-@pytest.mark.parametrize("dtype_name", ["float32"] if kernels.INTERPRETED else ["float32", "bfloat16"])
-@each_branch
-def test_head_dims_that_are_no_powers_of_two(stage, dims, dtype_name):
-    case = Case("dims", whole(40), config((16, 8, 16), 3, 20), key_dim=dims[0], value_dim=dims[1], group=3, kv_heads=1)
-    check(stage, case, dtype_name)
-
-
-@each_branch
-def test_backward_is_bitwise_reproducible(stage):
-    case = BY_ID["packed_mean"]
-    tensors = draw(case, torch.float32)
-    first, second = (dict(stage.results(TRITON, case, tensors, torch.float32)) for _ in range(2))
-    for name, x in first.items():
-        assert_equal(second[name], x, what=name)
-
-
-@pytest.mark.parametrize("blocks", [(16, 16, 16)], ids=str)
-def test_ties_go_to_the_lower_index(blocks):
-    case = Case("ties", whole(100), config(blocks, 3, num_local_blocks=1), group=4, scale=0.5, key_dim=16)
-    tensors = draw(case, torch.float32)
-    # Small integers: products are exact in every dtype and whatever the order of summation, so ties are exact too.
-    tensors["q"], key = tensors["q"].round(), tensors["k_cmp"][:, :1].round()
-    tensors["k_cmp"] = key.expand_as(tensors["k_cmp"])
-    tensors["lse"] = STAGES["compressed_attention"].run(EAGER, case, tensors)["lse"]
-    assert_equal(run_selection(TRITON, case, tensors), run_selection(EAGER, case, tensors), what="indices under ties")
+    for case in (FITTED["packed"], FITTED["batch"]):
+        tensors, dtype = draw(case, getattr(torch, WIDEST)), getattr(torch, WIDEST)
+        indices, expected = select_blocks(TRITON, case, tensors), select_blocks(oracle, case, tensors)
+        bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
+        assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
 
 
 @each_branch
@@ -184,30 +141,17 @@ def test_the_layer_is_the_same_on_both_backends(dtype_name):
         assert_matches(triton, eager.double(), what=name, reduction=longest_sum, dtype=dtype)
 
 
-def differentiated(name, lengths, selected, window, compression, **shape):
-    blocks = {"num_local_blocks": 1, "compression": compression}
-    return Case(f"gradcheck_{name}", lengths, config((16, 8, 16), selected, window, **blocks), kv_heads=1, **shape)
-
-
-# One of each compression, between them packed and not, with queries of all keys and of the last.
-DIFFERENTIATED = [
-    differentiated("whole", whole(40), 2, 6, "mlp", key_dim=16, value_dim=16),
-    differentiated("last_queries", ((5, 40),), 2, 9, "linear", group=3, key_dim=16, value_dim=20),
-    differentiated("packed", whole(1, 17, 0, 9), 2, 5, "mean", group=1, key_dim=20, value_dim=16),
-]
-
-
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="float64 kernels exist under the interpreter only")
-@each_part
-@pytest.mark.parametrize("case", DIFFERENTIATED, ids=lambda case: case.id)
-def test_gradients_are_those_of_finite_differences(stage, way, case):
-    tensors = draw(case)
+def test_gradients_by_query_are_those_of_finite_differences():
+    blocks = config((16, 8, 16), 2, 9, num_local_blocks=1)
+    case = Case("by_query", ((5, 40),), blocks, kv_heads=1, group=3, key_dim=16, value_dim=20)
+    stage, tensors = STAGES["selected_attention"], draw(case)
     leaves = stage.leaves(tensors)
 
     def function(*values):
         return stage.run(TRITON, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
 
-    with launched(SELECTED, **way):
+    with launched(SELECTED, **WAYS["by_query"]):
         gradcheck(function, leaves.values(), fast=True)
 
 

@@ -7,11 +7,10 @@ import torch
 
 from nsa import NativeSparseAttention
 from validation import oracle
-from validation.implementations import Implementation, load
+from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 from validation.precision import AXES, NARROW, SHOWN, Point, measure, plot
 from validation.unit.cases import STAGES, Case, Stage, compare, config, draw, importance, select_blocks, whole
-from validation.unit.strategies import supports
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -31,29 +30,20 @@ ATTENTION = [name for name in STAGES if not name.startswith("compress_")]
 PARAMETERS = ("gates", "_position", "_weight", "_weight_out")
 
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
-each_shape = pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
-each_dtype = pytest.mark.parametrize("dtype", [getattr(torch, name) for name in NARROW], ids=NARROW)
-each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+each_shape = pytest.mark.parametrize("case", SHAPES, indirect=True, ids=lambda case: case.id)
+each_dtype = pytest.mark.parametrize("dtype_name", NARROW)
+each_half = pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
 
 
-@pytest.fixture(scope="module", params=["eager", "triton"])
-def impl(request) -> Implementation:
-    return load(request.param)
+@pytest.fixture
+def dtype(dtype_name: str) -> torch.dtype:
+    return getattr(torch, dtype_name)
 
 
 @pytest.fixture(autouse=True)
-def _able(request) -> None:
-    """Skips what an implementation says that it cannot do."""
-    arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if "impl" not in arguments:
-        return
-    impl = request.getfixturevalue("impl")
-    if impl.interpreted:
+def _rounds(request: pytest.FixtureRequest) -> None:
+    if "impl" in request.fixturenames and request.getfixturevalue("impl").interpreted:
         pytest.skip("Triton's interpreter rounds where it likes: it shows algebra, not precision")
-    if arguments.get("dtype", torch.float32) not in impl.dtypes:
-        pytest.skip(f"{impl.name} takes no {arguments['dtype']}")
-    if "case" in arguments and not supports(impl, arguments["case"]):
-        pytest.skip(f"{impl.name} does not support {arguments['case'].id}")
 
 
 @pytest.fixture(scope="session")

@@ -8,83 +8,85 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from validation import oracle
-from validation.implementations import Implementation, load
+from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import BY_ID, STAGES, Case, Tensors, draw, importance, select_blocks, with_selection
-from validation.unit.strategies import RELATIONS, cases, for_all, widest
+from validation.unit.cases import (
+    BY_ID,
+    SHARED,
+    STAGES,
+    Case,
+    Stage,
+    Tensors,
+    draw,
+    importance,
+    select_blocks,
+    with_selection,
+)
+from validation.unit.strategies import cases, for_all, relations
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
 SELECTION = "select_blocks"
 ATTENTION = [name for name in STAGES if not name.startswith("compress_")]
 
-each_subject = pytest.mark.parametrize("subject", [*STAGES, SELECTION], indirect=True)
-each_attention = pytest.mark.parametrize("subject", ATTENTION, indirect=True)
-each_query_subject = pytest.mark.parametrize("subject", [*ATTENTION, SELECTION], indirect=True)
+
+def each(*subjects: str) -> Callable[[Any], Any]:
+    """A test for each subject; the interpreter is spared those that are made of the others, as one test shows."""
+    parametrized = pytest.mark.parametrize("subject", subjects)
+    spared = pytest.mark.sparing(subject=[name for name in subjects if not name.startswith("nsa_attention")])
+    return lambda test: spared(parametrized(test))
+
+
+each_attention = each(*ATTENTION)
+each_query_subject = each(*ATTENTION, SELECTION)
+each_subject = each(*STAGES, SELECTION)
+each_subject_and_the_whole = each(*STAGES, SELECTION, SHARED.name)
 
 whole_cases = partial(cases, partial=False)
 packed_cases = partial(cases, packed=True)
 unpacked_cases = partial(cases, packed=False)
 
 
-@pytest.fixture(scope="module", params=["eager", "triton"])
-def impl(request) -> Implementation:
-    return load(request.param)
-
-
-@pytest.fixture
-def subject(request, impl: Implementation) -> str:
-    """The stage under test, by name."""
-    if impl.interpreted and request.param == "nsa_attention":
-        pytest.skip("takes the interpreter longest, and is made of the others, as one test shows")
-    return request.param
-
-
 # What follows is the same for stages with gradients and for the selection, which has none.
 
 
 def tensors_of(impl: Implementation, case: Case) -> Tensors:
-    return draw(case, widest(impl))
+    return draw(case, impl.widest)
 
 
 def results(
-    impl: Any, subject: str, case: Case, tensors: Mapping[str, Any], cotangent: Tensor | None = None
+    impl: Implementation, subject: str, case: Case, tensors: Mapping[str, Any], cotangent: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """All that a stage gives, gradients included where there are any."""
-    if subject == SELECTION or not impl.backward:
+    """All that a subject gives, gradients included where there are any."""
+    if subject == SELECTION or impl.lacks(case, backward=True):
         return outputs(impl, subject, case, tensors)
-    stage = STAGES[_available(impl, subject)]
-    return dict(stage.results(impl, case, tensors, tensors["q"].dtype, cotangent=cotangent))
+    return dict(_stage(subject).results(impl, case, _given(subject, tensors), cotangent=cotangent))
 
 
-def outputs(impl: Any, subject: str, case: Case, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a stage gives, without gradients."""
-    if _available(impl, subject) == SELECTION:
+def outputs(impl: Implementation, subject: str, case: Case, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a subject gives, without gradients."""
+    if subject == SELECTION:
         return {"indices": select_blocks(impl, case, tensors)}
-    return STAGES[subject].run(impl, case, tensors)
+    return _stage(subject).run(impl, case, _given(subject, tensors))
 
 
-def _available(impl: Any, subject: str) -> str:
-    if not impl.has("compress" if subject.startswith("compress_") else subject):
-        pytest.skip(f"{impl.name} has no {subject}")
-    return subject
+def _stage(subject: str) -> Stage:
+    return SHARED if subject == SHARED.name else STAGES[subject]
 
 
-def instead(impl: Implementation, **stages: Callable[..., Any]) -> Any:
-    """An implementation whose stages are made from those of another."""
-    return SimpleNamespace(name=impl.name, has=impl.has, backward=impl.backward, **stages)
+def _given(subject: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The whole makes its selection itself."""
+    return {**tensors, "indices": None} if subject == SHARED.name else tensors
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: Case, what: str) -> None:
@@ -95,6 +97,14 @@ def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], ca
             assert_matches(x, expected[name].double(), what=f"{name}, {what}", reduction=reduction)
         else:
             assert_equal(x, expected[name], what=f"{name}, {what}")
+
+
+def assert_identical(impl: Implementation, actual: Tensor, expected: Tensor, case: Case, what: str) -> None:
+    """Equal to the bit, where an implementation says that the same inputs give the same bits."""
+    if impl.deterministic:
+        assert_equal(actual, expected, what=what)
+    else:
+        assert_same({what: actual}, {what: expected}, case, "but for the order of sums")
 
 
 def kind_of(name: str, subject: str = "") -> str:
@@ -176,30 +186,30 @@ def assert_unreached(impl: Implementation, subject: str, case: Case, region: Reg
     expected = results(impl, subject, case, mine, cotangent)
     for name, x in results(impl, subject, case, mixed, cotangent).items():
         mask = inside(name, x)
-        assert_equal(x.where(mask, 0), expected[name].where(mask, 0), what=f"{name} inside {region}")
+        assert_identical(impl, x.where(mask, 0), expected[name].where(mask, 0), case, f"{name} inside {region}")
         if name.startswith("gradient"):
             assert_equal(x.where(~mask, 0), torch.zeros_like(x), what=f"{name} outside {region}")
 
 
-@each_subject
+@each_subject_and_the_whole
 @for_all(case=cases, position=lambda impl: st.integers(0, 40))
 def test_the_future_changes_nothing(impl: Implementation, subject: str, case: Case, position: int) -> None:
     assert_unreached(impl, subject, case, Region(position=position))
 
 
-@each_subject
+@each_subject_and_the_whole
 @for_all({"case": BY_ID["packed_last_queries"], "number": 4}, case=packed_cases, number=lambda impl: st.integers(0, 3))
 def test_sequences_do_not_mix(impl: Implementation, subject: str, case: Case, number: int) -> None:
     assert_unreached(impl, subject, case, Region(sequence=number % len(case.lengths)))
 
 
-@each_subject
+@each_subject_and_the_whole
 @for_all(case=partial(unpacked_cases, batch=st.integers(2, 3)), row=lambda impl: st.integers(0, 2))
 def test_batch_rows_do_not_mix(impl: Implementation, subject: str, case: Case, row: int) -> None:
     assert_unreached(impl, subject, case, Region(row=row % case.batch))
 
 
-@each_subject
+@each_subject_and_the_whole
 @for_all(case=partial(cases, kv_heads=st.integers(2, 3)), head=lambda impl: st.integers(0, 2))
 def test_kv_heads_do_not_mix(impl: Implementation, subject: str, case: Case, head: int) -> None:
     assert_unreached(impl, subject, case, Region(head=head % case.kv_heads))
@@ -217,7 +227,7 @@ PARTS = {
 """Along what each tensor argument of a stage is cut."""
 
 
-def separately(impl: Implementation, case: Case) -> Any:
+def separately(impl: Implementation, case: Case) -> Implementation:
     """The implementation called on one unpacked sequence at a time, with packed tensors going in and coming out."""
     sequences = oracle.sequences(case.config, case.num_queries, case.num_keys, **case.cu_seqlens)
 
@@ -242,7 +252,7 @@ def separately(impl: Implementation, case: Case) -> Any:
         blocks = torch.cat(parts, 1)
         return pad(blocks, (0, 0, 0, 0, 0, config.num_compressed(x.shape[1]) - blocks.shape[1]))
 
-    return instead(impl, compress=compress, **{name: cut(name) for name in PARTS})
+    return replace(impl, compress=compress, **{name: cut(name) for name in PARTS})
 
 
 @each_subject
@@ -256,10 +266,7 @@ def test_packed_equals_separate(impl: Implementation, subject: str, case: Case) 
 @each_query_subject
 @for_all(case=whole_cases, count=lambda impl: st.integers(1, 40))
 def test_last_queries_equal_the_end_of_the_whole(impl: Implementation, subject: str, case: Case, count: int) -> None:
-    if not impl.partial_queries:
-        pytest.skip(f"{impl.name} takes no fewer queries than keys")
-    lengths = tuple((min(keys, count), keys) for _, keys in case.lengths)
-    ended = replace(case, lengths=lengths)
+    ended = replace(case, lengths=tuple((min(keys, count), keys) for _, keys in case.lengths))
     remaining = torch.tensor([keys for _, keys in case.lengths])[whereabouts(case)["queries"][0]]
     kept = (whereabouts(case)["queries"][1] >= remaining - count).nonzero().flatten()
 
@@ -321,7 +328,7 @@ def test_a_window_over_everything_is_dense_attention(impl: Implementation, case:
         out = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).to(x["q"].dtype)
 
-    expected = results(instead(impl, sliding_window_attention=dense), "sliding_window_attention", case, x)
+    expected = results(replace(impl, sliding_window_attention=dense), "sliding_window_attention", case, x)
     assert_same(results(impl, "sliding_window_attention", case, x), expected, case, "window against dense")
 
 
@@ -404,10 +411,10 @@ def test_scaling_logits_is_scaling_queries(impl: Implementation, subject: str, c
     expected = results(impl, subject, replace(case, scale=scale), {**x, "q": factor * x["q"]})
     for name, actual in results(impl, subject, scaled, x).items():
         wanted = factor * expected[name] if name == "gradient of q" else expected[name]
-        assert_equal(actual, wanted, what=f"{name} of logits times {factor}")
+        assert_identical(impl, actual, wanted, case, f"{name} of logits times {factor}")
 
 
-def gated(impl: Implementation) -> Any:
+def gated(impl: Implementation) -> Implementation:
     """The implementation's branches, weighed and added up in plain PyTorch."""
 
     def nsa_attention(
@@ -419,7 +426,7 @@ def gated(impl: Implementation) -> Any:
         window = impl.sliding_window_attention(q, k_win, v_win, config, **rest)
         return (gates.unsqueeze(-2) * torch.stack([compressed, selected, window], -1)).sum(-1)
 
-    return instead(impl, nsa_attention=nsa_attention)
+    return replace(impl, nsa_attention=nsa_attention)
 
 
 BRANCHES = ("compressed", "selected", "window")
@@ -473,10 +480,10 @@ def spread(case: Case, x: Mapping[str, Tensor]) -> Tensor:
 
 
 def of_each_relation(impl: Implementation) -> SearchStrategy[Case]:
-    return st.sampled_from(list(RELATIONS)).flatmap(lambda relation: unpacked_cases(impl, relation=relation))
+    return st.sampled_from(relations(impl)).flatmap(lambda relation: unpacked_cases(impl, relation=relation))
 
 
-@given(case=of_each_relation(load("eager")))
+@for_all(case=of_each_relation)
 def test_importance_is_probability_shared_out_among_tokens(case: Case) -> None:
     x = draw(case)
     assert_matches(importance(case, x), spread(case, x), what="importance")

@@ -107,7 +107,7 @@ def poison_free_memory(like: Iterable[Tensor]) -> None:
     del taken
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="poisons the memory of CUDA's caching allocator")
+@pytest.mark.needs_gpu  # poisons the memory of CUDA's caching allocator
 @each_subject
 @each_short
 def test_no_result_comes_of_what_was_freed_before(subject: str, case: Case) -> None:

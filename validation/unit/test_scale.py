@@ -61,13 +61,9 @@ each_long = pytest.mark.parametrize(
     ("case", "dtype"), [pytest.param(*pair, id=f"{pair[0].id}-{str(pair[1]).removeprefix('torch.')}") for pair in LONG]
 )
 each_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
-needs_memory = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30,
-    reason="tensors of more than 2**31 elements: needs a GPU of 120 GiB",
-)
-
-
-needs_gpu = pytest.mark.skipif(kernels.INTERPRETED, reason="a sequence of 2**31 query elements: needs a GPU")
+# Under the interpreter both are done without, on tensors of a few elements.
+needs_memory = pytest.mark.needs_gpu(0 if kernels.INTERPRETED else 1, gib=120)  # more than 2**31 elements
+needs_gpu = pytest.mark.needs_gpu  # a sequence of 2**31 query elements
 
 
 @pytest.fixture

@@ -1,135 +1,125 @@
-"""Every stage against the float64 oracle: outputs and the gradient of every input, over the case list."""
+"""Every stage of every implementation against the float64 oracle: outputs and all gradients, over the case list."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from validation import oracle
-from validation.implementations import Implementation, load
+from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 from validation.unit.cases import (
     BY_ID,
-    CASES,
+    SHARED,
     STAGES,
     Case,
     Stage,
+    Tensors,
     compare,
     config,
     draw,
+    fitted,
     importance,
+    pooled,
+    require,
     select_blocks,
+    upcast,
     whole,
 )
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-# Rounding does not depend on structure the way indexing does: narrow dtypes are tried on one case of each kind.
-ROUNDED = [
-    BY_ID[name]
-    for name in (
-        "paper",
-        "short_select",
-        "group_3",
-        "group_16",
-        "wide_keys",
-        "scrambled_last_queries",
-        "linear",
-        "mean",
-        "window_1",
-        "packed_paper",
-        "packed_last_queries",
-    )
-]
-NARROW = ["float32", "bfloat16", "float16"]
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-each_rounded = pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.id)
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
-each_narrow = pytest.mark.parametrize("dtype_name", NARROW)
 
 
-@pytest.fixture(scope="module")
-def impl() -> Implementation:
-    return load("eager")
+# 1. Values. In float64 nothing but the definition is left; narrow inputs are the same for the oracle, which upcasts.
 
 
-# 1. Algebra: in float64 nothing but the definition is left.
-
-
-@each_stage
-@each_case
-def test_matches_the_oracle_in_float64(impl: Implementation, stage: Stage, case: Case) -> None:
-    compare(impl, stage, case, draw(case), torch.float64)
-
-
-@each_case
-def test_selection_in_float64(impl: Implementation, case: Case) -> None:
-    tensors = draw(case)
-    indices = select_blocks(impl, case, tensors)
-    expected = select_blocks(oracle, case, tensors)
-    scores = importance(case, tensors)
-    assert_selection_matches(indices, expected, scores, case.config, torch.float64, positions=case.positions)
-
-
-@each_case
-def test_end_to_end_in_float64(impl: Implementation, case: Case) -> None:
-    tensors = draw(case)
-    stage = STAGES["nsa_attention"]
-    out = stage.run(impl, case, {**tensors, "indices": None})["out"]
-    expected = stage.run(oracle, case, {**tensors, "indices": None})["out"]
-    assert_matches(out, expected, what="output with its own selection")
-
-
-# 2. Precision: narrow inputs, the oracle upcasting the same values.
-
-
-@each_narrow
-@each_stage
-@each_rounded
-def test_matches_the_oracle_in_narrow_dtypes(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
+def test_matches_the_oracle(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
-    compare(impl, stage, case, draw(case, dtype), dtype)
+    beside_plain = dtype != torch.float64 and not impl.plain
+    compare(impl, stage, case, draw(case, dtype), dtype, beside_plain=beside_plain)
 
 
-@each_narrow
-@each_case
-def test_selection_in_narrow_dtypes(impl: Implementation, case: Case, dtype_name: str) -> None:
+# 2. The selection.
+
+
+@pytest.mark.every_dtype
+def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     tensors = draw(case, dtype)
-    indices = select_blocks(impl, case, tensors)
-    expected = select_blocks(oracle, case, tensors)
+    check_selection(case, tensors, select_blocks(impl, case, tensors), dtype)
+
+
+def check_selection(case: Case, tensors: Tensors, indices: Tensor, dtype: torch.dtype) -> None:
+    expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
     bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
-    assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
+    assert_selection_matches(indices, expected, scores, case.config, dtype, **bound)
+
+
+@pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
+def test_the_whole_with_its_own_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
+    dtype, stage = getattr(torch, dtype_name), SHARED if case.config.shared_kv else STAGES["nsa_attention"]
+    tensors, made = draw(case, dtype), {}
+
+    def nsa_attention(q: Tensor, k_cmp: Tensor, *rest: Any, indices: Tensor, **options: Any) -> Tensor:
+        out, made["indices"] = impl.nsa_attention(q, k_cmp, *rest, **options, return_indices=True)
+        made["k_cmp"] = k_cmp.detach()
+        return out
+
+    watched = replace(impl, nsa_attention=nsa_attention if impl.has("nsa_attention") else None)
+    out = stage.run(watched, case, tensors)["out"]
+    check_selection(case, {**tensors, "k_cmp": made["k_cmp"]}, made["indices"], dtype)
+    tensors["indices"] = made["indices"]
+    expected = stage.run(oracle, case, upcast(tensors))["out"]
+    baseline = None
+    if dtype != torch.float64 and not impl.plain:
+        with oracle.computing_in(dtype):
+            baseline = stage.run(oracle, case, tensors)["out"]
+    assert_matches(out, expected, what="output", baseline=baseline, reduction=stage.reduction(case), dtype=dtype)
 
 
 # 3. What comes back: dtypes, and the indices asked for.
 
 
+each_dtype = pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16", "float16"])
+
+
 @each_stage
-@pytest.mark.parametrize("dtype_name", ["float64", *NARROW])
+@each_dtype
+@pytest.mark.sparing(dtype_name=("float64", "bfloat16"), stage=("compress_values", "sliding_window_attention"))
 def test_outputs_and_gradients_keep_the_dtype(impl: Implementation, stage: Stage, dtype_name: str) -> None:
-    dtype = getattr(torch, dtype_name)
-    kept = {name: x.dtype for name, x in stage.results(impl, BY_ID["small"], draw(BY_ID["small"], dtype), dtype)}
+    dtype, case = getattr(torch, dtype_name), fitted(impl, BY_ID["small"], BY_ID["pooled"])
+    kept = {name: x.dtype for name, x in stage.results(impl, case, draw(case, dtype))}
     lse = kept.pop("lse", None)
     assert set(kept.values()) == {dtype}
     assert lse in (None, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("case", [BY_ID["small"], BY_ID["packed_last_queries"]], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [(BY_ID["small"], BY_ID["pooled"]), BY_ID["packed_last_queries"]], indirect=True, ids=["whole", "packed"]
+)
 def test_returned_indices_are_those_of_the_selection(impl: Implementation, case: Case) -> None:
-    tensors = draw(case)
+    tensors = draw(case, impl.widest)
+    tensors["lse"] = STAGES["compressed_attention"].run(impl, case, tensors)["lse"]
+    expected = select_blocks(impl, case, tensors)
+    require(impl, case, ("nsa_attention",), impl.widest, own_keys=True)
     names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
     _, indices = impl.nsa_attention(*(tensors[n] for n in names), case.config, return_indices=True, **case.call)
-    assert_equal(indices, select_blocks(impl, case, tensors), what="returned indices")
+    assert_equal(indices, expected, what="returned indices")
 
 
 # 4. Exact ties: equal keys make every whole block equally important, and the lower index must win.
 
 
-@pytest.mark.parametrize("dtype_name", ["float64", *NARROW])
+@each_dtype
 @pytest.mark.parametrize("blocks", [(2, 2, 2), (4, 4, 4)])
+@pytest.mark.sparing(dtype_name=("float64", "bfloat16"), blocks=((4, 4, 4),))
 def test_ties_go_to_the_lower_index(impl: Implementation, blocks: tuple[int, int, int], dtype_name: str) -> None:
     case = Case("ties", whole(33), config(blocks, 5, num_local_blocks=1), group=4, scale=0.5)
+    case = fitted(impl, case, pooled("ties_pooled", whole(33), 5, scale=0.5))
     tensors = draw(case, getattr(torch, dtype_name))
     # Small integers: products are exact in every dtype and whatever the order of summation, so ties are exact too.
     tensors["q"], key = tensors["q"].round(), tensors["k_cmp"][:, :1].round()
@@ -140,10 +130,13 @@ def test_ties_go_to_the_lower_index(impl: Implementation, blocks: tuple[int, int
 
 
 def tied_selection(case: Case, like: Tensor) -> Tensor:
-    """The first block, the own block, and the lowest others: all blocks before the own one are worth the same."""
+    """The forced blocks and the lowest others: all blocks before the own one are worth the same."""
+    count, initial, local = (getattr(case.config, f"num_{kind}_blocks") for kind in ("selected", "initial", "local"))
     rows = []
     for position in range(case.num_queries):
         own = position // case.config.select_block_size
-        row = sorted({own, *range(own)[: case.config.num_selected_blocks - 1]})
-        rows.append(row + [-1] * (case.config.num_selected_blocks - len(row)))
+        forced = {j for j in range(own + 1) if j < initial or j > own - local}
+        free = [j for j in range(own + 1) if j not in forced]
+        row = sorted([*forced, *free[: count - len(forced)]])
+        rows.append(row + [-1] * (count - len(row)))
     return torch.tensor(rows, dtype=torch.int32)[None, :, None].expand_as(like)

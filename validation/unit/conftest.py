@@ -1,0 +1,167 @@
+"""Puts implementations through the tests: whoever takes the fixture `impl` is run for each of those chosen.
+
+A test of the case list takes `impl`, `case` and `dtype_name`, or `stage` as well, and is given what the implementation
+is to be tried on. A test that has cases of its own parametrises `case` indirectly, to have it fitted.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from validation.implementations import Implementation, load
+from validation.unit.cases import BY_ID, CASES, SHARED, STAGES, Case, Stage, fitted, require
+
+NARROW = ("float32", "bfloat16", "float16")
+
+# Rounding does not depend on structure the way indexing does: beside float64, narrow dtypes are tried on one case of
+# each kind.
+ROUNDED = (
+    "paper", "short_select", "group_3", "group_16", "wide_keys", "scrambled_last_queries", "linear", "mean", "window_1",
+    "packed_paper", "packed_last_queries", "shared_keys", "pooled_wide_values",
+)  # fmt: skip
+# The interpreter rounds where it likes, so that narrow dtypes show little more than that they work.
+INTERPRETED = ("last_queries", "packed_last_queries")
+
+
+def tried(impl: Implementation, *, every_dtype: bool = False) -> list[tuple[Case, str]]:
+    """What an implementation is tried on: in float64, where it has that, all cases; else all in every narrow dtype.
+
+    Args:
+        every_dtype: narrow dtypes on all cases besides float64.
+    """
+    cases = list(CASES)
+    if impl.interpreted and impl.lacks(fitted(impl, BY_ID["small"])) is None:
+        cases = [case for case in cases if not case.id.startswith("pooled")]  # for those who can do no more
+    if impl.widest != torch.float64 or (every_dtype and not impl.interpreted):
+        rounded = cases
+    else:
+        rounded = [BY_ID[name] for name in (INTERPRETED if impl.interpreted else ROUNDED)]
+    wide = [(case, "float64") for case in cases if impl.widest == torch.float64]
+    return wide + [(case, dtype) for case in rounded for dtype in NARROW]
+
+
+def stages(case: Case) -> Iterable[Stage]:
+    """The stages a case is for: with shared keys also the whole of them all."""
+    return (*STAGES.values(), SHARED) if case.config.shared_kv else STAGES.values()
+
+
+def chosen(config: pytest.Config) -> list[Implementation]:
+    """The implementations asked for, or ours."""
+    if config.implementations is None:
+        config.implementations = [load("eager"), load("triton")]
+    return config.implementations
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" not in metafunc.fixturenames:
+        return
+    rows: list[Any] = []
+    subjects = chosen(metafunc.config)
+    if "dtype_name" not in metafunc.fixturenames or _own_cases(metafunc):
+        metafunc.parametrize("impl", subjects, ids=[impl.name for impl in subjects])
+        return
+    names = [name for name in ("stage", "case", "dtype_name") if name in metafunc.fixturenames]
+    every_dtype = metafunc.definition.get_closest_marker("every_dtype") is not None
+    for impl in subjects:
+        for case, dtype in tried(impl, every_dtype=every_dtype):
+            for stage in stages(case) if "stage" in names else (None,):
+                given = {"stage": stage, "case": case, "dtype_name": dtype}
+                id = "-".join([*([stage.name] if stage else []), case.id, dtype])
+                rows.append(pytest.param(impl, *(given[name] for name in names), id=f"{impl.name}-{id}"))
+    metafunc.parametrize(("impl", *names), rows, indirect=["case"])
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, impl: Implementation) -> Case:
+    """The case asked for, or the first of several that the implementation can do, fitted to it."""
+    asked, params = request.param, request.node.callspec.params
+    found = fitted(impl, *(asked if isinstance(asked, tuple) else (asked,)))
+    stage, dtype = params.get("stage"), getattr(torch, params.get("dtype_name", ""), impl.widest)
+    # Found missing here, it costs nothing; otherwise it would be once the inputs are drawn.
+    require(impl, found, stage.functions if stage else (), dtype, own_keys=bool(stage and stage.own_keys))
+    return found
+
+
+def _own_cases(metafunc: pytest.Metafunc) -> bool:
+    """Whether a test says itself on what it is tried."""
+    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in _names(mark.args[0])}
+    return bool(own & {"case", "dtype_name"})
+
+
+def _names(argnames: str | Iterable[str]) -> list[str]:
+    return [name.strip() for name in argnames.split(",")] if isinstance(argnames, str) else list(argnames)
+
+
+def subject(item: pytest.Item) -> Implementation | None:
+    """The implementation a test is about."""
+    callspec = getattr(item, "callspec", None)
+    found = callspec.params.get("impl") if callspec else None
+    return found if isinstance(found, Implementation) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is not about the implementations asked for, and what takes one under the interpreter too long."""
+    kept, left_out = [], []
+    for item in items:
+        impl = subject(item) if Path(__file__).parent in item.path.parents else None
+        if impl is not None:
+            item.user_properties.append(("implementation", impl.name))
+        elsewhere = Path(__file__).parent not in item.path.parents
+        wanted = impl is not None or elsewhere or not config.option.impl
+        (kept if wanted and not (impl and impl.interpreted and _long(item)) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+def _long(item: pytest.Item) -> bool:
+    """Whether the mark `sparing` on a test says that others of its parameters are enough; bare, that none is needed."""
+    mark = item.get_closest_marker("sparing")
+    if mark is None:
+        return False
+    params = {name: getattr(value, "id", getattr(value, "name", value)) for name, value in item.callspec.params.items()}
+    return not mark.kwargs or any(params[name] not in enough for name, enough in mark.kwargs.items())
+
+
+# The account of a run: what was declared, and what came of it.
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reports: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            reports[dict(report.user_properties).get("implementation", "")][outcome].append(report)
+    subjects = [impl for impl in config.implementations or [] if impl.name in reports]
+    if not subjects:
+        return
+    terminalreporter.section("capabilities")
+    for line in table(subjects):
+        terminalreporter.write_line(line)
+    terminalreporter.section("verdicts")
+    for impl in subjects:
+        good = not any(reports[impl.name][outcome] for outcome in ("failed", "error", "xpassed"))
+        for line in verdict(impl, reports[impl.name]):
+            terminalreporter.write_line(line, green=good, red=not good)
+
+
+def table(subjects: list[Implementation]) -> list[str]:
+    """Lines of implementation x capability."""
+    columns = [["", *subjects[0].capabilities()]]
+    columns += [[impl.name, *impl.capabilities().values()] for impl in subjects]
+    widths = [max(map(len, column)) for column in columns]
+    rows = zip(*columns, strict=True)
+    return ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def verdict(impl: Implementation, reports: dict[str, list[Any]]) -> list[str]:
+    """What came of an implementation's tests: one word, counts, and how many were skipped for lack of what."""
+    failures = sum(len(reports[outcome]) for outcome in ("failed", "error", "xpassed"))
+    passed = len(reports["passed"])
+    word = f"failed {failures}" if failures else "passed" if passed or reports["xfailed"] else "not tested"
+    counts = {outcome: len(reports[outcome]) for outcome in ("passed", "xfailed", "skipped") if reports[outcome]}
+    lines = [f"{impl.name}: {word} ({', '.join(f'{count} {outcome}' for outcome, count in counts.items())})"]
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports["skipped"])
+    return lines + [f"{count:6}  {reason}" for reason, count in reasons.most_common()]

@@ -1,0 +1,192 @@
+"""The harness itself: what its options promise, and that it tells a right implementation from wrong ones.
+
+Every test runs the suite in a process of its own, on the example of docs/validate-your-own.md or on a broken one.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from docs.examples.my_nsa import my_nsa
+from validation.implementations import Implementation, Sizes, load
+from validation.unit.cases import BY_ID, fitted
+
+ROOT = Path(__file__).parents[2]
+RIGHT = "docs.examples.my_nsa:my_nsa"
+STAGES = "validation/unit/test_stages.py"
+SEMANTICS = "validation/unit/test_semantics.py"
+WINDOW = f"{SEMANTICS}::test_a_window_of_one_is_the_value_itself"
+
+
+def one_more_token() -> Implementation:
+    """A window of `w + 1`."""
+
+    def window(q, k, v, config, **rest):
+        return my_nsa.sliding_window_attention(q, k, v, replace(config, window_size=config.window_size + 1), **rest)
+
+    return replace(my_nsa, name="wrong", sliding_window_attention=window)
+
+
+def packs() -> Implementation:
+    """What it declares and has not."""
+    return replace(my_nsa, name="wrong", packed=True)
+
+
+def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
+    """The exit status and the output of the suite on an implementation."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--impl={impl}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def own(name: str) -> str:
+    return f"validation.unit.test_harness:{name}"
+
+
+# 1. Implementations and what they declare.
+
+
+def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
+    report = tmp_path / "report.xml"
+    status, output = run(STAGES, "-k", "mean or paper or last_queries", f"--junitxml={report}")
+    assert status == 0, output
+    assert "my_nsa lacks mlp compression" in output
+    assert "my_nsa: passed (" in output
+    assert any(line.split() == ["packed", "sequences", "no"] for line in output.splitlines())
+    properties = ElementTree.parse(report).getroot().findall("./testsuite/properties/property")
+    counts = {x.get("name"): x.get("value") for x in properties}
+    assert int(counts["skipped: my_nsa lacks packed sequences"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "selection", "test"),
+    [
+        ("one_more_token", (WINDOW,), "test_a_window_of_one_is_the_value_itself[wrong]"),
+        ("packs", (STAGES, "-k", "pooled_packed and float64 and sliding"), "pooled_packed"),
+    ],
+)
+def test_a_wrong_one_fails(name, selection, test):
+    status, output = run(*selection, impl=own(name))
+    assert status == 1, output
+    assert any(line.startswith("FAILED") and test in line for line in output.splitlines())
+    assert "wrong: failed " in output
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nobody", ValueError, r"name must be one of \['eager', .*\] or package.module:object, got 'nobody'"),
+        ("nowhere:thing", ImportError, "No module named 'nowhere'"),
+        ("validation.implementations:STAGES", TypeError, "must be an Implementation or make one, got tuple"),
+    ],
+)
+def test_an_unknown_implementation_is_refused(name, error, message):
+    with pytest.raises(error, match=message):
+        load(name)
+
+
+def test_an_unknown_implementation_is_a_usage_error():
+    status, output = run(WINDOW, impl="nobody")
+    assert status == pytest.ExitCode.USAGE_ERROR, output
+    assert "--impl: name must be one of" in output
+
+
+def test_a_missing_peer_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.delitem(sys.modules, "validation.peers.fla", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"fla-core, of the extra `peers`: pip install .*\[peers\]"):
+        load("fla")
+
+
+@pytest.mark.parametrize(
+    ("declared", "case", "missing"),
+    [
+        ({"packed": False}, "packed", "packed sequences"),
+        ({"partial_queries": False}, "last_queries", "fewer queries than keys"),
+        ({"value_head_dim": False}, "wide_values", "Dv != Dk"),
+        ({"groups": Sizes(16, powers_of_two=True)}, "group_3", "groups of 3"),
+        ({"compressions": frozenset({"mean"})}, "linear", "linear compression"),
+        ({"any_indices": False}, "scrambled", "indices in any order"),
+        ({"empty_queries": False}, "scrambled", "queries without a block"),
+        ({"lengths": Sizes(1)}, "packed", "sequences of 0 tokens"),
+        ({"head_dims": Sizes(1, 4)}, "small", "a head dim of 8"),
+        ({"config": lambda config: False}, "small", "blocks (4, 2, 8), 4 selected"),
+    ],
+)
+def test_a_capability_not_declared_is_found_missing(declared, case, missing):
+    whole = Implementation("all")
+    assert whole.lacks(BY_ID[case]) is None
+    assert replace(whole, **declared).lacks(fitted(replace(whole, **declared), BY_ID[case])) == missing
+
+
+# 2. Expected failures.
+
+
+def test_expected_failures_are_strict(tmp_path):
+    file = tmp_path / "xfails"
+    file.write_text(f"# known\n\n{WINDOW}[wrong] # one token too many\n")
+    status, output = run(WINDOW, f"--xfails-file={file}", impl=own("one_more_token"))
+    assert status == 0, output
+    assert "1 xfailed" in output
+    file.write_text(f"{WINDOW}[my_nsa] # it does not fail\n")
+    status, output = run(WINDOW, f"--xfails-file={file}")
+    assert status == 1, output
+    assert "XPASS(strict)" in output
+
+
+def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path):
+    file = tmp_path / "xfails"
+    file.write_text("nothing::like_this # gone")
+    status, output = run(WINDOW, f"--xfails-file={file}")
+    assert status == pytest.ExitCode.USAGE_ERROR, output
+    assert "no test of this run has the id\n  nothing::like_this" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a::b", ":1: a::b needs a reason"), ("a::b # c\na::b # d", ":2: a::b is there twice")]
+)
+def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path, request, text, message):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    file = tmp_path / "xfails"
+    file.write_text(text)
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest._read_xfails(file)
+
+
+# 3. Gates.
+
+
+def test_gpus_that_are_required_and_not_there_fail():
+    status, output = run(WINDOW, "--require-gpus=99")
+    assert status == pytest.ExitCode.USAGE_ERROR, output
+    assert "--require-gpus=99: " in output
+
+
+def test_a_run_that_executed_nothing_fails():
+    status, output = run(STAGES, "-k", "test_matches and packed_paper")
+    assert status == 1, output
+    assert "no test was executed" in output
+    assert "my_nsa: not tested" in output
+
+
+# 4. Order, seeds and the report.
+
+
+def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path):
+    orders, seeds = [], []
+    for number, shuffle in enumerate((1, 1, 2)):
+        report = tmp_path / f"{number}.xml"
+        status, output = run(SEMANTICS, "-k", "position or window", f"--shuffle-seed={shuffle}", f"--junitxml={report}")
+        assert status == 0, output
+        cases = ElementTree.parse(report).getroot().findall(".//testcase")
+        orders.append([case.get("name") for case in cases])
+        seeds.append({case.get("name"): case.find(".//property[@name='seed']").get("value") for case in cases})
+    assert orders[0] == orders[1]
+    assert seeds[0] == seeds[1]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    assert not set(seeds[0].values()) & set(seeds[2].values())
