@@ -204,15 +204,15 @@ def test_sequences_do_not_mix(impl: Implementation, subject: str, case: Case, nu
 
 
 @each_subject_and_the_whole
-@for_all(case=partial(unpacked_cases, batch=st.integers(2, 3)), row=lambda impl: st.integers(0, 2))
+@for_all(case=partial(unpacked_cases, batch=2), row=lambda impl: st.integers(0, 1))
 def test_batch_rows_do_not_mix(impl: Implementation, subject: str, case: Case, row: int) -> None:
-    assert_unreached(impl, subject, case, Region(row=row % case.batch))
+    assert_unreached(impl, subject, case, Region(row=row))
 
 
 @each_subject_and_the_whole
-@for_all(case=partial(cases, kv_heads=st.integers(2, 3)), head=lambda impl: st.integers(0, 2))
+@for_all(case=partial(cases, kv_heads=2), head=lambda impl: st.integers(0, 1))
 def test_kv_heads_do_not_mix(impl: Implementation, subject: str, case: Case, head: int) -> None:
-    assert_unreached(impl, subject, case, Region(head=head % case.kv_heads))
+    assert_unreached(impl, subject, case, Region(head=head))
 
 
 # 2. Packed sequences are sequences, and queries their last tokens.
