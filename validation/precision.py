@@ -44,9 +44,9 @@ class Axis:
 
 
 AXES = {
-    "length": Axis("tokens T", (32, 64, 128, 256, 512), lambda n: replace(MIDDLE, lengths=whole(n))),
-    "head_dim": Axis("head dim D", (16, 32, 64, 128, 256), lambda n: replace(MIDDLE, key_dim=n, value_dim=n)),
-    "logits": Axis("factor on all logits", (1, 4, 16, 64), lambda n: replace(MIDDLE, scale=n * MIDDLE.key_dim**-0.5)),
+    "length": Axis("length T, tokens", (32, 64, 128, 256, 512), lambda n: replace(MIDDLE, lengths=whole(n))),
+    "head_dim": Axis("head dim D, elements", (16, 32, 64, 128, 256), lambda n: replace(MIDDLE, key_dim=n, value_dim=n)),
+    "logits": Axis("factor on all logits, times", (1, 4, 16, 64), lambda n: replace(MIDDLE, scale=n * MIDDLE.key_dim**-0.5)),
 }
 
 
@@ -137,7 +137,7 @@ def plot(points: Iterable[Point], file: Path) -> None:
                     x = [p.value for p in line]
                     panel.plot(x, [p.error for p in line], markers[implementation], color=color, ls="-", ms=5)
                     panel.plot(x, [p.plain for p in line], color=color, ls="--", lw=1)
-                    panel.plot(x, [p.bound for p in line], color=color, ls=":", lw=1)
+                    panel.plot(x, [p.bound for p in line], color=color, ls=":", lw=1.5)
             panel.set(title=title, xscale="log", yscale="log")
             panel.set_xticks(axis.values, [str(value) for value in axis.values])
             panel.minorticks_off()
@@ -145,11 +145,12 @@ def plot(points: Iterable[Point], file: Path) -> None:
     for panel, axis in zip(panels[-1], AXES.values(), strict=True):
         panel.set_xlabel(axis.label)
     for row in panels:
-        row[0].set_ylabel("mean error / mean magnitude")
+        row[0].set_ylabel("mean |error| / mean |value|, no unit")
+    figure.suptitle("Rounding error of nsa_attention against the float64 oracle, by what grows")
     handles = [Line2D([], [], color=color, lw=3, label=dtype) for dtype, color in NARROW.items()]
     handles += [Line2D([], [], color="0.3", marker=marker, label=name) for name, marker in markers.items()]
     handles += [Line2D([], [], color="0.3", ls="--", lw=1, label="plain PyTorch, same dtype")]
-    handles += [Line2D([], [], color="0.3", ls=":", lw=1, label="bound")]
+    handles += [Line2D([], [], color="0.3", ls=":", lw=1.5, label="bound of the tolerance policy")]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

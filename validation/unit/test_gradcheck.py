@@ -14,7 +14,7 @@ from torch import Tensor
 
 from validation import oracle
 from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_slope_matches, difference_step, gradcheck, on_grid
+from validation.numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
 from validation.unit.cases import (
     BY_ID,
     SHARED,
@@ -152,7 +152,8 @@ def test_nothing_flows_back_through_the_selection(impl: Implementation) -> None:
     x["indices"] = select_blocks(impl, case, x)
     fixed = dict(SHARED.results(impl, case, x))
     for name, chosen in SHARED.results(impl, case, {**x, "indices": None}):
-        assert_equal(chosen, fixed[name], what=f"{name} of blocks chosen on the way")
+        terms = case.num_queries * case.group + case.num_keys
+        assert_matches(chosen, fixed[name].double(), what=f"{name} of blocks chosen on the way", reduction=terms)
 
 
 def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
@@ -179,7 +180,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(impl: Implementation, 
         gradcheck(gradient, [q.double()], fast=True)
 
 
-OURS = dict.fromkeys(("eager", "triton"), r"through nsa_\w+::\w+_backward.* no autograd formula was registered")
+OURS = dict.fromkeys(("eager", "triton"), r"through nsa_\w+\W+\w+_backward.* no autograd formula was registered")
 """What we promise to say, naming the operator."""
 
 
