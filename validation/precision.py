@@ -46,7 +46,9 @@ class Axis:
 AXES = {
     "length": Axis("length T, tokens", (32, 64, 128, 256, 512), lambda n: replace(MIDDLE, lengths=whole(n))),
     "head_dim": Axis("head dim D, elements", (16, 32, 64, 128, 256), lambda n: replace(MIDDLE, key_dim=n, value_dim=n)),
-    "logits": Axis("factor on all logits, times", (1, 4, 16, 64), lambda n: replace(MIDDLE, scale=n * MIDDLE.key_dim**-0.5)),
+    "logits": Axis(
+        "factor on logits, times", (1, 4, 16, 64), lambda n: replace(MIDDLE, scale=n * MIDDLE.key_dim**-0.5)
+    ),
 }
 
 

@@ -59,19 +59,22 @@ class Fault:
         path.write_text(text.replace(self.old, self.new))
 
 
-def _oracle(case: str, part: str, dtype: str = "float64") -> str:
+def _triton(case: str, part: str, dtype: str = "float64") -> str:
     """The test that compares a part of the Triton backend with the oracle on a case."""
-    return f"test_kernels.py::test_matches_the_oracle[{case}-{dtype}-{part}]"
+    stage, _, way = part.partition("_by_")
+    if way:
+        return f"test_kernels.py::test_selected_attention_either_way[{case}-{dtype}-by_{way}]"
+    return f"test_stages.py::test_matches_the_oracle[triton-{stage}-{case}-{dtype}]"
 
 
 def _wide(stage: str) -> str:
     """The test of a stage whose head dims come in two chunks."""
-    return f"test_kernels.py::test_head_dims_that_are_no_powers_of_two[{stage}-float32-(96, 80)]"
+    return _triton("odd_head_dims", stage)
 
 
 def _eager(case: str, stage: str) -> str:
     """The test that compares a stage of the eager backend with the oracle on a case."""
-    return f"test_stages.py::test_matches_the_oracle_in_float64[{case}-{stage}]"
+    return f"test_stages.py::test_matches_the_oracle[eager-{stage}-{case}-float64]"
 
 
 _CONFIG = [
@@ -264,7 +267,7 @@ _EAGER = [
         "eager.py",
         ".masked_fill_(peak < _HIDDEN / 2, -torch.inf)",
         ".masked_fill_(peak < _HIDDEN / 2, 0.0)",
-        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero",),
+        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero[eager]",),
         models=10,
     ),
     Fault(
@@ -281,7 +284,7 @@ _EAGER = [
         "eager.py",
         "p = scores.softmax(-1)",
         "p = scores.exp() / scores.exp().sum(-1, keepdim=True)",
-        ("test_semantics.py::test_large_logits_are_finite_and_right",),
+        ("test_semantics.py::test_large_logits_are_finite_and_right[eager-float32-compressed_attention]",),
     ),
     Fault(
         "eager-delta-missing",
@@ -289,7 +292,7 @@ _EAGER = [
         "eager.py",
         ".sub_((out * dout).sum(-1, keepdim=True))",
         "",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[sliding_window_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-sliding_window_attention]",),
     ),
     Fault(
         "eager-keys-gradient-unscaled",
@@ -297,7 +300,7 @@ _EAGER = [
         "eager.py",
         "ds.mT @ (q * scale)",
         "ds.mT @ q",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[compressed_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-compressed_attention]",),
     ),
     Fault(
         "eager-shared-blocks-overwritten",
@@ -305,7 +308,7 @@ _EAGER = [
         "eager.py",
         "table.index_add_(0, rows.flatten(), gathered)",
         "table.index_copy_(0, rows.flatten(), gathered)",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[selected_attention]",),
+        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-selected_attention]",),
         models=13,
     ),
     Fault(
@@ -314,7 +317,7 @@ _EAGER = [
         "eager.py",
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)",
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, q.dtype)",
-        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype",),
+        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype[eager-bfloat16-compressed_attention]",),
     ),
     Fault(
         "eager-importance-shifted",
@@ -322,7 +325,7 @@ _EAGER = [
         "eager.py",
         "start = (tap - earlier) * stride",
         "start = (tap - earlier + 1) * stride",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
         models=11,
     ),
     Fault(
@@ -331,7 +334,7 @@ _EAGER = [
         "eager.py",
         " * (overlap / stride)",
         " * (overlap > 0)",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-importance-of-one-head",
@@ -339,7 +342,7 @@ _EAGER = [
         "eager.py",
         ".unflatten(2, (-1, queries.shape[3])).sum(3)",
         ".unflatten(2, (-1, queries.shape[3])).amax(3)",
-        ("test_stages.py::test_selection_in_float64[many_blocks]",),
+        ("test_stages.py::test_selection[eager-many_blocks-float64]",),
     ),
     Fault(
         "eager-one-local-block-more",
@@ -347,7 +350,7 @@ _EAGER = [
         "eager.py",
         "(block > own - config.num_local_blocks)",
         "(block >= own - config.num_local_blocks)",
-        ("test_stages.py::test_selection_in_float64[paper]",),
+        ("test_stages.py::test_selection[eager-paper-float64]",),
     ),
     Fault(
         "eager-ties-to-the-higher-index",
@@ -355,7 +358,7 @@ _EAGER = [
         "eager.py",
         "best, chosen = score.sort(dim=-1, descending=True, stable=True)\n",
         "best, chosen = score.flip(-1).sort(dim=-1, descending=True, stable=True)\n    chosen = blocks - 1 - chosen\n",
-        ("test_stages.py::test_ties_go_to_the_lower_index[blocks1-float64]",),
+        ("test_stages.py::test_ties_go_to_the_lower_index[eager-blocks1-float64]",),
     ),
     Fault(
         "eager-underflow-loses-a-block",
@@ -363,7 +366,7 @@ _EAGER = [
         "eager.py",
         "masked_fill(best == -torch.inf, blocks)",
         "masked_fill(best <= 0, blocks)",
-        ("test_semantics.py::test_underflowing_importance_loses_no_candidate",),
+        ("test_semantics.py::test_underflowing_importance_loses_no_candidate[eager-float32]",),
         models=4,
     ),
     Fault(
@@ -372,7 +375,7 @@ _EAGER = [
         "eager.py",
         "chosen.masked_fill(best == -torch.inf, blocks).sort(dim=-1).values",
         "chosen.masked_fill(best == -torch.inf, blocks)",
-        ("test_stages.py::test_selection_in_float64[nothing_forced]",),
+        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-blocks-summed",
@@ -396,7 +399,7 @@ _EAGER = [
         "eager.py",
         "sliding_window_attention(q, k_win, v_win, config, *rest)",
         "sliding_window_attention(q, k_win, v_win, config, *rest[:2], q.shape[-1] ** -0.5)",
-        ("test_semantics.py::test_scale_reaches_every_branch[nsa_attention]",),
+        ("test_properties.py::test_scaling_logits_is_scaling_queries[eager-nsa_attention]",),
         models=3,
     ),
     Fault(
@@ -405,7 +408,7 @@ _EAGER = [
         "eager.py",
         "zip(branches, gates.unbind(-1), strict=True)",
         "zip(branches, gates.flip(-1).unbind(-1), strict=True)",
-        ("test_semantics.py::test_a_gate_lets_its_branch_through",),
+        ("test_properties.py::test_output_is_the_gated_sum_of_the_branches[eager]",),
     ),
 ]
 
@@ -416,7 +419,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "for back in tl.static_range(LENGTH // STRIDE):",
         "for back in tl.static_range(LENGTH // STRIDE - 1):",
-        (_oracle("mean", "compress_keys"),),
+        (_triton("mean", "compress_keys"),),
     ),
     Fault(
         "mean-gradient-misses-the-last-block",
@@ -424,7 +427,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "covers = live & (block >= 0) & (block < count)",
         "covers = live & (block >= 0) & (block < count - 1)",
-        (_oracle("mean", "compress_keys"),),
+        (_triton("mean", "compress_keys"),),
     ),
     Fault(
         "one-position-for-all-parts",
@@ -432,7 +435,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "products[:, :, pieces + m, m]",
         "products[:, :, pieces, m]",
-        (_oracle("linear", "compress_keys"),),
+        (_triton("linear", "compress_keys"),),
     ),
 ]
 
@@ -443,7 +446,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)",
         "block = (start - BEFORE) * RATIO + 1 + tl.arange(0, BLOCKS * RATIO)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
         models=11,
     ),
     Fault(
@@ -452,7 +455,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)",
         "own_weight = ((LENGTH + 0 * share) // STRIDE).to(ACC)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "importance-of-one-head",
@@ -460,7 +463,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
         "p = tl.max(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "one-local-block-more",
@@ -468,7 +471,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(block > own - LOCAL)",
         "(block >= own - LOCAL)",
-        ("test_kernels.py::test_selection[many_blocks-float64]",),
+        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "ties-to-the-higher-index",
@@ -476,7 +479,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(tl.cumsum(equal, 1) <= spare)",
         "(tl.sum(equal, 1)[:, None] - tl.cumsum(equal, 1) < spare)",
-        ("test_kernels.py::test_ties_go_to_the_lower_index",),
+        ("test_stages.py::test_ties_go_to_the_lower_index[triton-blocks1-float32]",),
     ),
     Fault(
         "underflow-loses-a-block",
@@ -496,7 +499,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         'return _Branch("compressed", config.compress_stride, config.compress_block_size - 1, None)',
         'return _Branch("compressed", config.compress_stride, config.compress_block_size - 2, None)',
-        (_oracle("small", "compressed_attention"),),
+        (_triton("small", "compressed_attention"),),
     ),
     Fault(
         "window-one-wider",
@@ -504,7 +507,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "max(1, min(config.window_size, num_keys))",
         "max(1, min(config.window_size + 1, num_keys))",
-        (_oracle("small", "sliding_window_attention"),),
+        (_triton("small", "sliding_window_attention"),),
         models=7,
     ),
     Fault(
@@ -513,7 +516,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "visible = visible & (keys[:, None] > (position - window)[None, :])",
         "visible = visible & (keys[:, None] >= (position - window)[None, :])",
-        (_oracle("small", "sliding_window_attention"),),
+        (_triton("small", "sliding_window_attention"),),
     ),
     Fault(
         "sum-not-rescaled",
@@ -521,7 +524,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "z = z * rescale + tl.sum(p, 1)",
         "z = z + tl.sum(p, 1)",
-        (_oracle("small", "sliding_window_attention"),),
+        (_triton("small", "sliding_window_attention"),),
     ),
     Fault(
         "second-chunk-not-rescaled",
@@ -538,7 +541,7 @@ _CONTIGUOUS_KERNELS = [
         "                peak = tl.maximum(m, tl.max(x, 1))\n                # A row",
         '                peak = tl.maximum(m, tl.max(tl.where(rows == first, tl.max(x, 1), float("-inf")), 0))\n'
         "                # A row",
-        (_oracle("small", "compressed_attention"),),
+        (_triton("small", "compressed_attention"),),
         models=5,
     ),
     Fault(
@@ -547,7 +550,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "blind = z == 0\n",
         "blind = (z == 0) & (first == 0)\n",
-        (_oracle("small", "compressed_attention"),),
+        (_triton("small", "compressed_attention"),),
         models=10,
     ),
     Fault(
@@ -565,7 +568,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "y = count * (share + 1) // shares",
         "y = tl.minimum(count * (share + 1) // shares, count - 1)",
-        (_oracle("small", "sliding_window_attention"),),
+        (_triton("small", "sliding_window_attention"),),
     ),
     Fault(
         "scale-twice-for-keys",
@@ -573,7 +576,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "store_rows(dk, key * dk_strides[2], held, dk0 * scale, 0, K0, DK)",
         "store_rows(dk, key * dk_strides[2], held, dk0 * scale * scale, 0, K0, DK)",
-        (_oracle("small", "sliding_window_attention"),),
+        (_triton("small", "sliding_window_attention"),),
     ),
     Fault(
         "queries-are-the-first-tokens",
@@ -581,7 +584,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "    shift = num_tokens - num_queries\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
         "    shift = 0\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
-        (_oracle("last_queries", "sliding_window_attention"),),
+        (_triton("last_queries", "sliding_window_attention"),),
     ),
     Fault(
         "unwritten-gradients",
@@ -606,7 +609,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "counts = (lengths + (block - 1)) // block",
         "counts = lengths // block",
-        (_oracle("packed", "sliding_window_attention"),),
+        (_triton("packed", "sliding_window_attention"),),
     ),
     Fault(
         "launched-like-the-nearest-by-difference",
@@ -622,7 +625,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)",
         "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1)",
-        (_oracle("packed", "compressed_attention"),),
+        (_triton("packed", "compressed_attention"),),
     ),
     Fault(
         "store-beyond-the-head",
@@ -639,7 +642,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "return tl.load(pointers, mask=seen[:, None] & (columns < DIM)[None, :], other=0.0)",
         "return tl.load(pointers, mask=seen[:, None] & (columns >= 0)[None, :], other=0.0)",
-        (_oracle("wide_values", "sliding_window_attention"),),
+        (_triton("wide_values", "sliding_window_attention"),),
     ),
 ]
 
@@ -650,7 +653,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)",
         "block = tl.load(indices + slot * stride, mask=slot < SPAN, other=-1)",
-        (_oracle("many_blocks", "selected_attention_by_query"),),
+        (_triton("many_blocks", "selected_attention_by_query"),),
         models=2,
     ),
     Fault(
@@ -659,7 +662,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "return first, valid & (first + tl.arange(0, KEYS) <= position)",
         "return first, valid & (first + tl.arange(0, KEYS) >= 0)",
-        (_oracle("many_blocks", "selected_attention_by_query"),),
+        (_triton("many_blocks", "selected_attention_by_query"),),
         models=9,
     ),
     Fault(
@@ -668,7 +671,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         's = tl.where(within[None, :] <= reach[:, None], s, float("-inf"))',
         's = tl.where(real[None, :], s, float("-inf"))',
-        (_oracle("many_blocks", "selected_attention_by_block"),),
+        (_triton("many_blocks", "selected_attention_by_block"),),
         models=9,
     ),
     Fault(
@@ -677,7 +680,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "first_key = tl.load(located + 3 * query + 1)",
         "first_key = query * 0",
-        (_oracle("packed_scrambled", "selected_attention_by_query"),),
+        (_triton("packed_scrambled", "selected_attention_by_query"),),
     ),
     Fault(
         "empty-slot-is-block-0",
@@ -685,7 +688,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "valid = (block >= 0) & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
         "valid = inside & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
-        (_oracle("scrambled", "selected_attention_by_block"),),
+        (_triton("scrambled", "selected_attention_by_block"),),
         models=8,
     ),
     Fault(
@@ -711,7 +714,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "total = total * rescale + weight",
         "total = total + weight",
-        (_oracle("small", "selected_attention_by_block"),),
+        (_triton("small", "selected_attention_by_block"),),
     ),
     Fault(
         "delta-of-one-chunk-selected",
@@ -730,7 +733,7 @@ _SELECTED_KERNELS = [
         "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
         "        v += batch * v_strides[0] + head * (V0 + V1)\n"
         "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
-        (_oracle("wide_values", "selected_attention_by_block"),),
+        (_triton("wide_values", "selected_attention_by_block"),),
     ),
     Fault(
         "last-piece-dropped",
@@ -738,7 +741,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "for piece in range(0, count):",
         "for piece in range(0, count - 1):",
-        (_oracle("small", "selected_attention_by_block"),),
+        (_triton("small", "selected_attention_by_block"),),
         models=13,
     ),
     Fault(
@@ -747,7 +750,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "count = tl.minimum(tl.load(offsets + low + 1) - begin, CHUNK)",
         "count = tl.load(offsets + low + 1) - begin",
-        (_oracle("small", "selected_attention_by_block"),),
+        (_triton("small", "selected_attention_by_block"),),
         models=13,
     ),
     Fault(
@@ -756,7 +759,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "return (query + shift).to(tl.int32)",
         "return query.to(tl.int32)",
-        (_oracle("last_queries", "selected_attention_by_block"),),
+        (_triton("last_queries", "selected_attention_by_block"),),
     ),
     Fault(
         "dq-overwritten",
@@ -764,7 +767,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "ROWS=tile, ADD=add,",
         "ROWS=tile, ADD=False,",
-        (_oracle("small", "nsa_attention"),),
+        (_triton("small", "nsa_attention"),),
     ),
 ]
 
@@ -775,7 +778,7 @@ _ATTENTION_KERNELS = [
         "kernels/attention.py",
         "contiguous.window_forward(q, k_win, v_win, None, *rest)",
         "contiguous.window_forward(q, k_win, v_win, None, *rest[:-1], q.shape[-1] ** -0.5)",
-        (_oracle("wide_keys", "nsa_attention"),),
+        (_triton("wide_keys", "nsa_attention"),),
         models=3,
     ),
     Fault(
@@ -784,7 +787,7 @@ _ATTENTION_KERNELS = [
         "kernels/attention.py",
         "(dgate_cmp, dgate_slc, dgate_win)",
         "(dgate_cmp, dgate_win, dgate_slc)",
-        (_oracle("small", "nsa_attention"),),
+        (_triton("small", "nsa_attention"),),
     ),
     Fault(
         "sign-of-the-gate-lost",

@@ -19,7 +19,7 @@ from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
 from validation import oracle
 from validation.implementations import Implementation
-from validation.numerics import assert_matches
+from validation.numerics import assert_matches, gradcheck
 
 Tensors = dict[str, Any]
 
@@ -155,6 +155,17 @@ CASES += [
 
 BY_ID = {case.id: case for case in CASES}
 
+# For finite differences where blocks are (16, 8, 16) at least: one of each compression, of queries of all keys and of
+# the last. They are as short as may be, and so not among the others.
+DIFFERENTIATED = [
+    Case(f"gradcheck_{name}", lengths, config((16, 8, 16), 2, window, num_local_blocks=1, compression=kind), **shape)
+    for name, lengths, window, kind, shape in (
+        ("large", whole(40), 6, "mlp", {"kv_heads": 1, "key_dim": 16, "value_dim": 16}),
+        ("large_few", ((5, 40),), 9, "linear", {"kv_heads": 1, "group": 3, "key_dim": 16, "value_dim": 20}),
+        ("large_packed", whole(1, 17, 0, 9), 5, "mean", {"kv_heads": 1, "group": 1, "key_dim": 20, "value_dim": 16}),
+    )
+]
+
 
 SCALES = ((1, 1), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8), (16, 16))
 """How much larger `l` and `d`, and all other lengths with `l'`, may be than a case says: the smallest that fits."""
@@ -192,8 +203,8 @@ TYPICAL_LENGTH = 37
 """Of the sequences below: what an implementation's tile is compared with."""
 
 
-def fitted(impl: Implementation, *cases: Case) -> Case:
-    """The first of the cases that the implementation can do, at the smallest scale at which it can.
+def fitted(impl: Implementation, *cases: Case, stages: tuple[str, ...] = ()) -> Case:
+    """The first of the cases on which the implementation can do these stages, at the smallest scale at which it can.
 
     Where it can do none of them it is the first, which will then be skipped.
     """
@@ -202,7 +213,7 @@ def fitted(impl: Implementation, *cases: Case) -> Case:
         times = max(1, -(-16 // min(case.key_dim, case.value_dim)))
         wider = replace(case, key_dim=times * case.key_dim, value_dim=times * case.value_dim)
         for each in (case, wider, *(scaled(case, *scale) for scale in larger)):
-            if each is not None and impl.lacks(each) is None:
+            if each is not None and impl.lacks(each, stages) is None:
                 return each
     return cases[0]
 
@@ -364,6 +375,17 @@ def compare(
         reduction = max(stage.reduction(case), case.num_queries * case.group)
         bound = {"baseline": nearest.get(name), "reduction": reduction, "logit": logit, "dtype": dtype}
         assert_matches(actual, expected[name], what=what, **bound)
+
+
+def check_gradients(subject: Any, stage: Stage, case: Case, *, fast: bool = True) -> None:
+    """Hold a stage's gradients to central differences of its own values."""
+    tensors = draw(case)
+    leaves = stage.leaves(tensors)
+
+    def function(*values: Tensor) -> Tensor:
+        return stage.run(subject, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
+
+    gradcheck(function, leaves.values(), fast=fast)
 
 
 def _compress(kind: str) -> Callable[[Any, Case, Mapping[str, Any]], Tensors]:

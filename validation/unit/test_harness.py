@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -56,7 +57,10 @@ def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
     assert status == 0, output
     assert "my_nsa lacks mlp compression" in output
     assert "my_nsa: passed (" in output
-    assert any(line.split() == ["packed", "sequences", "no"] for line in output.splitlines())
+    rows = [line.split() for line in output.splitlines()]
+    assert ["my_nsa"] in rows
+    assert ["packed", "sequences", "no"] in rows
+    assert ["compression", "mean"] in rows
     properties = ElementTree.parse(report).getroot().findall("./testsuite/properties/property")
     counts = {x.get("name"): x.get("value") for x in properties}
     assert int(counts["skipped: my_nsa lacks packed sequences"]) > 0
@@ -118,9 +122,16 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
     ],
 )
 def test_a_capability_not_declared_is_found_missing(declared, case, missing):
-    whole = Implementation("all")
-    assert whole.lacks(BY_ID[case]) is None
-    assert replace(whole, **declared).lacks(fitted(replace(whole, **declared), BY_ID[case])) == missing
+    whole, stages = Implementation("all", compress=my_nsa.compress), ("compress",)
+    assert whole.lacks(BY_ID[case], stages) is None
+    less = replace(whole, **declared)
+    assert less.lacks(fitted(less, BY_ID[case], stages=stages), stages) == missing
+
+
+def test_compressions_matter_to_compression_alone():
+    means = replace(my_nsa, compressions=frozenset({"mean"}))
+    assert means.lacks(BY_ID["linear"], ("compress",)) == "linear compression"
+    assert means.lacks(BY_ID["linear"], ("compressed_attention", "select_blocks")) is None
 
 
 # 2. Expected failures.
@@ -166,6 +177,14 @@ def test_gpus_that_are_required_and_not_there_fail():
     assert "--require-gpus=99: " in output
 
 
+@pytest.mark.parametrize(("required", "outcome"), [(0, pytest.skip.Exception), (1, pytest.fail.Exception)])
+def test_a_gpu_that_is_not_there_skips_unless_required(monkeypatch, request, required, outcome):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    monkeypatch.setattr(conftest, "GPUS", [])
+    with pytest.raises(outcome, match="missing hardware: 1 GPU of 80 GiB, 0 found"):
+        conftest._need_gpus(SimpleNamespace(option=SimpleNamespace(require_gpus=required)), 1, gib=80)
+
+
 def test_a_run_that_executed_nothing_fails():
     status, output = run(STAGES, "-k", "test_matches and packed_paper")
     assert status == 1, output
@@ -176,17 +195,36 @@ def test_a_run_that_executed_nothing_fails():
 # 4. Order, seeds and the report.
 
 
+def reported(file: Path) -> list[tuple[str, str]]:
+    """Names and seeds of the tests in a JUnit report, in its order; every one has a duration."""
+    cases = ElementTree.parse(file).getroot().findall(".//testcase")
+    assert all(float(case.get("time")) >= 0 for case in cases)
+    return [(case.get("name"), case.find(".//property[@name='seed']").get("value")) for case in cases]
+
+
 def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path):
-    orders, seeds = [], []
+    runs = []
     for number, shuffle in enumerate((1, 1, 2)):
         report = tmp_path / f"{number}.xml"
         status, output = run(SEMANTICS, "-k", "position or window", f"--shuffle-seed={shuffle}", f"--junitxml={report}")
         assert status == 0, output
-        cases = ElementTree.parse(report).getroot().findall(".//testcase")
-        orders.append([case.get("name") for case in cases])
-        seeds.append({case.get("name"): case.find(".//property[@name='seed']").get("value") for case in cases})
-    assert orders[0] == orders[1]
-    assert seeds[0] == seeds[1]
-    assert orders[0] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2])
-    assert not set(seeds[0].values()) & set(seeds[2].values())
+        assert f'name="shuffle-seed" value="{shuffle}"' in report.read_text()
+        runs.append(reported(report))
+    assert runs[0] == runs[1]
+    (names, seeds), (other_names, other_seeds) = (zip(*chosen, strict=True) for chosen in runs[1:])
+    assert names != other_names
+    assert sorted(names) == sorted(other_names)
+    assert not set(seeds) & set(other_seeds)
+
+
+def test_a_seed_is_of_the_test_alone(tmp_path):
+    seeds = []
+    for number, selection in enumerate(([WINDOW], [SEMANTICS, "-k", "window"])):
+        report = tmp_path / f"{number}.xml"
+        status, output = run(*selection, f"--junitxml={report}")
+        assert status == 0, output
+        seeds.append(dict(reported(report)))
+    name = f"{WINDOW.partition('::')[2]}[my_nsa]"
+    assert len(seeds[1]) > len(seeds[0])
+    assert seeds[1][name] == seeds[0][name]
+    assert len(set(seeds[1].values())) == len(seeds[1])

@@ -16,12 +16,14 @@ from nsa.config import NSAConfig
 from nsa.kernels import select, selected, tuning
 from validation import oracle
 from validation.implementations import load
-from validation.numerics import assert_matches, assert_selection_matches, gradcheck
+from validation.numerics import assert_matches, assert_selection_matches
 from validation.unit.cases import (
     BY_ID,
+    DIFFERENTIATED,
     STAGES,
     Case,
     Stage,
+    check_gradients,
     compare,
     config,
     draw,
@@ -75,10 +77,11 @@ def check(stage: Stage, case: Case, dtype_name: str) -> None:
     compare(TRITON, stage, case, draw(case, dtype), dtype, beside_plain=dtype != torch.float64)
 
 
-# Left to itself, attention to selected blocks goes by block in nearly all of the cases.
+# Left to itself attention to selected blocks goes by block, in pieces of two queries, but for the largest groups.
+@each_way
 @each_case
-def test_selected_attention_by_query(case, dtype_name):
-    with launched(SELECTED, **WAYS["by_query"]):
+def test_selected_attention_either_way(way, case, dtype_name):
+    with launched(SELECTED, **way):
         check(STAGES["selected_attention"], case, dtype_name)
 
 
@@ -142,17 +145,11 @@ def test_the_layer_is_the_same_on_both_backends(dtype_name):
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="float64 kernels exist under the interpreter only")
-def test_gradients_by_query_are_those_of_finite_differences():
-    blocks = config((16, 8, 16), 2, 9, num_local_blocks=1)
-    case = Case("by_query", ((5, 40),), blocks, kv_heads=1, group=3, key_dim=16, value_dim=20)
-    stage, tensors = STAGES["selected_attention"], draw(case)
-    leaves = stage.leaves(tensors)
-
-    def function(*values):
-        return stage.run(TRITON, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
-
-    with launched(SELECTED, **WAYS["by_query"]):
-        gradcheck(function, leaves.values(), fast=True)
+@each_way
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=lambda case: case.id)
+def test_gradients_either_way_are_those_of_finite_differences(way, case):
+    with launched(SELECTED, **way):
+        check_gradients(TRITON, STAGES["selected_attention"], case)
 
 
 @pytest.mark.parametrize(

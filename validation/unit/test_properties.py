@@ -40,17 +40,28 @@ SELECTION = "select_blocks"
 ATTENTION = [name for name in STAGES if not name.startswith("compress_")]
 
 
+def _from_tokens(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
+    blocks = {name: STAGES[stage].call(subject, case, x)["out"] for name, stage in COMPRESSED.items()}
+    return STAGES["nsa_attention"].call(subject, case, {**x, **blocks})
+
+
+COMPRESSED = {"k_cmp": "compress_keys", "v_cmp": "compress_values"}
+TOKENS = ("k_slc", "v_slc", "k_win", "v_win")
+WHOLE = replace(SHARED, name="whole", inputs=(*SHARED.inputs, *TOKENS), call=_from_tokens, own_keys=True)
+"""Compression, selection and every branch; from keys of their own where an implementation has such."""
+
+
 def each(*subjects: str) -> Callable[[Any], Any]:
     """A test for each subject; the interpreter is spared those that are made of the others, as one test shows."""
     parametrized = pytest.mark.parametrize("subject", subjects)
-    spared = pytest.mark.sparing(subject=[name for name in subjects if not name.startswith("nsa_attention")])
+    spared = pytest.mark.sparing(subject=[name for name in subjects if name not in ("nsa_attention", WHOLE.name)])
     return lambda test: spared(parametrized(test))
 
 
 each_attention = each(*ATTENTION)
 each_query_subject = each(*ATTENTION, SELECTION)
 each_subject = each(*STAGES, SELECTION)
-each_subject_and_the_whole = each(*STAGES, SELECTION, SHARED.name)
+each_subject_and_the_whole = each(*STAGES, SELECTION, WHOLE.name)
 
 whole_cases = partial(cases, partial=False)
 packed_cases = partial(cases, packed=True)
@@ -70,23 +81,23 @@ def results(
     """All that a subject gives, gradients included where there are any."""
     if subject == SELECTION or impl.lacks(case, backward=True):
         return outputs(impl, subject, case, tensors)
-    return dict(_stage(subject).results(impl, case, _given(subject, tensors), cotangent=cotangent))
+    return dict(_stage(impl, subject).results(impl, case, _given(subject, tensors), cotangent=cotangent))
 
 
 def outputs(impl: Implementation, subject: str, case: Case, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a subject gives, without gradients."""
     if subject == SELECTION:
         return {"indices": select_blocks(impl, case, tensors)}
-    return _stage(subject).run(impl, case, _given(subject, tensors))
+    return _stage(impl, subject).run(impl, case, _given(subject, tensors))
 
 
-def _stage(subject: str) -> Stage:
-    return SHARED if subject == SHARED.name else STAGES[subject]
+def _stage(impl: Implementation, subject: str) -> Stage:
+    return STAGES[subject] if subject != WHOLE.name else WHOLE if impl.own_keys else SHARED
 
 
 def _given(subject: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """The whole makes its selection itself."""
-    return {**tensors, "indices": None} if subject == SHARED.name else tensors
+    return {**tensors, "indices": None} if subject == WHOLE.name else tensors
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: Case, what: str) -> None:

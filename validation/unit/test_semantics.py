@@ -37,14 +37,17 @@ ATTENTION = {name: stage for name, stage in STAGES.items() if not name.startswit
 # Each case has one beside it for implementations that can do little.
 SMALL = (BY_ID["small"], BY_ID["pooled"])
 SCRAMBLED = (BY_ID["scrambled"], BY_ID["pooled_scrambled"])
+PACKED_PAPER = (BY_ID["packed_paper"], BY_ID["pooled_packed"])
+BRANCHES = ("compressed_attention", "selected_attention", "sliding_window_attention")
 
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 each_attention = pytest.mark.parametrize("stage", ATTENTION.values(), ids=ATTENTION.keys())
-branches = pytest.mark.sparing(stage=("compressed_attention", "selected_attention", "sliding_window_attention"))
+branches = pytest.mark.sparing(stage=BRANCHES)
 
 
 def assert_same(actual: Tensor, expected: Tensor, case: Case, what: str, dtype: torch.dtype | None = None) -> None:
-    """Equal but for the rounding of two results of one implementation."""
+    """Equal but for the rounding of two results of one implementation, which may add up in two orders."""
+    # The longest sum, that of a gradient of keys, has a term a query of each head of the group; outputs have one a key.
     terms = case.num_keys * case.group
     assert_matches(actual, expected.double(), what=what, reduction=terms, dtype=dtype or actual.dtype)
 
@@ -75,7 +78,7 @@ EMPTY = (Case("empty", whole(0, 0)), pooled("empty_pooled", whole(0, 0), 4))
 
 @each_stage
 def test_nothing_but_empty_sequences(impl: Implementation, stage: Stage) -> None:
-    case = fitted(impl, *EMPTY)
+    case = fitted(impl, *EMPTY, stages=stage.functions)
     assert stage.run(impl, case, draw(case, impl.widest))["out"].numel() == 0
 
 
@@ -133,7 +136,7 @@ def test_a_window_of_one_is_the_value_itself(impl: Implementation) -> None:
     case = fitted(impl, BY_ID["window_1"], BY_ID["pooled_forced"])
     tensors = draw(case, impl.widest)
     out = run("sliding_window_attention", impl, case, tensors)
-    assert_same(out, tensors["v"].repeat_interleave(case.group, 2), case, "window of one")
+    assert_matches(out, tensors["v"].repeat_interleave(case.group, 2).double(), what="window of one")
 
 
 # 4. Memory layout.
@@ -152,7 +155,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     layout=("inside_a_larger_tensor",), stage=("compress_keys", "compressed_attention", "sliding_window_attention")
 )
 def test_strides_do_not_matter(impl: Implementation, stage: Stage, layout: str) -> None:
-    case = fitted(impl, *SCRAMBLED)
+    case = fitted(impl, *SCRAMBLED, stages=stage.functions)
     tensors = draw(case, impl.widest)
     strided = {name: LAYOUTS[layout](x) if x.dim() == 4 else x for name, x in tensors.items()}
     assert not strided["q"].is_contiguous()
@@ -208,10 +211,8 @@ def test_underflowing_importance_loses_no_candidate(impl: Implementation, dtype_
 
 
 @each_stage
-@pytest.mark.parametrize(
-    "case", [SCRAMBLED, (BY_ID["packed_paper"], BY_ID["pooled_packed"])], indirect=True, ids=["whole", "packed"]
-)
-@pytest.mark.sparing(stage=())  # test_reproducibility.py asks our kernels
+@pytest.mark.parametrize("case", [SCRAMBLED, PACKED_PAPER], indirect=True, ids=["whole", "packed"])
+@pytest.mark.sparing(case=(PACKED_PAPER,), stage=BRANCHES)
 def test_runs_are_bitwise_the_same(impl: Implementation, stage: Stage, case: Case) -> None:
     if not impl.deterministic:
         pytest.skip(f"{impl.name} lacks determinism")
@@ -225,7 +226,7 @@ def test_runs_are_bitwise_the_same(impl: Implementation, stage: Stage, case: Cas
 @each_stage
 @branches
 def test_inputs_are_left_alone(impl: Implementation, stage: Stage) -> None:
-    case = fitted(impl, *SMALL)
+    case = fitted(impl, *SCRAMBLED, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     before = {name: x.clone() for name, x in tensors.items()}
     list(stage.results(impl, case, tensors))
@@ -234,7 +235,7 @@ def test_inputs_are_left_alone(impl: Implementation, stage: Stage) -> None:
 
 
 def test_inputs_of_the_selection_are_left_alone(impl: Implementation) -> None:
-    case = fitted(impl, *SMALL)
+    case = fitted(impl, *SCRAMBLED, *SMALL)
     tensors = draw(case, impl.widest)
     before = {name: x.clone() for name, x in tensors.items()}
     select_blocks(impl, case, tensors)

@@ -72,8 +72,11 @@ def test_the_whole_with_its_own_selection(impl: Implementation, case: Case, dtyp
     watched = replace(impl, nsa_attention=nsa_attention if impl.has("nsa_attention") else None)
     out = stage.run(watched, case, tensors)["out"]
     check_selection(case, {**tensors, "k_cmp": made["k_cmp"]}, made["indices"], dtype)
+    # Rounding may swap blocks of nearly equal importance, and what follows is then judged on the same blocks; in
+    # float64 none are that near, so that the oracle makes its own choice.
     tensors["indices"] = made["indices"]
-    expected = stage.run(oracle, case, upcast(tensors))["out"]
+    own = {"indices": None} if dtype == torch.float64 else {}
+    expected = stage.run(oracle, case, {**upcast(tensors), **own})["out"]
     baseline = None
     if dtype != torch.float64 and not impl.plain:
         with oracle.computing_in(dtype):
@@ -91,7 +94,8 @@ each_dtype = pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloa
 @each_dtype
 @pytest.mark.sparing(dtype_name=("float64", "bfloat16"), stage=("compress_values", "sliding_window_attention"))
 def test_outputs_and_gradients_keep_the_dtype(impl: Implementation, stage: Stage, dtype_name: str) -> None:
-    dtype, case = getattr(torch, dtype_name), fitted(impl, BY_ID["small"], BY_ID["pooled"])
+    dtype = getattr(torch, dtype_name)
+    case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
     kept = {name: x.dtype for name, x in stage.results(impl, case, draw(case, dtype))}
     lse = kept.pop("lse", None)
     assert set(kept.values()) == {dtype}
@@ -103,6 +107,7 @@ def test_outputs_and_gradients_keep_the_dtype(impl: Implementation, stage: Stage
 )
 def test_returned_indices_are_those_of_the_selection(impl: Implementation, case: Case) -> None:
     tensors = draw(case, impl.widest)
+    # In narrow dtypes a log-sum-exp of other rounding, the oracle's, might lead to other blocks.
     tensors["lse"] = STAGES["compressed_attention"].run(impl, case, tensors)["lse"]
     expected = select_blocks(impl, case, tensors)
     require(impl, case, ("nsa_attention",), impl.widest, own_keys=True)
@@ -116,7 +121,7 @@ def test_returned_indices_are_those_of_the_selection(impl: Implementation, case:
 
 @each_dtype
 @pytest.mark.parametrize("blocks", [(2, 2, 2), (4, 4, 4)])
-@pytest.mark.sparing(dtype_name=("float64", "bfloat16"), blocks=((4, 4, 4),))
+@pytest.mark.sparing(dtype_name=("float64", "float32", "bfloat16"), blocks=((4, 4, 4),))
 def test_ties_go_to_the_lower_index(impl: Implementation, blocks: tuple[int, int, int], dtype_name: str) -> None:
     case = Case("ties", whole(33), config(blocks, 5, num_local_blocks=1), group=4, scale=0.5)
     case = fitted(impl, case, pooled("ties_pooled", whole(33), 5, scale=0.5))
