@@ -155,6 +155,7 @@ def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path):
     status, output = run(WINDOW, f"--xfails-file={file}")
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert "no test of this run has the id\n  nothing::like_this" in output
+    assert "no test was executed" not in output
 
 
 @pytest.mark.parametrize(
