@@ -148,12 +148,12 @@ def plot(points: Iterable[Point], file: Path) -> None:
         panel.set_xlabel(axis.label)
     for row in panels:
         row[0].set_ylabel("mean |error| / mean |value|, no unit")
-    figure.suptitle("Rounding error of nsa_attention against the float64 oracle, by what grows")
+    title = "Rounding error of nsa_attention against the float64 oracle, by what grows"
     handles = [Line2D([], [], color=color, lw=3, label=dtype) for dtype, color in NARROW.items()]
     handles += [Line2D([], [], color="0.3", marker=marker, label=name) for name, marker in markers.items()]
     handles += [Line2D([], [], color="0.3", ls="--", lw=1, label="plain PyTorch, same dtype")]
     handles += [Line2D([], [], color="0.3", ls=":", lw=1.5, label="bound of the tolerance policy")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, title=title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
