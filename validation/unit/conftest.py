@@ -134,7 +134,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reports: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):
-            reports[dict(report.user_properties).get("implementation", "")][outcome].append(report)
+            properties = dict(getattr(report, "user_properties", ()))  # a file that cannot be collected has none
+            reports[properties.get("implementation", "")][outcome].append(report)
     subjects = [impl for impl in config.implementations or [] if impl.name in reports]
     if not subjects:
         return
