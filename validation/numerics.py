@@ -90,19 +90,27 @@ def assert_matches(
         return
     expected = None if baseline is None else _measures(_error(baseline.detach().to(oracle.device), oracle))
     magnitudes = _measures(magnitude)
-    roundings = math.sqrt(reduction)
     for name, measured in _measures(error).items():
         # Sums cancel, in gradients above all: no row is held to less than the magnitude of the mean row (rows that see
         # nothing aside). Which row suffers most is chance, so none is held to less than the baseline's worst row.
         size = torch.maximum(magnitudes[name], _typical(magnitudes[name]))
-        if expected is None:
-            typical = UNAIDED_ROUNDINGS * _eps(dtype) * size
-        else:
-            typical = expected[name].max()
-        slack = _eps(dtype) * size + roundings * max(logit, 1.0) * _eps(torch.float32) * size.clamp(
-            min=CANCELLED_MAGNITUDE
-        )
-        _check(name, error, measured, BASELINE_FACTOR * typical + slack, actual, oracle, what)
+        typical = None if expected is None else expected[name].max()
+        bound = error_bound(size, dtype, baseline=typical, reduction=reduction, logit=logit)
+        _check(name, error, measured, bound, actual, oracle, what)
+
+
+def error_bound(
+    magnitude: Tensor, dtype: torch.dtype, *, baseline: Tensor | None = None, reduction: int = 1, logit: float = 1.0
+) -> Tensor:
+    """The most by which something of a magnitude may miss the oracle: the policy above in a narrow dtype.
+
+    Args:
+        baseline: by how much plain PyTorch misses it; as much as it has a right to, unless given.
+        reduction, logit: as in `assert_matches`.
+    """
+    typical = UNAIDED_ROUNDINGS * _eps(dtype) * magnitude if baseline is None else baseline
+    sums = math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32) * magnitude.clamp(min=CANCELLED_MAGNITUDE)
+    return BASELINE_FACTOR * typical + _eps(dtype) * magnitude + sums
 
 
 def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:
@@ -215,6 +223,66 @@ def gradcheck(function: Callable[..., Any], inputs: Sequence[Any], *, fast: bool
         # A gradient is a sum over queries, and must come out the same each time.
         nondet_tol=0.0,
     )
+
+
+def difference_step(dtype: torch.dtype, magnitude: float, reduction: int) -> float:
+    """Half the width of a central difference in a dtype, where all inputs move at once: a power of two.
+
+    Relative to the values behind it, a difference of step `h` errs by about `h**2` in truncation and `eps / h` in
+    rounding, which are equal at `eps ** (1 / 3)`. Of `reduction` inputs that all move the way that counts the sum moves
+    `reduction ** 0.5` times as far, in proportion to its size, as each of them does.
+    """
+    return 2.0 ** round(math.log2(_eps(dtype)) / 3 + math.log2(magnitude) - math.log2(reduction) / 2)
+
+
+def on_grid(x: Tensor, step: float, dtype: torch.dtype) -> Tensor:
+    """The values nearest to `x` that the dtype holds exactly, as it does those one or two steps away."""
+    most = 2 / _eps(dtype) - 2
+    return ((x.double() / step).round().clamp(-most, most) * step).to(dtype)
+
+
+def assert_slope_matches(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    gradient: Tensor,
+    cotangent: Tensor,
+    *,
+    direction: Tensor,
+    step: float,
+    what: str,
+) -> None:
+    """Fail unless a gradient agrees with the central difference of `<function(x), cotangent>` along a direction.
+
+    The difference is known up to its truncation, which one of twice the width shows (theirs differ by three times that
+    of the narrower), and up to the rounding of the function's values, of which half go up and half go down.
+
+    Args:
+        x: on the grid of the step, in the dtype of `function`.
+        gradient, direction: of the shape of `x`; the direction of signs only.
+        cotangent: of the shape of `function(x)`.
+    """
+    out, direction, cotangent = function(x).detach().double(), direction.double(), cotangent.double()
+
+    def slope(width: float) -> float:
+        after, before = (
+            (function((x.double() + side * width * direction).to(x.dtype)).detach().double() * cotangent).sum().item()
+            for side in (1, -1)
+        )
+        return (after - before) / (2 * width)
+
+    def scatter(values: Tensor) -> float:
+        bound = FLOAT64_BOUND if x.dtype == torch.float64 else error_bound(values.abs().mean(), x.dtype).item()
+        return math.sqrt(values.numel()) * bound
+
+    near, far = slope(step), slope(2 * step)
+    expected = (gradient.double() * direction).sum().item()
+    rounding = scatter(out) * cotangent.square().mean().sqrt().item() / step + scatter(gradient.double())
+    bound = abs(far - near) + rounding
+    if not abs(near - expected) <= bound:
+        raise AssertionError(
+            f"{what}: slope {near:.6e} of finite differences ({far:.6e} of twice the step), gradient says "
+            f"{expected:.6e}: they differ by {abs(near - expected):.3e}, over the bound {bound:.3e} ({x.dtype})"
+        )
 
 
 def _eps(dtype: torch.dtype) -> float:

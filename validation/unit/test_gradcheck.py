@@ -1,6 +1,7 @@
-"""Finite differences in float64: autograd against nothing but the stage's own values.
+"""Finite differences: autograd against nothing but the stage's own values.
 
-A fault that forward and backward share passes here, which is why every stage is also held to the oracle.
+In float64 element by element and in random projections; in every dtype, of compiled kernels too, along one direction
+for each input. A fault that forward and backward share passes here: every stage is also held to the oracle.
 """
 
 import re
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from validation import oracle
 from validation.implementations import Implementation, load
-from validation.numerics import gradcheck
+from validation.numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
 from validation.unit.cases import (
     BY_ID,
     DIFFERENTIATED,
+    SHARED,
     STAGES,
     Case,
     Stage,
@@ -24,8 +26,10 @@ from validation.unit.cases import (
     config,
     draw,
     fitted,
+    pooled,
     require,
     select_blocks,
+    upcast,
     whole,
 )
 
@@ -48,7 +52,26 @@ TINY = [
     Case("gradcheck_mean", whole(9), config(compression="mean"), **SHAPE),
 ]
 
+# Long enough for what compiled kernels take at a time, with blocks and tokens left out; one that the interpreter has
+# time for, one of the least common denominator.
+BLOCKS = (16, 8, 16)
+SLOPES = [
+    Case("slope", whole(72), config(BLOCKS, 3, 20), group=3, key_dim=16, value_dim=32),
+    Case("slope_packed", whole(33, 0, 1, 40), config(BLOCKS, 3, 20, compression="linear"), key_dim=32, value_dim=16),
+    Case(
+        "slope_short",
+        whole(34),
+        config(BLOCKS, 2, 20, num_initial_blocks=0, num_local_blocks=1),
+        group=1,
+        kv_heads=1,
+        key_dim=16,
+        value_dim=16,
+    ),
+    pooled("slope_pooled", whole(34), 4),
+]
+
 each_case = pytest.mark.parametrize("case", [*TINY, *DIFFERENTIATED], indirect=True, ids=lambda case: case.id)
+each_slope = pytest.mark.parametrize("case", SLOPES, indirect=True, ids=lambda case: case.id)
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 
 
@@ -70,10 +93,55 @@ def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: Stage) -
     check_gradients(oracle, stage, SMALLEST)
 
 
+@pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloat16", "float16"])
+@each_slope
+@each_stage
+@pytest.mark.sparing(dtype_name=("float64",), case=("slope_short",), stage=[n for n in STAGES if n != "nsa_attention"])
+def test_gradients_are_slopes_in_every_dtype(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
+    """Along the signs of the true gradient: there everything counts the same way, and what is missing is missed."""
+    dtype, x = getattr(torch, dtype_name), draw(case)
+    # Sums in which all inputs may move the way that counts: a logit's, a compressed block's.
+    longest = case.key_dim if stage.name in ATTENTION else stage.reduction(case)
+    steps = {name: difference_step(dtype, x[name].std().item(), longest) for name in stage.leaves(x)}
+    x = {name: t.to(dtype) if t.is_floating_point() else t for name, t in x.items()}
+    x |= {name: on_grid(x[name], step, dtype) for name, step in steps.items()}
+    cotangent = torch.randn_like(stage.run(impl, case, x)["out"])
+    actual = dict(stage.results(impl, case, x, cotangent=cotangent))
+    true = dict(stage.results(oracle, case, upcast(x), cotangent=cotangent))
+    for name, step in steps.items():
+        assert_slope_matches(
+            lambda value, name=name: stage.run(impl, case, {**x, name: value})["out"],
+            x[name],
+            actual[f"gradient of {name}"],
+            cotangent,
+            direction=true[f"gradient of {name}"].sign(),
+            step=step,
+            what=f"{stage.name}, case {case.id}, gradient of {name}",
+        )
+
+
+def test_every_input_is_differentiated_by_some_stage() -> None:
+    inputs = {name for name, x in draw(SLOPES[0]).items() if x.is_floating_point()}
+    # The log-sum-exp is an output, handed to the selection, which has no gradients.
+    assert {name for stage in STAGES.values() for name in stage.inputs} == inputs - {"lse"}
+
+
 def test_selection_has_no_gradient(impl: Implementation) -> None:
     case = fitted(impl, *SMALL)
     tensors = {name: x.requires_grad_(x.is_floating_point()) for name, x in draw(case, impl.widest).items()}
     assert not select_blocks(impl, case, tensors).requires_grad
+
+
+def test_nothing_flows_back_through_the_selection(impl: Implementation) -> None:
+    case = fitted(impl, SLOPES[2], SLOPES[3], stages=SHARED.functions)
+    x = draw(case, impl.widest)
+    x["k_cmp"] = STAGES["compress_keys"].run(impl, case, x)["out"]
+    x["lse"] = STAGES["compressed_attention"].run(impl, case, x)["lse"]
+    x["indices"] = select_blocks(impl, case, x)
+    fixed = dict(SHARED.results(impl, case, x))
+    for name, chosen in SHARED.results(impl, case, {**x, "indices": None}):
+        terms = case.num_queries * case.group + case.num_keys
+        assert_matches(chosen, fixed[name].double(), what=f"{name} of blocks chosen on the way", reduction=terms)
 
 
 def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:

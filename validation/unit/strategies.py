@@ -1,0 +1,230 @@
+"""Cases drawn at random within what an implementation says it can do, for tests of what holds for all of them.
+
+They have a few hundred tokens at most and shrink to the fewest sequences, tokens, heads and dimensions that fail.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Mapping
+from functools import wraps
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, assume, example, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from nsa.config import NSAConfig
+from validation.implementations import Implementation
+from validation.seeds import seed_of
+from validation.unit.cases import Case, config, fitted, whole
+
+Blocks = tuple[int, int, int]
+Shape = tuple[Blocks, int, int, int]
+"""Blocks `(l, d, l')`, group, head dims of keys and of values."""
+
+BLOCKS: list[Blocks] = [
+    (stride * overlapping, stride, stride * longer)
+    for stride in (1, 2, 3)
+    for overlapping in (1, 2, 3)
+    for longer in (overlapping, overlapping + 1, 4)
+]
+"""Small ones, the simplest first; like the shapes below, of every kind: equal, disjoint, overlapping."""
+
+COMPILED_SHAPES: list[Shape] = [
+    ((16, 8, 16), 2, 16, 16),
+    ((16, 16, 16), 3, 16, 32),
+    ((16, 16, 16), 16, 16, 16),
+    ((16, 16, 32), 1, 24, 16),
+    ((32, 16, 64), 4, 64, 64),
+    ((32, 8, 32), 16, 48, 80),
+]
+"""For those who take no smaller ones: they are constants of kernels, which are compiled for each."""
+
+FRESH_EXAMPLES = 10
+"""As many at a time: then Hypothesis would turn to varying those it has, which shows less than others do."""
+
+INTERPRETED_EXAMPLES = 3
+INTERPRETED_TOKENS = 34
+
+RELATIONS: dict[str, Callable[[NSAConfig], bool]] = {
+    "any": lambda c: True,
+    "l = d = l'": lambda c: c.compress_block_size == c.compress_stride == c.select_block_size,
+    "l = l'": lambda c: c.compress_block_size == c.select_block_size,
+    "l = d": lambda c: c.compress_block_size == c.compress_stride,
+}
+"""Special cases of block sizes, by name."""
+
+
+def cases(
+    impl: Implementation,
+    *,
+    relation: str = "any",
+    packed: bool | None = None,
+    partial: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    **fixed: Any,
+) -> SearchStrategy[Case]:
+    """Cases of every structure; skips the test where an implementation declares none of the kind.
+
+    Args:
+        relation: of the block sizes, from `RELATIONS`.
+        packed: whether there are several sequences; either, unless given.
+        partial: whether queries may be fewer than keys.
+        settings: fields of the configuration that are not to be drawn.
+        fixed: fields of the case that are not to be drawn; or strategies for them.
+    """
+    if packed and not impl.packed:
+        pytest.skip(f"{impl.name} lacks packed sequences")
+    shapes = _shapes(impl, RELATIONS[relation])
+    if not shapes:
+        pytest.skip(f"{impl.name} lacks blocks of {relation} sizes")
+    return _cases(impl, shapes, packed if impl.packed else False, partial, settings or {}, fixed)
+
+
+def relations(impl: Implementation) -> list[str]:
+    """Those of `RELATIONS` that an implementation has blocks for."""
+    return [name for name, related in RELATIONS.items() if _shapes(impl, related)]
+
+
+@st.composite
+def _cases(
+    draw: DrawFn,
+    impl: Implementation,
+    shapes: list[Shape],
+    packed: bool | None,
+    partial: bool,
+    settings: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+) -> Case:
+    blocks, group, key_dim, value_dim = draw(st.sampled_from(shapes))
+    if blocks in BLOCKS:
+        group, key_dim, value_dim = draw(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
+    packed, several = draw(st.booleans()) if packed is None else packed, st.integers(1, 1 if impl.interpreted else 2)
+    drawn = {
+        "id": str(draw(st.integers(0, 999))),
+        "lengths": draw(_lengths(impl, blocks, packed, partial and impl.partial_queries)),
+        "config": config(blocks, **{**draw(_settings(impl, blocks)), **settings}),
+        "batch": 1 if packed else draw(several),
+        "kv_heads": draw(several),
+        "group": group,
+        "key_dim": key_dim,
+        "value_dim": value_dim if impl.value_head_dim else key_dim,
+        "scale": draw(st.sampled_from([None, 0.5])),
+        **{name: draw(x) if isinstance(x, SearchStrategy) else x for name, x in fixed.items()},
+    }
+    case = Case(**drawn)
+    assume(_takes(impl, case) and case.num_queries > 0)
+    return case
+
+
+def _shapes(impl: Implementation, related: Callable[[NSAConfig], bool]) -> list[Shape]:
+    """The small ones that an implementation takes, else those that are compiled; one where each call takes seconds."""
+
+    def takes(shape: Shape) -> bool:
+        blocks, group, key_dim, value_dim = shape
+        chosen = config(blocks, compression=_compressions(impl)[0])
+        # All other things as an implementation is most likely to have them.
+        case = Case("", whole(5 * blocks[2]), chosen, group=group, key_dim=key_dim, value_dim=value_dim)
+        return related(chosen) and _takes(impl, case)
+
+    small = [(blocks, 1, 1, 1) for blocks in BLOCKS]
+    found = [shape for shape in small if takes(shape)] or [shape for shape in COMPILED_SHAPES if takes(shape)]
+    return found[: 1 if impl.interpreted else None]
+
+
+def _takes(impl: Implementation, case: Case) -> bool:
+    """Whether an implementation can do the case in every stage that it has."""
+    return impl.lacks(case) is None and case.config.compression in _compressions(impl)
+
+
+def _compressions(impl: Implementation) -> list[str]:
+    """The simplest first; it matters to compression alone, so that who has none takes any."""
+    return [kind for kind in ("mean", "linear", "mlp") if kind in impl.compressions or not impl.has("compress")]
+
+
+@st.composite
+def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, partial: bool) -> Any:
+    """`(Tq, Tk)` of one sequence, or of several, empty ones among them."""
+    most = INTERPRETED_TOKENS // (1 + packed) if impl.interpreted else max(24, 5 * blocks[2])
+    edges = [edge for size in blocks for edge in (size - 1, size, size + 1) if edge <= most]
+    tokens = (st.integers(0, most) | st.sampled_from(edges)).filter(impl.lengths)
+    several = st.lists(tokens, min_size=2, max_size=2 if impl.interpreted else 4)
+    keys = draw(several) if packed else [max(1, draw(tokens))]
+    if not partial or draw(st.booleans()):
+        return whole(*keys)
+    return tuple((draw(st.integers(0 if packed else 1, count)), count) for count in keys)
+
+
+@st.composite
+def _settings(draw: DrawFn, impl: Implementation, blocks: Blocks) -> dict[str, Any]:
+    """The rest of a configuration, as `cases.config` takes it."""
+    most = 1 if impl.interpreted else 4  # of its tokens there are no more blocks
+    counts = [
+        {"selected": max(1, initial + local + free), "num_initial_blocks": initial, "num_local_blocks": local}
+        for initial, local, free in product(range(3), range(3), range(most + 1))
+    ]
+    return {
+        **draw(st.sampled_from([count for count in counts if impl.config(config(blocks, **count))])),
+        "window": draw(st.integers(1, 3 * blocks[2])),
+        "compression": draw(st.sampled_from(_compressions(impl))),
+    }
+
+
+ANYTHING = Implementation("anything")
+"""What no implementation takes part in is tried on cases of every kind."""
+
+
+def for_all(
+    *examples: Mapping[str, Any], **strategies: Callable[[Implementation], SearchStrategy[Any]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a test of drawn arguments one without: `@for_all(case=cases)`; marks go above it.
+
+    Args:
+        examples: tried first, their `case` fitted to the implementation: what failed once. They are larger than what
+            the interpreter has time for.
+        strategies: of the arguments that are drawn, each made for the implementation under test.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(test)
+
+        @wraps(test, updated=())
+        def run(**parameters: Any) -> None:
+            impl = parameters.get("impl", ANYTHING)
+            known = [] if impl.interpreted else [{**each, "case": fitted(impl, each["case"])} for each in examples]
+            known = [each for each in known if _takes(impl, each["case"])]
+            for profile in _profiles(impl):
+
+                @wraps(test)
+                def check(**drawn: Any) -> None:
+                    # An example is the same numbers each time: when it is made smaller, when it is tried again.
+                    torch.manual_seed(seed_of(repr(drawn)))
+                    test(**parameters, **drawn)
+
+                check.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                    parameters=[inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in strategies]
+                )
+                while known:
+                    check = example(**known.pop())(check)
+                if profile.derandomize:
+                    # Python's generator is seeded from the test's id; Hypothesis would know no more than its source.
+                    check = seed(random.getrandbits(32))(check)
+                given(**{name: strategy(impl) for name, strategy in strategies.items()})(profile(check))()
+
+        kept = [parameter for name, parameter in signature.parameters.items() if name not in strategies]
+        run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _profiles(impl: Implementation) -> list[settings]:
+    """The profile in parts of fresh examples; few, and none made smaller, where each takes seconds."""
+    profile = settings()
+    if impl.interpreted:
+        few = max(INTERPRETED_EXAMPLES, profile.max_examples // 20)
+        return [settings(profile, max_examples=few, phases=set(Phase) - {Phase.shrink, Phase.explain})]
+    return [settings(profile, max_examples=FRESH_EXAMPLES)] * max(1, profile.max_examples // FRESH_EXAMPLES)
