@@ -348,13 +348,19 @@ def _take_best(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tens
 # Operators.
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Products of what was widened to float32 are to be in float32, whatever the layer around says."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _by_segment(function: Callable[..., Any]) -> Callable[..., Any]:
     """A branch's function over segments as `nsa.operators.register` wants it: over offsets of sequences."""
 
     def run(*arguments: Any) -> Any:
         *tensors, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale = arguments
         segments = _segments(tensors[0].shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
-        return function(*tensors, segments, config, scale)
+        with _no_autocast(tensors[0]):
+            return function(*tensors, segments, config, scale)
 
     return run
 
@@ -387,7 +393,8 @@ def _select(
     queries, keys = _grouped(q, heads), _head_major(k_cmp)
     indices = q.new_empty((q.shape[0], heads, q.shape[1], config.num_selected_blocks), dtype=torch.int32)
     for tile, span, ahead in _prefixes(q, k_cmp, segments, config):
-        p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale)
+        with _no_autocast(q):
+            p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale)
         p = _seen(p, lse).unflatten(2, (-1, queries.shape[3])).sum(3)
         importance = _importance(p, tile.last // config.select_block_size + 1, config)
         indices[:, :, tile.queries] = _take_best(importance, tile.positions(q.device), config).int()

@@ -211,6 +211,14 @@ _OPERATORS = [
 
 _EAGER = [
     Fault(
+        "autocast-inside",
+        "autocast of the layer around reaches the float32 products inside the eager backend",
+        "eager.py",
+        "return torch.autocast(x.device.type, enabled=False)",
+        "return torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type))",
+        ("test_precision.py::test_autocast_does_not_reach_inside_a_stage[eager-selected_attention-bfloat16]",),
+    ),
+    Fault(
         "eager-compressed-block-seen-early",
         "a compressed block is seen one token before it has passed",
         "eager.py",
