@@ -39,6 +39,9 @@ FLOAT64_BOUND = 1e-12
 TWIN_LOSS_RATIO = 1.03
 """A sparse model's loss over its dense twin's, at most: the price it may have."""
 
+LEARNING_RATIO = 0.7
+"""A loss over what it was at first, at most, after the few steps of a test: far from chance, and reached early."""
+
 LAYOUT_BOUND = 5e-5
 """Difference of a float32 loss or gradient norm between layouts: sums in another order, over a few steps."""
 

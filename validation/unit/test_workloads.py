@@ -15,10 +15,10 @@ def test_inputs_are_those_of_the_stages():
     x = SMALL.draw(LENGTH, "cpu")
     out, lse = oracle.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], SMALL.config)
     assert out.shape == x["out_cmp"].shape
-    # The mean of the exponentials of normal logits is exp(1/2): known up to chance.
     assert torch.equal(lse == -torch.inf, x["lse"] == -torch.inf)
-    seen = lse[:, LENGTH // 2 :] - x["lse"][:, LENGTH // 2 :]
-    assert seen.mean().abs() < 0.3
+    # The mean of the exponentials of normal logits is exp(1/2), up to chance: what is drawn lies among the true ones.
+    true, drawn = lse[:, LENGTH // 2 :], x["lse"][:, LENGTH // 2 :]
+    assert true.min() < drawn.min() <= drawn.max() < true.max()
 
 
 def test_drawn_indices_follow_the_rules_of_selection():
@@ -51,23 +51,22 @@ def test_pairs_are_those_of_the_masks():
 @pytest.mark.parametrize(
     ("stage", "flops"),
     [
-        ("compressed_attention", 4.4e12),
-        ("select_blocks", 2.2e12),
-        ("selected_attention", 2.2e12),
-        ("sliding_window_attention", 1.1e12),
+        ("compressed_attention", "4.4e+12"),
+        ("select_blocks", "2.2e+12"),
+        ("selected_attention", "2.1e+12"),  # of its own block a query sees half
+        ("sliding_window_attention", "1.1e+12"),
     ],
 )
 def test_operations_at_64k_are_those_worked_out_by_hand(stage, flops):
-    assert WORKLOADS["W"].costs(65536)[stage, "forward"].flops == pytest.approx(flops, rel=0.05)
+    assert f"{WORKLOADS['W'].costs(65536)[stage, 'forward'].flops:.1e}" == flops
 
 
 def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
-    roofs, work = Roofs(flops=1e12, bytes=1e12), WORKLOADS["W"]
+    roofs, work = Roofs(flops=1.0, bytes=1.0), WORKLOADS["W"]
     costs = work.costs(4096)
-    assert work.floor("compressed_attention", "forward", 4096, roofs) == pytest.approx(
-        1e-9 * costs["compressed_attention", "forward"].flops
-    )
-    assert work.floor("combine", "forward", 4096, roofs) == pytest.approx(1e-9 * costs["combine", "forward"].bytes)
+    attention, combine = costs["compressed_attention", "forward"], costs["combine", "forward"]
+    assert work.floor("compressed_attention", "forward", 4096, roofs) == 1e3 * attention.flops > 1e3 * attention.bytes
+    assert work.floor("combine", "forward", 4096, roofs) == 1e3 * combine.bytes > 1e3 * combine.flops
     whole = work.floor("nsa_attention", "backward", 4096, roofs)
     assert whole > work.floor("combine", "backward", 4096, roofs) > 0
     assert costs["nsa_attention", "forward"].flops == sum(
