@@ -115,6 +115,7 @@ class Results:
         }
         self.lengths = sorted({length for _, _, length, _ in self.records})
         self.rivals = [s for s in dict.fromkeys(subject for *_, subject in self.records) if s != self.subject]
+        self.dense = next((s for s in self.rivals if s.startswith(DENSE)), None)
 
     def get(self, stage: str, direction: str, length: int, subject: str, what: str = "median") -> float | None:
         """A figure of one record, None where there is none."""
@@ -130,7 +131,7 @@ def whole_op(results: Results) -> str:
     """The whole op at every length beside its rivals."""
     names = [results.subject, *results.rivals]
     names = [n for n in names if any(results.both(length, n) is not None for length in results.lengths)]
-    dense = next((n for n in names if n.startswith(DENSE)), None)
+    dense = results.dense
     rows: list[Sequence[Any]] = []
     for name in names:
         for title, direction, what in (
