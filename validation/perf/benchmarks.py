@@ -1,4 +1,4 @@
-"""What is timed here: every stage of ours on every workload, the layer, a training step, and whoever else does the same.
+"""What is timed here: every stage on every workload, the layer, a training step, and whoever else does the same.
 
 A benchmark is a name for something that can be called, made from `STAGES` and `WORKLOADS`; what a machine runs is its
 plan, below. On a GPU every kernel is compiled beforehand, by copies of this module:
@@ -29,6 +29,7 @@ from validation.perf.workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, W
 K = 1024
 DRAWS = 2
 """Draws of a benchmark's inputs, taken in turn: no round finds the data of the one before."""
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -103,7 +104,11 @@ class Plan:
 ALL = (4 * K, 8 * K, 11 * K, 16 * K, 32 * K, 64 * K, 128 * K)
 FEW = (8 * K, 32 * K, 64 * K)
 GPU = Plan(
-    stages={"W": tuple(n for n in ALL if n != 11 * K), "W4": (8 * K, 32 * K, 128 * K), "W192": (8 * K, 32 * K, 128 * K)},
+    stages={
+        "W": tuple(n for n in ALL if n != 11 * K),
+        "W4": (8 * K, 32 * K, 128 * K),
+        "W192": (8 * K, 32 * K, 128 * K),
+    },
     whole={"W": ALL, "W4": ALL, "W192": ALL},
     flash={"W": (4 * K, 8 * K, 16 * K, 32 * K, 64 * K)},
     flex={"W": FEW, "W4": FEW, "W192": FEW},  # its mask is made from all pairs, of which 128k tokens have too many

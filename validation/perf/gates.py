@@ -1,6 +1,6 @@
 """What is allowed to change and what is promised: a run is judged by another one and by `promises.toml`.
 
-    python -m validation.perf.gates A.json B.json    # by how much two runs of one machine disagree
+python -m validation.perf.gates A.json B.json    # by how much two runs of one machine disagree
 """
 
 import argparse
@@ -16,6 +16,8 @@ from validation.perf.records import Record
 
 TABLE = Path(__file__).with_name("promises.toml")
 K = 1024
+WHOLE, DENSE = "nsa_attention", "dense (cuDNN)"
+"""What promises are about, and what they are measured against."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class Promise:
     kind: str
     workload: str
     length: int
-    measured: float
     promise: float
     target: float | None = None
 
@@ -132,9 +133,9 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
     """The figure that a promise is about."""
     found: dict[tuple[bool, str], Record] = {}
     for r in run:
-        if (r.get("workload"), r.get("length"), r.get("stage")) == (promise.workload, promise.length, "nsa_attention"):
-            if r.get("role") == "ours" or r["subject"].startswith(("dense (cuDNN", "dense (math")):
-                found[r.get("role") == "ours", r["direction"]] = r
+        there = (r.get("workload"), r.get("length"), r.get("stage")) == (promise.workload, promise.length, WHOLE)
+        if there and (r["role"] == "ours" or r["subject"] == DENSE):
+            found[r["role"] == "ours", r["direction"]] = r
     if len(found) < 4:
         return None
     if promise.kind == "times the memory of dense":
@@ -146,7 +147,9 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:
     """By how much figures of ours that two runs have differ, the worst first: 0.03 is 3%."""
     before = {record["fullname"]: record for record in a if record["role"] == "ours"}
-    pairs = ((r["fullname"], figure(r, kind), figure(before[r["fullname"]], kind)) for r in b if r["fullname"] in before)
+    pairs = (
+        (r["fullname"], figure(r, kind), figure(before[r["fullname"]], kind)) for r in b if r["fullname"] in before
+    )
     return sorted(((max(x / y, y / x) - 1, name) for name, x, y in pairs if x and y), reverse=True)
 
 

@@ -20,7 +20,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
@@ -86,8 +86,8 @@ def _look(results: Results, subject: str) -> dict[str, Any]:
     return OTHERS[[s for s in results.rivals if s != results.dense].index(subject) % len(OTHERS)]
 
 
-def _panels(count: int, title: str, report: Report, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    columns = min(count, 3)
+def _panels(count: int, title: str, report: Report, height: float = 3.9, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(max(5.6, 4.3 * columns), height * rows), layout="constrained", squeeze=False
@@ -98,7 +98,7 @@ def _panels(count: int, title: str, report: Report, height: float = 3.9) -> tupl
         1, 0, f"{machine['device']}, PyTorch {machine['torch']}, {machine['date'][:10]} ",
         ha="right", va="bottom", fontsize=7, color="0.4",
     )  # fmt: skip
-    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))  # type: ignore[union-attr,call-arg]
+    figure.get_layout_engine().set(rect=(0, 0.16 / figure.get_figheight(), 1, 1 - 0.16 / figure.get_figheight()))  # type: ignore[union-attr,call-arg]
     return figure, list(axes.flat)
 
 
@@ -117,7 +117,10 @@ def _tokens(axes: Axes, lengths: Sequence[int]) -> None:
 
 def _log(axes: Axes, label: str) -> None:
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(label)
 
 
@@ -179,15 +182,9 @@ def speedup(report: Report) -> Figure | None:
                 axes.plot(*zip(*points, strict=True), marker, color=BLACK, markersize=9, label=label, zorder=6)
         _tokens(axes, results.lengths)
         _log(axes, f"time of {dense} / time")
-        axes.set_yticks([t for t in (0.25, 0.5, 1, 2, 4, 8, 16) if _within(axes, t)])
         axes.set_title(_title(results), fontsize=10)
         axes.legend(fontsize=8)
     return figure
-
-
-def _within(axes: Axes, tick: float) -> bool:
-    low, high = axes.get_ylim()
-    return low / 1.5 <= tick <= high * 1.5
 
 
 def stages(report: Report) -> Figure | None:
@@ -198,9 +195,7 @@ def stages(report: Report) -> Figure | None:
     ]  # fmt: skip
     if not found:
         return None
-    figure, panels = _panels(2 * len(found), "Where the time goes", report)
-    for ax in panels[2 * len(found) :]:
-        ax.set_visible(False)
+    figure, panels = _panels(2 * len(found), "Where the time goes", report, columns=2)
     for (results, direction), axes in zip([(r, d) for r in found for d in PASSES], panels, strict=False):
         lengths = [n for n in results.lengths if results.get(PARTS[0], direction, n, results.subject) is not None]
         places, bottom = range(len(lengths)), [0.0] * len(lengths)
@@ -210,9 +205,12 @@ def stages(report: Report) -> Figure | None:
             if any(ms):
                 # As parts of the whole: lengths differ a hundredfold.
                 height = [x / w if w else 0 for x, w in zip(ms, whole, strict=True)]
-                bars = axes.bar(places, height, 0.62, bottom, color=COLOURS[part], label=TITLES[part], edgecolor="white")
+                bars = axes.bar(
+                    places, height, 0.62, bottom, color=COLOURS[part], label=TITLES[part], edgecolor="white"
+                )
                 labels = [f"{x:.3g}" if h > 0.06 else "" for x, h in zip(ms, height, strict=True)]
-                axes.bar_label(bars, labels, label_type="center", fontsize=8)
+                ink = "white" if part in ("compressed_attention", "sliding_window_attention") else "black"
+                axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
                 bottom = [b + h for b, h in zip(bottom, height, strict=True)]
         axes.axhline(1, color=BLACK, linewidth=1, label="the whole op in one call")
         axes.set_xticks(places, [f"{size(n)}\n{w:.3g} ms" for n, w in zip(lengths, whole, strict=True)])
@@ -222,7 +220,7 @@ def stages(report: Report) -> Figure | None:
         axes.grid(axis="x", visible=False)
         axes.set_title(f"{results.workload.name}, {direction}", fontsize=10)
     handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -261,7 +259,7 @@ def roofline(report: Report) -> Figure | None:
         _log(axes, "TFLOP/s")
         axes.set_title(f"{results.workload.name} at {size(longest)} tokens", fontsize=10)
     handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -21,6 +21,8 @@ from validation.perf import gates, records
 
 ROOFS = pytest.StashKey[Any]()
 """What the machine reached in this session."""
+FAILURES = pytest.StashKey[list[dict[str, Any]]]()
+"""What peers and rivals could not do."""
 GATES = pytest.StashKey["Gatekeeper"]()
 FOLDER = Path(__file__).parent
 
@@ -186,6 +188,8 @@ class Gatekeeper:
         if not run:
             reasons = sorted(set(self.skipped.values())) or ["none was collected"]
             self.problems.append(f"no benchmark was measured: {'; '.join(reasons)}")
+            session = self.config._benchmarksession  # type: ignore[attr-defined]
+            session.save = session.autosave = session.json = None  # it would warn that there is nothing to save
         self.problems += [
             f"{test}: passed without measuring anything"
             for test in self.collected
@@ -212,6 +216,7 @@ class Gatekeeper:
         """What a saved run holds beside times; single rounds and the options of the fixture are nobody's interest."""
         output_json["measured"] = machine()
         output_json["roofs"] = asdict(config.stash[ROOFS]) if ROOFS in config.stash else None
+        output_json["failures"] = config.stash.get(FAILURES, [])
         output_json["problems"] = self.problems
         output_json["partial"] = self.partial
         for benchmark in output_json["benchmarks"]:

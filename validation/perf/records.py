@@ -44,7 +44,7 @@ def report(content: Mapping[str, Any]) -> Report:
         "roofs": content["roofs"],
         "subject": ours,
         "results": [record for record in results if "workload" in record],
-        "failures": [],
+        "failures": content["failures"],
     }
 
 

@@ -10,7 +10,8 @@ finds them. Three things would otherwise be measured with it:
   training step is like that: the host runs ahead of the device. Where it does not, `host_time` is what counts. A call
   that waits for the device itself, say to read a size, cannot be got ahead of, and is measured with its waiting.
 
-On a CPU there is one clock and nothing runs ahead of it.
+On a CPU nothing runs ahead, and the clock is that of the process, which stands still while another one has the core:
+with one thread, as everything here is measured, it shows what a machine with nothing else to do would take.
 """
 
 import gc
@@ -69,7 +70,7 @@ class Instant:
 
 def now() -> Any:
     """The time of the clock that counts: of two of them only the difference means anything, in seconds."""
-    return Instant() if torch.cuda.is_available() else time.perf_counter()
+    return Instant() if torch.cuda.is_available() else time.process_time()
 
 
 class Rounds:
@@ -78,8 +79,8 @@ class Rounds:
     Args:
         function: the call.
         warmup: calls that nobody times.
-        beside: a call that is timed before every round where the host's clock is the clock, for what is timed there
-            is the machine's company as well: `company` holds its times, in ms, in the order of the rounds.
+        beside: a call that is timed before every round on a machine without a GPU, whose caches and frequency depend
+            on its company: `company` holds its times, in ms, in the order of the rounds.
     """
 
     def __init__(self, function: Callable[[], Any], warmup: int = 2, beside: Callable[[], Any] | None = None) -> None:
@@ -100,10 +101,12 @@ class Rounds:
             self._cache.zero_()
             torch.cuda._sleep(self._lead)
         elif self._beside:
-            self.company.append(_host_ms(self._beside))
+            start = now()
+            self._beside()
+            self.company.append(1e3 * (now() - start))
 
     def time(self) -> float:
-        """One round, in ms. Rounds do not pile up: what a call allocates is free again for the next, as after a step."""
+        """One round, in ms. Rounds do not pile up: what a call allocates is free again for the next one."""
         self.prepare()
         start = now()
         self.function()
