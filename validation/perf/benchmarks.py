@@ -293,17 +293,22 @@ def _training_step(flavor: str, length: int) -> Calls:
 
 
 def jobs(benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
-    """What has to be called for every kernel to have been: of each kind the shortest, and one that is long.
+    """What has to be called for every kernel to have been: of each kind the shortest and a long one.
 
-    Kernels are compiled for sizes of heads and blocks, not for lengths, unless one is no multiple of 16. A training
-    step of a dense twin has nothing to compile.
+    Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
+    FlexAttention's for every length. The layer has no kernels of its own, nor has a dense twin.
     """
     kinds: dict[tuple[str, ...], list[Benchmark]] = {}
     for b in benchmarks:
         if b.stage != "layer" and not b.subject.startswith("dense"):
             kinds.setdefault((b.workload, b.stage, b.direction, b.subject), []).append(b)
-    every = {kind: found if "Flex" in kind[3] else found[:1] for kind, found in kinds.items()}  # compiled a shape
-    return [each for each in every.values() if each]
+    return [found if found[0].subject == "FlexAttention" else _ends(found) for found in kinds.values()]
+
+
+def _ends(found: list[Benchmark]) -> list[Benchmark]:
+    """The shortest and the longest of those that many processes can hold at once."""
+    fitting = [b for b in found[1:] if b.length <= 32 * K and b.stage != "training"]
+    return found[:1] + fitting[-1:]
 
 
 def _call_once(job: Sequence[Benchmark]) -> None:
@@ -318,6 +323,8 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[])
     parser.add_argument(OPTION, dest="jobs", type=Path, required=True)
     options = parser.parse_args()
+    global DRAWS
+    DRAWS = 1  # memory is shared by all copies
     take_jobs(jobs(collect(options.impl, options.peer)), options.jobs, _call_once)
     return 0
 

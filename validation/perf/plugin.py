@@ -214,7 +214,9 @@ class Gatekeeper:
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, config: pytest.Config, output_json: dict[str, Any]) -> None:
         """What a saved run holds beside times; single rounds and the options of the fixture are nobody's interest."""
-        output_json["measured"] = machine()
+        from validation.perf.timing import clocks
+
+        output_json["measured"] = {**machine(), **clocks()}  # those of a GPU that has just been at work
         output_json["roofs"] = asdict(config.stash[ROOFS]) if ROOFS in config.stash else None
         output_json["failures"] = config.stash.get(FAILURES, [])
         output_json["problems"] = self.problems

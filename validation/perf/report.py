@@ -139,7 +139,13 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
             table(
                 ("workload", "length", "stage", "subject", "error"),
                 (
-                    (f["workload"], f["length"], TITLES[f["stage"]], f["subject"], _one_line(f["error"]))
+                    (
+                        f["workload"],
+                        f["length"],
+                        TITLES.get(f["stage"], f["stage"]),
+                        f["subject"],
+                        _one_line(f["error"]),
+                    )
                     for f in report["failures"]
                 ),
             )
@@ -262,6 +268,8 @@ def whole_op(results: Results) -> str:
     """The whole op at every length beside its rivals."""
     names = [results.subject, *results.rivals]
     names = [n for n in names if any(results.both(length, n) is not None for length in results.lengths)]
+    if not names:
+        return ""
     dense = results.dense
     rows: list[Sequence[Any]] = []
     for name in names:

@@ -65,7 +65,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
     try:
         calls = case.make()
         memory = timing.peak_memory(calls.peak)
-        ready = timing.Rounds(calls.timed, beside=company)
+        ready = timing.Rounds(calls.timed, warmup=1, beside=company)
         first = ready.time()
     except Exception as failure:
         if case.role == "ours":

@@ -205,12 +205,17 @@ def describe_machine() -> dict[str, Any]:
         "driver": machine.driver,
         **{name: machine.packages[name].version for name in ("python", "torch", "triton")},
     }
+    return {**found, **clocks()}
+
+
+def clocks() -> dict[str, Any]:
+    """What the GPU runs at now; nothing where there is none."""
     names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
-    if machine.gpus and (program := shutil.which("nvidia-smi")):
+    if torch.cuda.is_available() and (program := shutil.which("nvidia-smi")):
         command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", "0"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        found["clocks"] = dict(zip(names, answer.split(", "), strict=False))
-    return found
+        return {"clocks": dict(zip(names, answer.split(", "), strict=False))}
+    return {}
 
 
 def _entry() -> list[str]:
