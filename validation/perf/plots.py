@@ -220,7 +220,7 @@ def stages(report: Report) -> Figure | None:
         axes.grid(axis="x", visible=False)
         axes.set_title(f"{results.workload.name}, {direction}", fontsize=10)
     handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
@@ -259,7 +259,7 @@ def roofline(report: Report) -> Figure | None:
         _log(axes, "TFLOP/s")
         axes.set_title(f"{results.workload.name} at {size(longest)} tokens", fontsize=10)
     handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
@@ -326,7 +326,10 @@ def history(runs: Sequence[Report]) -> Figure | None:
         axes.axhline(1, **FLOOR)
         axes.set_xticks(range(0, len(runs), every), names[::every], fontsize=7)
         axes.set_xlim(-0.3, len(runs) - 0.7)
+        axes.set_xlabel("run: when, and of which commit")
         axes.set_ylabel("times the first run")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.8), max(high, 1.2))  # a few percent are to look like a few percent
         axes.set_title(TITLES.get(stage, stage), fontsize=10)
     figure.text(0.01, 0, f"X: more than {bound - 1:.0%} above the run before", fontsize=8, color=RED, va="bottom")
     return figure
