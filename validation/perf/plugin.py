@@ -25,6 +25,7 @@ FAILURES = pytest.StashKey[list[dict[str, Any]]]()
 """What peers and rivals could not do."""
 GATES = pytest.StashKey["Gatekeeper"]()
 FOLDER = Path(__file__).parent
+LEAVE_OUT = f"--ignore={FOLDER.relative_to(FOLDER.parents[1])} leaves them out"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,10 +47,19 @@ def machine() -> dict[str, Any]:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_compare", None) is None:
         return  # without pytest-benchmark
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput") and _asked_for(config):
+        raise pytest.UsageError(f"benchmarks in parallel (xdist) would measure nothing: {LEAVE_OUT}")
     keeper = config.stash[GATES] = Gatekeeper(config)
     config.pluginmanager.register(keeper, "perf-gates")
     if keeper.asked:
         keeper.resolve()
+
+
+def _asked_for(config: pytest.Config) -> bool:
+    """Whether benchmarks would be among what is collected."""
+    places = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    ignored = {Path(path).resolve() for path in config.getoption("ignore") or ()}
+    return any(FOLDER in (p, *p.parents) or p in FOLDER.parents for p in places) and FOLDER not in ignored
 
 
 class Gatekeeper:
@@ -150,10 +160,7 @@ class Gatekeeper:
         session: Any = getattr(config, "_benchmarksession", None)
         if self.collected and session.disabled:
             why = "--benchmark-disable" if config.getoption("benchmark_disable") else "tests run in parallel (xdist)"
-            raise pytest.UsageError(
-                f"{len(self.collected)} benchmarks would measure nothing: {why}. "
-                f"To leave them out: --ignore={FOLDER.relative_to(FOLDER.parents[1])}"
-            )
+            raise pytest.UsageError(f"{len(self.collected)} benchmarks would measure nothing: {why}. {LEAVE_OUT}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
