@@ -4,7 +4,7 @@
     python -m validation.perf.plots --latest --history --out out/perf    # the last run saved here, and all before it
 
 What several runs hold is taken from the first, as in `validation.perf.report`. A picture for which a run has nothing is
-left out. `--history` draws the saved runs of the same machine, and those of files named after it.
+left out. `--history` also draws all runs that `make perf` saved here on the same machine, its baseline and those named.
 """
 
 import argparse
@@ -356,7 +356,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", help="saved runs")
     parser.add_argument("--latest", action="store_true", help="the last run that was saved here on this machine")
-    parser.add_argument("--history", action="store_true", help="also of the runs that were saved here before")
+    parser.add_argument("--history", action="store_true", help="also of all saved runs")
     parser.add_argument("--storage", type=Path, default=records.STORAGE)
     parser.add_argument("--out", type=Path, required=True, help="the folder to draw into")
     parser.add_argument("--prefix", default="", help="of the names of the files")
@@ -374,9 +374,9 @@ def main() -> int:
         pictures = list(draw(report).items())
         if options.history:
             name = report["machine"]["name"]
-            base = records.BASELINES / f"{name}.json"
+            files = [*options.files, *records.BASELINES.glob(f"{name}.json")]
             contents = [content for _, content in records.saved(options.storage, name)]
-            contents += [json.loads(base.read_text())] if base.exists() else []
+            contents += [content for file in files if "benchmarks" in (content := json.loads(file.read_text()))]
             one_of_each = {content["datetime"]: content for content in contents if not content["partial"]}
             pictures.append(("history", history([records.report(content) for content in one_of_each.values()])))
         written = save(pictures, options.out, options.prefix)

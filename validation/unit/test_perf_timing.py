@@ -1,8 +1,11 @@
 """What is timed and how: the plan of every machine, company on a CPU, peak memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from validation.implementations import Implementation, load
 from validation.perf import benchmarks, timing
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the clock and the memory are the GPU's")
@@ -64,6 +67,20 @@ def test_the_plan_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (flavor, 8192, "training", "step", "triton") in there
         assert (flavor, 8192, "training", "step", "dense (twin)") in there
     assert {b.role for b in found if b.subject == "triton"} == {"ours"}
+
+
+def test_a_peer_is_timed_in_what_it_can_do_and_says_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: object) -> None: ...
+
+    peer = Implementation("other", selected_attention=nothing, nsa_attention=nothing, backward=False)
+    choosy = replace(peer, name="choosy", config=lambda config: False)
+    subjects = {"other": peer, "choosy": choosy}
+    monkeypatch.setattr(benchmarks, "load", lambda name: subjects.get(name) or load(name))
+    found = [b for b in benchmarks.collect("eager", ["other", "choosy"]) if b.role == "peer"]
+    assert {(b.subject, b.stage, b.direction) for b in found} == {
+        ("other", "selected_attention", "forward"),
+        ("other", "nsa_attention", "forward"),
+    }
 
 
 def test_every_kernel_of_a_plan_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
