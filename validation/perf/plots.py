@@ -293,27 +293,31 @@ PICTURES: dict[str, Callable[[Report], Figure | None]] = {
 }
 
 
-def history(runs: Sequence[Report]) -> Figure | None:
-    """Every gated time of ours over runs, against the first that had it; what grew beyond its bound since the run
-    before is marked and, if it is among the worst, named."""
+def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
+    """Every gated figure of ours over runs, against the first that had it; what grew beyond its bound since the run
+    before is marked and, if it is among the worst, named.
+
+    Args:
+        kind: `"time"` or `"memory"`.
+    """
     runs = sorted(runs, key=lambda run: run["date"])
     stages = [s for s in (*PARTS, "compress", WHOLE, "layer", "training") if any(_of(run, s) for run in runs)]
     if len(runs) < 2:
         return None
-    figure, panels = _panels(len(stages), "Gated times over saved runs, against the first", runs[-1], 3.3)
+    figure, panels = _panels(len(stages), f"Gated {kind} over saved runs, against the first", runs[-1], 3.3)
     for ax in panels[len(stages) :]:
         ax.set_visible(False)
-    bound = gates.read_table().bounds_of(runs[0]["machine"]["name"]).time
+    bound = getattr(gates.read_table().bounds_of(runs[0]["machine"]["name"]), kind)
     names = [f"{run['date'][5:16].replace('T', ' ')}\n{run['commit'][:7]}" for run in runs]
     every = max(1, -(-len(runs) // 6))
     for stage, axes in zip(stages, panels, strict=False):
         worst: list[tuple[float, int, float, str]] = []
         for name in dict.fromkeys(r["fullname"] for run in runs for r in _of(run, stage)):
             found = [(i, r) for i, run in enumerate(runs) for r in _of(run, stage) if r["fullname"] == name]
-            times = [gates.figure(r, "time") or 0.0 for _, r in found]
-            ratios = [t / times[0] for t in times]
+            figures = [gates.figure(r, kind) or 1.0 for _, r in found]
+            ratios = [x / figures[0] for x in figures]
             axes.plot([i for i, _ in found], ratios, color=COLOURS.get(stage, BLUE), alpha=0.55, linewidth=1)
-            for (i, r), now, then, ratio in zip(found[1:], times[1:], times, ratios[1:], strict=False):
+            for (i, r), now, then, ratio in zip(found[1:], figures[1:], figures, ratios[1:], strict=False):
                 if now > bound * then:
                     axes.plot(i, ratio, "X", color=RED, markersize=7, zorder=6)
                     worst.append((now / then, i, ratio, "-".join((r["workload"], size(r["length"]), r["direction"]))))
@@ -378,7 +382,8 @@ def main() -> int:
             contents = [content for _, content in records.saved(options.storage, name)]
             contents += [content for file in files if "benchmarks" in (content := json.loads(file.read_text()))]
             one_of_each = {content["datetime"]: content for content in contents if not content["partial"]}
-            pictures.append(("history", history([records.report(content) for content in one_of_each.values()])))
+            runs = [records.report(content) for content in one_of_each.values()]
+            pictures += [("history", history(runs)), ("history-memory", history(runs, "memory"))]
         written = save(pictures, options.out, options.prefix)
     print("\n".join(map(str, written)))
     return 0

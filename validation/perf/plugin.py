@@ -73,6 +73,7 @@ class Gatekeeper:
         self.problems: list[str] = []
         self.collected: list[str] = []
         self.passed: set[str] = set()
+        self.failed: set[str] = set()
         self.skipped: dict[str, str] = {}
         self.content: dict[str, Any] | None = None
         if config.getoption("perf_baseline") and self.partial:
@@ -165,6 +166,8 @@ class Gatekeeper:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.passed.add(report.nodeid)
+        elif report.failed:
+            self.failed.add(report.nodeid)
         elif report.skipped and isinstance(report.longrepr, tuple):
             self.skipped[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
 
@@ -202,6 +205,10 @@ class Gatekeeper:
             for test in self.collected
             if test in self.passed and test not in measured
         ]
+        self.problems += [f"{test}: failed" for test in self.collected if test in self.failed]
+        never = [test for test in self.collected if test not in {*self.passed, *self.failed, *self.skipped}]
+        if never:
+            self.problems.append(f"{len(never)} benchmarks never ran, {never[0]} the first of them: interrupted?")
         if self.baseline:
             before, bounds = records.figures(json.loads(self.baseline.read_text())["benchmarks"]), table.bounds_of(name)
             different = list(gates.differences(run, before, self.skipped, self.partial))

@@ -244,6 +244,12 @@ def test_skipping_all_fails(perf: Any) -> None:
     failed(perf(files={"a": mark, "b": mark}), "no benchmark was measured: tired")
 
 
+def test_a_run_that_was_stopped_fails_and_is_no_standard_for_the_next(perf: Any) -> None:
+    stopped = perf("--benchmark-autosave", "-x", files={"a": {"memory": "nonsense"}, "b": {}})
+    failed(stopped, "test_bench.py::test_a: failed", "1 benchmarks never ran, test_bench.py::test_b the first of them")
+    perf(*COMPARE).stdout.fnmatch_lines(["nothing to compare with: *"])
+
+
 def test_those_chosen_by_hand_are_all_that_is_expected(perf: Any) -> None:
     perf(*COMPARE)
     chosen = perf("-k", "test_a", "--benchmark-compare")
