@@ -334,6 +334,10 @@ def test_a_slower_kernel_is_noticed_and_named(tmp_path: Path) -> None:
     before = tmp_path / "before.json"
     status, output = run_real(tmp_path, f"--benchmark-json={before}")
     assert status == 0, output
+    [measured] = json.loads(before.read_text())["benchmarks"]
+    known = {"flops", "bytes", "tflops", "tbps", "floor", "of_roof", "memory", "role", "workload", "length", "stage"}
+    assert known <= measured["extra_info"].keys()
+    assert {"median", "q1", "q3"} <= measured["stats"].keys()
     if torch.cuda.is_available():  # whose clock is quiet
         status, output = run_real(tmp_path, f"--benchmark-compare={before}")
         assert status == 0, output
