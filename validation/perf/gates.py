@@ -145,8 +145,8 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
 
 
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:
-    """By how much figures of ours that two runs have differ, the worst first: 0.03 is 3%."""
-    before = {record["fullname"]: record for record in a if record["role"] == "ours"}
+    """By how much the figures that two runs have differ, the worst first: 0.03 is 3%."""
+    before = {record["fullname"]: record for record in a}
     pairs = (
         (r["fullname"], figure(r, kind), figure(before[r["fullname"]], kind)) for r in b if r["fullname"] in before
     )
