@@ -206,11 +206,11 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     skips = _skips(config)
     if skips:
         terminalreporter.section("skipped, by reason")
     for reason, count in skips.most_common():
         terminalreporter.write_line(f"{count:6}  {reason}")
-    if _nothing_ran(config):
+    if exitstatus != pytest.ExitCode.USAGE_ERROR and _nothing_ran(config):
         terminalreporter.write_line(NOTHING_RAN, red=True, bold=True)

@@ -5,7 +5,7 @@ Our own backends go through the same door as everybody else's. A subject is name
 and fails where it does not hold; what it does not declare is skipped, visibly.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -113,7 +113,7 @@ class Implementation:
     def lacks(
         self,
         case: Any,
-        stages: Iterable[str] = (),
+        stages: Collection[str] = (),
         dtype: torch.dtype | None = None,
         *,
         backward: bool = False,
@@ -123,13 +123,14 @@ class Implementation:
 
         Args:
             case: a `validation.unit.cases.Case`.
-            stages: the stages that will be called.
+            stages: the stages that will be called; how blocks are compressed matters to `compress` alone.
             dtype: of the inputs; any, unless given.
             backward: whether gradients are wanted.
             own_keys: whether branches have keys and values of their own.
         """
         partial = any(queries != keys for queries, keys in case.lengths)
         sizes = (case.config.compress_block_size, case.config.compress_stride, case.config.select_block_size)
+        kind = case.config.compression
         there = {
             **{f"the stage {stage}": self.has(stage) for stage in stages},
             _name(dtype): dtype is None or dtype in self.dtypes,
@@ -140,7 +141,7 @@ class Implementation:
             "Dv != Dk": self.value_head_dim or case.key_dim == case.value_dim,
             **{f"a head dim of {dim}": self.head_dims(dim) for dim in (case.key_dim, case.value_dim)},
             f"groups of {case.group}": self.groups(case.group),
-            f"{case.config.compression} compression": case.config.compression in self.compressions,
+            f"{kind} compression": kind in self.compressions or "compress" not in stages,
             **{f"sequences of {keys} tokens": self.lengths(keys) for _, keys in case.lengths},
             "indices in any order": self.any_indices or not case.scrambled,
             "queries without a block": self.empty_queries or not (case.scrambled and case.emptied),

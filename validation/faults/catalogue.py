@@ -59,7 +59,7 @@ class Fault:
         path.write_text(text.replace(self.old, self.new))
 
 
-def _triton(case: str, part: str, dtype: str = "float64") -> str:
+def _oracle(case: str, part: str, dtype: str = "float64") -> str:
     """The test that compares a part of the Triton backend with the oracle on a case."""
     stage, _, way = part.partition("_by_")
     if way:
@@ -69,7 +69,7 @@ def _triton(case: str, part: str, dtype: str = "float64") -> str:
 
 def _wide(stage: str) -> str:
     """The test of a stage whose head dims come in two chunks."""
-    return _triton("odd_head_dims", stage)
+    return _oracle("odd_head_dims", stage)
 
 
 def _eager(case: str, stage: str) -> str:
@@ -419,7 +419,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "for back in tl.static_range(LENGTH // STRIDE):",
         "for back in tl.static_range(LENGTH // STRIDE - 1):",
-        (_triton("mean", "compress_keys"),),
+        (_oracle("mean", "compress_keys"),),
     ),
     Fault(
         "mean-gradient-misses-the-last-block",
@@ -427,7 +427,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "covers = live & (block >= 0) & (block < count)",
         "covers = live & (block >= 0) & (block < count - 1)",
-        (_triton("mean", "compress_keys"),),
+        (_oracle("mean", "compress_keys"),),
     ),
     Fault(
         "one-position-for-all-parts",
@@ -435,7 +435,7 @@ _COMPRESSION_KERNELS = [
         "kernels/compress.py",
         "products[:, :, pieces + m, m]",
         "products[:, :, pieces, m]",
-        (_triton("linear", "compress_keys"),),
+        (_oracle("linear", "compress_keys"),),
     ),
 ]
 
@@ -499,7 +499,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         'return _Branch("compressed", config.compress_stride, config.compress_block_size - 1, None)',
         'return _Branch("compressed", config.compress_stride, config.compress_block_size - 2, None)',
-        (_triton("small", "compressed_attention"),),
+        (_oracle("small", "compressed_attention"),),
     ),
     Fault(
         "window-one-wider",
@@ -507,7 +507,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "max(1, min(config.window_size, num_keys))",
         "max(1, min(config.window_size + 1, num_keys))",
-        (_triton("small", "sliding_window_attention"),),
+        (_oracle("small", "sliding_window_attention"),),
         models=7,
     ),
     Fault(
@@ -516,7 +516,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "visible = visible & (keys[:, None] > (position - window)[None, :])",
         "visible = visible & (keys[:, None] >= (position - window)[None, :])",
-        (_triton("small", "sliding_window_attention"),),
+        (_oracle("small", "sliding_window_attention"),),
     ),
     Fault(
         "sum-not-rescaled",
@@ -524,7 +524,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "z = z * rescale + tl.sum(p, 1)",
         "z = z + tl.sum(p, 1)",
-        (_triton("small", "sliding_window_attention"),),
+        (_oracle("small", "sliding_window_attention"),),
     ),
     Fault(
         "second-chunk-not-rescaled",
@@ -541,7 +541,7 @@ _CONTIGUOUS_KERNELS = [
         "                peak = tl.maximum(m, tl.max(x, 1))\n                # A row",
         '                peak = tl.maximum(m, tl.max(tl.where(rows == first, tl.max(x, 1), float("-inf")), 0))\n'
         "                # A row",
-        (_triton("small", "compressed_attention"),),
+        (_oracle("small", "compressed_attention"),),
         models=5,
     ),
     Fault(
@@ -550,7 +550,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "blind = z == 0\n",
         "blind = (z == 0) & (first == 0)\n",
-        (_triton("small", "compressed_attention"),),
+        (_oracle("small", "compressed_attention"),),
         models=10,
     ),
     Fault(
@@ -568,7 +568,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "y = count * (share + 1) // shares",
         "y = tl.minimum(count * (share + 1) // shares, count - 1)",
-        (_triton("small", "sliding_window_attention"),),
+        (_oracle("small", "sliding_window_attention"),),
     ),
     Fault(
         "scale-twice-for-keys",
@@ -576,7 +576,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "store_rows(dk, key * dk_strides[2], held, dk0 * scale, 0, K0, DK)",
         "store_rows(dk, key * dk_strides[2], held, dk0 * scale * scale, 0, K0, DK)",
-        (_triton("small", "sliding_window_attention"),),
+        (_oracle("small", "sliding_window_attention"),),
     ),
     Fault(
         "queries-are-the-first-tokens",
@@ -584,7 +584,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/contiguous.py",
         "    shift = num_tokens - num_queries\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
         "    shift = 0\n    batch64 = tl.cast(batch, tl.int64)\n    head64",
-        (_triton("last_queries", "sliding_window_attention"),),
+        (_oracle("last_queries", "sliding_window_attention"),),
     ),
     Fault(
         "unwritten-gradients",
@@ -609,7 +609,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "counts = (lengths + (block - 1)) // block",
         "counts = lengths // block",
-        (_triton("packed", "sliding_window_attention"),),
+        (_oracle("packed", "sliding_window_attention"),),
     ),
     Fault(
         "launched-like-the-nearest-by-difference",
@@ -625,7 +625,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)",
         "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1)",
-        (_triton("packed", "compressed_attention"),),
+        (_oracle("packed", "compressed_attention"),),
     ),
     Fault(
         "store-beyond-the-head",
@@ -642,7 +642,7 @@ _CONTIGUOUS_KERNELS = [
         "kernels/common.py",
         "return tl.load(pointers, mask=seen[:, None] & (columns < DIM)[None, :], other=0.0)",
         "return tl.load(pointers, mask=seen[:, None] & (columns >= 0)[None, :], other=0.0)",
-        (_triton("wide_values", "sliding_window_attention"),),
+        (_oracle("wide_values", "sliding_window_attention"),),
     ),
 ]
 
@@ -653,7 +653,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)",
         "block = tl.load(indices + slot * stride, mask=slot < SPAN, other=-1)",
-        (_triton("many_blocks", "selected_attention_by_query"),),
+        (_oracle("many_blocks", "selected_attention_by_query"),),
         models=2,
     ),
     Fault(
@@ -662,7 +662,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "return first, valid & (first + tl.arange(0, KEYS) <= position)",
         "return first, valid & (first + tl.arange(0, KEYS) >= 0)",
-        (_triton("many_blocks", "selected_attention_by_query"),),
+        (_oracle("many_blocks", "selected_attention_by_query"),),
         models=9,
     ),
     Fault(
@@ -671,7 +671,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         's = tl.where(within[None, :] <= reach[:, None], s, float("-inf"))',
         's = tl.where(real[None, :], s, float("-inf"))',
-        (_triton("many_blocks", "selected_attention_by_block"),),
+        (_oracle("many_blocks", "selected_attention_by_block"),),
         models=9,
     ),
     Fault(
@@ -680,7 +680,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "first_key = tl.load(located + 3 * query + 1)",
         "first_key = query * 0",
-        (_triton("packed_scrambled", "selected_attention_by_query"),),
+        (_oracle("packed_scrambled", "selected_attention_by_query"),),
     ),
     Fault(
         "empty-slot-is-block-0",
@@ -688,7 +688,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "valid = (block >= 0) & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
         "valid = inside & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)",
-        (_triton("scrambled", "selected_attention_by_block"),),
+        (_oracle("scrambled", "selected_attention_by_block"),),
         models=8,
     ),
     Fault(
@@ -714,7 +714,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "total = total * rescale + weight",
         "total = total + weight",
-        (_triton("small", "selected_attention_by_block"),),
+        (_oracle("small", "selected_attention_by_block"),),
     ),
     Fault(
         "delta-of-one-chunk-selected",
@@ -733,7 +733,7 @@ _SELECTED_KERNELS = [
         "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
         "        v += batch * v_strides[0] + head * (V0 + V1)\n"
         "        q += batch * q_strides[0] + head * G * q_strides[2]\n        k0",
-        (_triton("wide_values", "selected_attention_by_block"),),
+        (_oracle("wide_values", "selected_attention_by_block"),),
     ),
     Fault(
         "last-piece-dropped",
@@ -741,7 +741,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "for piece in range(0, count):",
         "for piece in range(0, count - 1):",
-        (_triton("small", "selected_attention_by_block"),),
+        (_oracle("small", "selected_attention_by_block"),),
         models=13,
     ),
     Fault(
@@ -750,7 +750,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "count = tl.minimum(tl.load(offsets + low + 1) - begin, CHUNK)",
         "count = tl.load(offsets + low + 1) - begin",
-        (_triton("small", "selected_attention_by_block"),),
+        (_oracle("small", "selected_attention_by_block"),),
         models=13,
     ),
     Fault(
@@ -759,7 +759,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "return (query + shift).to(tl.int32)",
         "return query.to(tl.int32)",
-        (_triton("last_queries", "selected_attention_by_block"),),
+        (_oracle("last_queries", "selected_attention_by_block"),),
     ),
     Fault(
         "dq-overwritten",
@@ -767,7 +767,7 @@ _SELECTED_KERNELS = [
         "kernels/selected.py",
         "ROWS=tile, ADD=add,",
         "ROWS=tile, ADD=False,",
-        (_triton("small", "nsa_attention"),),
+        (_oracle("small", "nsa_attention"),),
     ),
 ]
 
@@ -778,7 +778,7 @@ _ATTENTION_KERNELS = [
         "kernels/attention.py",
         "contiguous.window_forward(q, k_win, v_win, None, *rest)",
         "contiguous.window_forward(q, k_win, v_win, None, *rest[:-1], q.shape[-1] ** -0.5)",
-        (_triton("wide_keys", "nsa_attention"),),
+        (_oracle("wide_keys", "nsa_attention"),),
         models=3,
     ),
     Fault(
@@ -787,7 +787,7 @@ _ATTENTION_KERNELS = [
         "kernels/attention.py",
         "(dgate_cmp, dgate_slc, dgate_win)",
         "(dgate_cmp, dgate_win, dgate_slc)",
-        (_triton("small", "nsa_attention"),),
+        (_oracle("small", "nsa_attention"),),
     ),
     Fault(
         "sign-of-the-gate-lost",

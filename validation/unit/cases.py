@@ -203,8 +203,8 @@ TYPICAL_LENGTH = 37
 """Of the sequences below: what an implementation's tile is compared with."""
 
 
-def fitted(impl: Implementation, *cases: Case) -> Case:
-    """The first of the cases that the implementation can do, at the smallest scale at which it can.
+def fitted(impl: Implementation, *cases: Case, stages: tuple[str, ...] = ()) -> Case:
+    """The first of the cases on which the implementation can do these stages, at the smallest scale at which it can.
 
     Where it can do none of them it is the first, which will then be skipped.
     """
@@ -213,7 +213,7 @@ def fitted(impl: Implementation, *cases: Case) -> Case:
         times = max(1, -(-16 // min(case.key_dim, case.value_dim)))
         wider = replace(case, key_dim=times * case.key_dim, value_dim=times * case.value_dim)
         for each in (case, wider, *(scaled(case, *scale) for scale in larger)):
-            if each is not None and impl.lacks(each) is None:
+            if each is not None and impl.lacks(each, stages) is None:
                 return each
     return cases[0]
 

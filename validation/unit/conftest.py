@@ -4,7 +4,7 @@ A test of the case list takes `impl`, `case` and `dtype_name`, or `stage` as wel
 is to be tried on. A test that has cases of its own parametrises `case` indirectly, to have it fitted.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def case(request: pytest.FixtureRequest, impl: Implementation) -> Case:
     """The case asked for, or the first of several that the implementation can do, fitted to it."""
     asked, params = request.param, request.node.callspec.params
-    found = fitted(impl, *(asked if isinstance(asked, tuple) else (asked,)))
     stage, dtype = params.get("stage"), getattr(torch, params.get("dtype_name", ""), impl.widest)
+    functions = stage.functions if stage else ()
+    found = fitted(impl, *(asked if isinstance(asked, tuple) else (asked,)), stages=functions)
     # Found missing here, it costs nothing; otherwise it would be once the inputs are drawn.
-    require(impl, found, stage.functions if stage else (), dtype, own_keys=bool(stage and stage.own_keys))
+    require(impl, found, functions, dtype, own_keys=bool(stage and stage.own_keys))
     return found
 
 
@@ -133,7 +134,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reports: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):
-            reports[dict(report.user_properties).get("implementation", "")][outcome].append(report)
+            properties = dict(getattr(report, "user_properties", ()))  # a file that cannot be collected has none
+            reports[properties.get("implementation", "")][outcome].append(report)
     subjects = [impl for impl in config.implementations or [] if impl.name in reports]
     if not subjects:
         return
@@ -143,8 +145,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("verdicts")
     for impl in subjects:
         good = not any(reports[impl.name][outcome] for outcome in ("failed", "error", "xpassed"))
-        for line in verdict(impl, reports[impl.name]):
-            terminalreporter.write_line(line, green=good, red=not good)
+        terminalreporter.write_line(verdict(impl, reports[impl.name]), green=good, red=not good)
 
 
 def table(subjects: list[Implementation]) -> list[str]:
@@ -156,12 +157,9 @@ def table(subjects: list[Implementation]) -> list[str]:
     return ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def verdict(impl: Implementation, reports: dict[str, list[Any]]) -> list[str]:
-    """What came of an implementation's tests: one word, counts, and how many were skipped for lack of what."""
+def verdict(impl: Implementation, reports: dict[str, list[Any]]) -> str:
+    """What came of an implementation's tests, in one word, and counts; why some were skipped is listed after it."""
     failures = sum(len(reports[outcome]) for outcome in ("failed", "error", "xpassed"))
-    passed = len(reports["passed"])
-    word = f"failed {failures}" if failures else "passed" if passed or reports["xfailed"] else "not tested"
+    word = f"failed {failures}" if failures else "passed" if reports["passed"] or reports["xfailed"] else "not tested"
     counts = {outcome: len(reports[outcome]) for outcome in ("passed", "xfailed", "skipped") if reports[outcome]}
-    lines = [f"{impl.name}: {word} ({', '.join(f'{count} {outcome}' for outcome, count in counts.items())})"]
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports["skipped"])
-    return lines + [f"{count:6}  {reason}" for reason, count in reasons.most_common()]
+    return f"{impl.name}: {word} ({', '.join(f'{count} {outcome}' for outcome, count in counts.items())})"

@@ -6,6 +6,7 @@ Whether unit tests kill every fault takes minutes, and is asked by `make faults`
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -98,16 +99,21 @@ def test_a_test_that_fails_kills_the_fault() -> None:
     assert (ROOT / "nsa" / FAULT.file).read_text() == before, "the fault was made in the package itself"
 
 
+UNIMPORTABLE = {"old": "import torch\n", "new": "import torhc\n"}
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "problem"),
+    ("changes", "problem"),
     [
-        (REFUSAL, 'raise TypError(f"', "misspelt"),
-        ("import torch\n", "import torhc\n", "could not be collected"),
+        ({"new": 'raise TypError(f"'}, "misspelt"),
+        # What every test needs is imported before any is collected.
+        (UNIMPORTABLE, "pytest ended with status"),
+        ({**UNIMPORTABLE, "file": "data.py", "tests": ("test_data.py",)}, "could not be collected"),
     ],
-    ids=["misspelt", "not_importable"],
+    ids=["misspelt", "not_importable", "not_importable_by_its_test"],
 )
-def test_what_every_test_would_notice_is_no_kill(old: str, new: str, problem: str) -> None:
-    assert problem in trial.attempt(replace(FAULT, old=old, new=new)).problem
+def test_what_every_test_would_notice_is_no_kill(changes: dict[str, Any], problem: str) -> None:
+    assert problem in trial.attempt(replace(FAULT, **changes)).problem
 
 
 def test_a_fault_that_does_not_apply_is_an_error() -> None:

@@ -122,9 +122,16 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
     ],
 )
 def test_a_capability_not_declared_is_found_missing(declared, case, missing):
-    whole = Implementation("all")
-    assert whole.lacks(BY_ID[case]) is None
-    assert replace(whole, **declared).lacks(fitted(replace(whole, **declared), BY_ID[case])) == missing
+    whole, stages = Implementation("all", compress=my_nsa.compress), ("compress",)
+    assert whole.lacks(BY_ID[case], stages) is None
+    less = replace(whole, **declared)
+    assert less.lacks(fitted(less, BY_ID[case], stages=stages), stages) == missing
+
+
+def test_compressions_matter_to_compression_alone():
+    means = replace(my_nsa, compressions=frozenset({"mean"}))
+    assert means.lacks(BY_ID["linear"], ("compress",)) == "linear compression"
+    assert means.lacks(BY_ID["linear"], ("compressed_attention", "select_blocks")) is None
 
 
 # 2. Expected failures.
@@ -148,6 +155,7 @@ def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path):
     status, output = run(WINDOW, f"--xfails-file={file}")
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert "no test of this run has the id\n  nothing::like_this" in output
+    assert "no test was executed" not in output
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ EMPTY = (Case("empty", whole(0, 0)), pooled("empty_pooled", whole(0, 0), 4))
 
 @each_stage
 def test_nothing_but_empty_sequences(impl: Implementation, stage: Stage) -> None:
-    case = fitted(impl, *EMPTY)
+    case = fitted(impl, *EMPTY, stages=stage.functions)
     assert stage.run(impl, case, draw(case, impl.widest))["out"].numel() == 0
 
 
@@ -318,7 +318,7 @@ def test_kv_heads_do_not_mix(impl: Implementation, stage: Stage) -> None:
 
 @each_stage
 def test_batch_rows_do_not_mix(impl: Implementation, stage: Stage) -> None:
-    case = fitted(impl, BY_ID["scrambled"], BY_ID["pooled_power_of_two"])
+    case = fitted(impl, BY_ID["scrambled"], BY_ID["pooled_power_of_two"], stages=stage.functions)
     tensors = draw(case, impl.widest)
     params = ("_position", "_weight", "_weight_out")
     second = {name: x if name.endswith(params) else x[1:] for name, x in tensors.items()}
@@ -343,7 +343,7 @@ POSITIONS: dict[str, Callable[[Case], int]] = {
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.sparing(position=("end_of_a_block", "late"))
 def test_the_future_changes_nothing(impl: Implementation, position: str) -> None:
-    case = fitted(impl, *SMALL)
+    case = fitted(impl, *SMALL, stages=SHARED.functions)
     tensors, last = draw(case, impl.widest), POSITIONS[position](case)
 
     def whole_layer(x: Mapping[str, Any]) -> Tensor:
@@ -379,7 +379,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     layout=("inside_a_larger_tensor",), stage=("compress_keys", "compressed_attention", "sliding_window_attention")
 )
 def test_strides_do_not_matter(impl: Implementation, stage: Stage, layout: str) -> None:
-    case = fitted(impl, *SCRAMBLED)
+    case = fitted(impl, *SCRAMBLED, stages=stage.functions)
     tensors = draw(case, impl.widest)
     strided = {name: LAYOUTS[layout](x) if x.dim() == 4 else x for name, x in tensors.items()}
     assert not strided["q"].is_contiguous()
@@ -459,7 +459,7 @@ def test_runs_are_bitwise_the_same(impl: Implementation, stage: Stage, case: Cas
 @each_stage
 @branches
 def test_inputs_are_left_alone(impl: Implementation, stage: Stage) -> None:
-    case = fitted(impl, *SCRAMBLED, *SMALL)
+    case = fitted(impl, *SCRAMBLED, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     before = {name: x.clone() for name, x in tensors.items()}
     list(stage.results(impl, case, tensors))
