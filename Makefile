@@ -7,6 +7,8 @@ JOBS ?= auto
 PYTEST_ARGS ?=
 IMPL ?=
 FRESH ?=
+# The first that has a figure is believed.
+RUNS ?= $(wildcard validation/perf/baselines/nvidia-h200.json) docs/runs/stages_h200.json docs/runs/whole_h200.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,10 +25,10 @@ endif
 
 PYTEST = $(PY) -m pytest $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report=)
 
-.PHONY: help setup lint unit integration coverage system perf faults sanitize train test doctor clean
+.PHONY: help setup lint unit integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
 
 help:  ## list the targets and variables
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  PYTHON=python3    makes the environment: Python 3.11 or 3.12'
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
@@ -34,6 +36,7 @@ help:  ## list the targets and variables
 	@echo '  JOBS=auto         processes the unit tests are shared out among: one a core'
 	@echo '  IMPL=             implementations under test: eager, triton, fla or package.module:object (unit)'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
+	@echo '  RUNS=...          saved runs of one machine (perf-docs)'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
 
 setup: $(READY)  ## make the environment (every target below does so by itself)
@@ -62,8 +65,24 @@ integration: $(READY)  ## do the parts work together, across NGPU processes?
 system: $(READY)  ## does it do its job? short training runs against a dense twin
 	$(PYTEST) validation/system $(PYTEST_ARGS)
 
-perf: $(READY)  ## is it fast, and still as fast as yesterday?
-	$(PYTEST) validation/perf --benchmark-only $(PYTEST_ARGS)
+# The option to compare comes last: it takes what follows for the run to compare with. Pictures are drawn of a run that
+# fails its gates too (1), not of one that came to no end.
+BENCHMARKS = $(PYTEST) validation/perf --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+PLOTS = $(PY) -m validation.perf.plots
+REPORT = $(PY) -m validation.perf.report
+
+perf: $(READY)  ## is it fast, and still as fast as yesterday? figures, gates, and pictures in out/perf
+	status=0; $(BENCHMARKS) --benchmark-autosave $(PYTEST_ARGS) --benchmark-compare || status=$$?; \
+	    [ $$status -gt 1 ] || $(PLOTS) --latest --history --out out/perf || status=$$?; exit $$status
+
+perf-baseline: $(READY)  ## make this machine's figures those that `make perf` compares with
+	$(BENCHMARKS) --perf-baseline $(PYTEST_ARGS)
+	$(PLOTS) --latest --history --out out/perf
+
+perf-docs: $(READY)  ## make docs/performance.md, its pictures and the README's table from RUNS
+	$(PLOTS) $(RUNS) --out docs/img --prefix perf-
+	$(REPORT) $(RUNS) > docs/performance.md
+	$(REPORT) $(RUNS) --readme README.md
 
 faults: $(READY)  ## do unit tests notice when something is wrong? every seeded fault must make one fail
 	$(PY) -m validation.faults

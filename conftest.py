@@ -1,6 +1,7 @@
 """What holds for every layer: a header of facts, a seed of its own for every test, and no success that shows nothing.
 
-Options: `--impl`, `--xfails-file`, `--require-gpus`, `--shuffle-seed`; see docs/validate-your-own.md.
+Options: `--impl`, `--xfails-file`, `--require-gpus`, `--shuffle-seed`; see docs/validate-your-own.md. Those of the
+performance layer are in validation/perf/plugin.py.
 """
 
 import os
@@ -12,6 +13,9 @@ import pytest
 from _pytest.junitxml import xml_key  # the fixture for this, record_testsuite_property, is lost on parallel workers
 
 from validation import doctor, seeds
+
+# pytester runs the runs that show that a run can fail.
+pytest_plugins = ("pytester", "validation.perf.plugin")
 
 GPUS = doctor.inspect().gpus
 if not GPUS:

@@ -1,20 +1,25 @@
-"""The tables of docs/performance.md, from runs of `validation.perf.stages` on one machine that were saved:
+"""docs/performance.md, from saved runs of one machine, of `make perf-baseline` or of `validation.perf.stages`:
 
     python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json > docs/performance.md
+    python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json --readme README.md
 
-The same files always give the same page. What several of them hold is taken from the first.
+The second puts the figures of the same runs into the README's table. The same files always give the same page. What
+several of them hold is taken from the first. The pictures are drawn by `validation.perf.plots`.
 """
 
 import argparse
-import json
 import operator
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from validation.perf.workloads import WORKLOADS, Roofs, Workload
+from validation.perf import gates, records
+from validation.perf.workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
+
+WHOLE = "nsa_attention"
 
 LENGTHS = (8192, 32768, 65536)
 """Of the stages' tables, where a run has them; the whole op is shown at all."""
@@ -29,12 +34,20 @@ TITLES = {
     "nsa_attention": "whole op",
 }
 DENSE = "dense"
+PASSES = ("forward", "backward")
+DRIVEN = {
+    "`d`": ("compressed_attention", "select_blocks"),
+    "`n`, `l'`": ("selected_attention",),
+    "`w`": ("sliding_window_attention",),
+}
+"""The stages that a size or a count is paid in; `l` is paid where blocks are compressed, outside the op."""
 HEAD = """# Performance
 
 Made by
 
 ```sh
 python -m validation.perf.report {paths} > docs/performance.md
+python -m validation.perf.plots {paths} --out docs/img --prefix perf-
 ```
 
 from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python {python}, {date}{clocks}:
@@ -43,7 +56,11 @@ from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python
 {commands}
 ```
 
-A peer is anybody's implementation of the stages, as an object for [`--peer`](../validation/implementations.py).
+`make perf` measures this machine and compares it with its baseline, `make perf-baseline` makes a new one (and, on a
+GPU, this page). A peer is anybody's implementation of the stages, as an object for
+[`--peer`](../validation/implementations.py).
+
+## How to read this
 
 Times are medians in ms on the device, each call with a cold second-level cache and the host ahead of it
 ([`timing.py`](../validation/perf/timing.py)): what starts the kernels is not in them, and has a line of its own. The
@@ -56,18 +73,49 @@ in bfloat16:
 | workload | query heads | KV heads | head dims of keys, values |
 |---|---|---|---|
 {workloads}
+
+In pictures, lines that go down to the right of others have won; the dotted one is the floor. Both axes are logarithmic:
+dense attention, whose time grows with the square of the length, is twice as steep as what grows with the length.
+
+![Time of forward and backward pass against length, for every workload](img/perf-time.png)
+
+![How many times as fast as dense attention, with promises and targets](img/perf-speedup.png)
+
+![Peak memory against length](img/perf-memory.png)
+
+![The stages' parts of the time of the whole op](img/perf-stages.png)
+
+![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
 """
+PROMISES = """## What is promised
+
+From [`promises.toml`](../validation/perf/promises.toml), for the whole op, forward and backward, against dense
+attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where a promise is broken. A target is what
+the design asks for; nothing fails where it is not reached."""
+CHOOSING = """## Choosing l, d, l', n and w
+
+What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
+both passes, {workload}:"""
+ADVICE = """- `d`, the stride of compression, is the only one that costs the square of the length: a query sees up to
+  `T / d` compressed keys, twice (once for its output, once for the importance of blocks). Halving it doubles both
+  stages; take the largest one at which the right blocks are still found, and more so the longer the sequences.
+- `l`, the compressed block, costs next to nothing here: only the compressor's weights grow with it. `l = 2 d`, blocks
+  that overlap by half, is the paper's.
+- `n l'` keys are read by every query, whatever the length: time in proportion, and most of the time of short sequences.
+  For the same `n l'`, fewer and longer blocks make the choice coarser and cheaper: there are `T / l'` to choose from.
+- `w` keys are read in order and shared by neighbouring queries, so that a key in the window costs less than one in a
+  selected block. What every token needs of its neighbourhood belongs there."""
 
 
 def render(reports: Mapping[str, dict[str, Any]]) -> str:
-    """The page for reports, by the names of their files."""
+    """The page for reports, by the paths of their files in the repository."""
     report = merge(list(reports.values()))
     machine, roofs = report["machine"], Roofs(**report["roofs"])
     found = {record["workload"] for record in report["results"]}
     workloads = [workload for workload in WORKLOADS.values() if workload.name in found]
     clocks = ", ".join(f"{key} {value}" for key, value in machine.get("clocks", {}).items())
     head = HEAD.format(
-        paths=" ".join(f"docs/runs/{name}" for name in reports),
+        paths=" ".join(reports),
         **{key: machine[key] for key in ("device", "driver", "torch", "triton", "python", "date")},
         clocks=f" ({clocks})" if clocks else "",
         commands="\n".join(shlex.join(each["machine"]["command"]) for each in reports.values()),
@@ -78,21 +126,105 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         ),
     )
     parts = [head]
+    promises = gates.read_table().promises_of(machine.get("name", ""))
+    if promises:
+        parts += [PROMISES, promised(report, promises)]
     for workload in workloads:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results, roofs)]
+    parts += [choosing(report, workloads), training(report)]
     if report["failures"]:
         parts.append("## What did not run")
         parts.append(
             table(
                 ("workload", "length", "stage", "subject", "error"),
                 (
-                    (f["workload"], f["length"], TITLES[f["stage"]], f["subject"], _one_line(f["error"]))
+                    (
+                        f["workload"],
+                        f["length"],
+                        TITLES.get(f["stage"], f["stage"]),
+                        f["subject"],
+                        _one_line(f["error"]),
+                    )
                     for f in report["failures"]
                 ),
             )
         )
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> str:
+    """Promises beside what the run measured."""
+    rows = []
+    for promise in promises:
+        found = gates.measured(report["results"], promise)
+        sign = "≥" if gates.KINDS[promise.kind] else "≤"
+        rows.append((
+            promise.workload, _tokens(promise.length), promise.kind, "" if found is None else f"{found:.2f}",
+            f"{sign} {promise.promise:.2f}", "" if promise.target is None else f"{sign} {promise.target:g}",
+        ))  # fmt: skip
+    return table(("workload", "tokens", "", "measured", "promised", "target"), rows)
+
+
+def choosing(report: dict[str, Any], workloads: Sequence[Workload]) -> str:
+    """What the sizes and counts cost, by the stages they are paid in, and by other choices that were measured."""
+    base = next(
+        (Results(report, w) for w in workloads if any(r["workload"] == w.name for r in report["results"])), None
+    )
+    if base is None:
+        return ""
+    parts = [CHOOSING.format(workload=base.workload.name)]
+    lengths = [n for n in base.lengths if base.total("selected_attention", n) and base.total(WHOLE, n)]
+    if not lengths:
+        return ""
+    rows: list[Sequence[Any]] = []
+    for size, driven in DRIVEN.items():
+        ms = [sum(base.total(stage, n) or 0 for stage in driven) for n in lengths]
+        rows.append((
+            size, ", ".join(TITLES[stage] for stage in driven),
+            *(f"{_ms(x)} ({x / (base.total(WHOLE, n) or 1):.0%})" for x, n in zip(ms, lengths, strict=True)),
+        ))  # fmt: skip
+    parts.append(table(("", "stages", *(f"{_tokens(n)}: ms (part)" for n in lengths)), rows))
+    parts.append(ADVICE)
+    others = {c: Results(report, chosen(base.workload, c)) for c in CHOICES}
+    rows = []
+    for choice, results in others.items():
+        for length in results.lengths:
+            ms_here, usual = results.total(WHOLE, length), base.total(WHOLE, length)
+            rows.append((f"`{choice}`", _tokens(length), _ms(ms_here), _ms(usual), _over(ms_here, usual)))
+    if rows:
+        parts.append("The whole op, both passes, with one choice made otherwise:")
+        parts.append(table(("choice", "tokens", "ms", "with the paper's", "ratio"), rows))
+    return "\n\n".join(parts)
+
+
+def training(report: Mapping[str, Any]) -> str:
+    """Training steps beside those of dense twins."""
+    steps = {
+        (r["workload"], r["length"], r["role"] == "ours"): r for r in report["results"] if r["stage"] == "training"
+    }
+    rows = [
+        (flavor, _tokens(length), _ms(ours["median"]), _ms(dense["median"]), _over(dense["median"], ours["median"]))
+        for (flavor, length, is_ours), ours in steps.items()
+        if is_ours and (dense := steps.get((flavor, length, False)))
+    ]
+    if not rows:
+        return ""
+    head = table(("model", "tokens", "ms", "dense twin", "times as fast"), rows)
+    return f"## A training step\n\nForward, backward and update, one sequence, beside the dense twin.\n\n{head}"
+
+
+def readme(reports: Sequence[dict[str, Any]], text: str) -> str:
+    """The README with the figures of these runs in the table that begins with `| tokens |`."""
+    results = Results(merge(reports), WORKLOADS["W"])
+    lengths = [n for n in results.lengths if results.both(n, results.subject) and results.both(n, results.dense or "")]
+    ours, dense = results.subject, results.dense or ""
+    rows = [
+        ("faster than dense", *(_over(results.both(n, dense), results.both(n, ours)) for n in lengths)),
+        ("memory", *(_over(*(results.get(WHOLE, "backward", n, s, "memory") for s in (ours, dense))) for n in lengths)),
+    ]
+    made = table(("tokens", *map(_tokens, lengths)), rows)
+    return re.sub(r"(?m)^\| tokens \|.*\n(?:\|.*\n)*", lambda _: made + "\n", text, count=1)
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +247,7 @@ class Results:
         }
         self.lengths = sorted({length for _, _, length, _ in self.records})
         self.rivals = [s for s in dict.fromkeys(subject for *_, subject in self.records) if s != self.subject]
+        self.dense = next((s for s in self.rivals if s.startswith(DENSE)), None)
 
     def get(self, stage: str, direction: str, length: int, subject: str, what: str = "median") -> float | None:
         """A figure of one record, None where there is none."""
@@ -122,15 +255,22 @@ class Results:
 
     def both(self, length: int, subject: str) -> float | None:
         """Forward and backward pass of the whole op."""
-        times = [self.get("nsa_attention", direction, length, subject) for direction in ("forward", "backward")]
+        times = [self.get(WHOLE, direction, length, subject) for direction in PASSES]
         return None if None in times else sum(times)  # type: ignore[arg-type]
+
+    def total(self, stage: str, length: int) -> float | None:
+        """All passes that a stage of ours has."""
+        times = [self.get(stage, direction, length, self.subject) for direction in PASSES]
+        return sum(ms for ms in times if ms is not None) or None
 
 
 def whole_op(results: Results) -> str:
     """The whole op at every length beside its rivals."""
     names = [results.subject, *results.rivals]
     names = [n for n in names if any(results.both(length, n) is not None for length in results.lengths)]
-    dense = next((n for n in names if n.startswith(DENSE)), None)
+    if not names:
+        return ""
+    dense = results.dense
     rows: list[Sequence[Any]] = []
     for name in names:
         for title, direction, what in (
@@ -139,15 +279,15 @@ def whole_op(results: Results) -> str:
             ("host, forward", "forward", "host"),
             ("host, backward", "backward", "host"),
         ):
-            figures = [results.get("nsa_attention", direction, length, name, what) for length in results.lengths]
+            figures = [results.get(WHOLE, direction, length, name, what) for length in results.lengths]
             rows.append((f"{name}, {title}", *map(_ms, figures)))
-        memory = [results.get("nsa_attention", "backward", length, name, "memory") for length in results.lengths]
+        memory = [results.get(WHOLE, "backward", length, name, "memory") for length in results.lengths]
         rows.append((f"{name}, memory (GiB)", *("" if m is None else f"{m / 2**30:.2f}" for m in memory)))
     for name in names if dense else []:
         if name != dense:
             figures = [_over(results.both(n, dense), results.both(n, name)) for n in results.lengths]
             rows.append((f"**{dense} / {name}**, both passes", *(f and f"**{f}**" for f in figures)))
-    return table(("ms", *(f"{length // 1024}k" for length in results.lengths)), rows)
+    return table(("ms", *(_tokens(length) for length in results.lengths)), rows)
 
 
 def stages(results: Results, roofs: Roofs) -> str:
@@ -164,7 +304,7 @@ def stages(results: Results, roofs: Roofs) -> str:
                 others = {s: results.get(stage, direction, length, s) for s in results.rivals if DENSE not in s}
                 best = min(((t, s) for s, t in others.items() if t is not None), default=None)
                 rows.append((
-                    title, direction, f"{length // 1024}k", _ms(ms), f"{cost.flops / ms / 1e9:.0f}",
+                    title, direction, _tokens(length), _ms(ms), f"{cost.flops / ms / 1e9:.0f}",
                     f"{cost.bytes / ms / 1e9:.2f}", _ms(floor), _over(ms, floor),
                     f"{_ms(best[0])} ({best[1]})" if best else "",
                 ))  # fmt: skip
@@ -176,6 +316,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}k" if length >= 1024 else str(length)
 
 
 def _ms(value: float | None) -> str:
@@ -192,8 +336,14 @@ def _one_line(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="what validation.perf.stages wrote")
-    sys.stdout.write(render({file.name: json.loads(file.read_text()) for file in parser.parse_args().files}))
+    parser.add_argument("files", type=Path, nargs="+", help="saved runs, by paths from the repository's root")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put figures into this file's table instead")
+    options = parser.parse_args()
+    reports = {file.as_posix(): records.read(file) for file in options.files}
+    if options.readme:
+        options.readme.write_text(readme(list(reports.values()), options.readme.read_text()))
+    else:
+        sys.stdout.write(render(reports))
     return 0
 
 

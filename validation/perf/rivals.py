@@ -13,8 +13,19 @@ from validation.implementations import Implementation
 
 
 def dense() -> Implementation:
-    """Causal attention to all keys in place of NSA: cuDNN's on a GPU. It has no use for other branches and gates."""
-    name, backend = ("cuDNN", SDPBackend.CUDNN_ATTENTION) if torch.cuda.is_available() else ("math", SDPBackend.MATH)
+    """Causal attention to all keys in place of NSA: cuDNN's on a GPU."""
+    if torch.cuda.is_available():
+        return _dense("cuDNN", SDPBackend.CUDNN_ATTENTION)
+    return _dense("math", SDPBackend.MATH)
+
+
+def flash() -> Implementation:
+    """The same by FlashAttention, as PyTorch brings it, on a GPU or on a CPU."""
+    return _dense("flash", SDPBackend.FLASH_ATTENTION)
+
+
+def _dense(name: str, backend: SDPBackend) -> Implementation:
+    """It has no use for the keys of other branches, nor for gates."""
 
     def attention(
         q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
@@ -50,4 +61,4 @@ def flex() -> Implementation:
     return Implementation(name="FlexAttention", sliding_window_attention=sliding_window_attention)
 
 
-RIVALS = {"dense": dense, "flex": flex}
+RIVALS = {"dense": dense, "flash": flash, "flex": flex}

@@ -99,6 +99,8 @@ def _stage(name: str, inputs: Sequence[str], wrt: Sequence[str] | None = None) -
     return Stage(call, tuple(inputs if wrt is None else wrt))
 
 
+WHOLE = "nsa_attention"
+"""The op that the other stages are the parts of."""
 _BRANCHES = ("out_cmp", "out_slc", "out_win")
 _WEIGHTS = tuple(f"{name}_{part}" for name in "kv" for part in ("position", "weight", "weight_out"))
 STAGES = {
@@ -108,7 +110,7 @@ STAGES = {
     "selected_attention": _stage("selected_attention", ("q", "k_slc", "v_slc", "indices"), wrt=("q", "k_slc", "v_slc")),
     "sliding_window_attention": _stage("sliding_window_attention", ("q", "k_win", "v_win")),
     "combine": Stage(_combine),  # the other way it is part of every branch
-    "nsa_attention": _stage("nsa_attention", ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")),
+    WHOLE: _stage(WHOLE, ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")),
 }
 """The stages by name, each an attribute of `Implementation`."""
 
@@ -128,8 +130,8 @@ def measure_stage(
     """
     stage, config = STAGES[name], workload.config
 
-    def record(direction: str, call: Callable[[], Any], memory: int | None) -> dict[str, Any]:
-        host = {"host": host_time(call, rounds=5).median} if name == "nsa_attention" else {}
+    def record(direction: str, call: Callable[[], Any], memory: int) -> dict[str, Any]:
+        host = {"host": host_time(call, rounds=5).median} if name == WHOLE else {}
         return {"direction": direction, **asdict(measure(call, rounds=rounds)), "memory": memory, **host}
 
     forward = stage.forward(subject, x, config)
@@ -224,10 +226,10 @@ def main() -> int:
 
 def _line(record: dict[str, Any], floor: float) -> str:
     """One result on one line of a screen."""
-    memory = "" if record["memory"] is None else f" {record['memory'] / 2**30:7.2f} GiB"
     return (
         f"{record['workload']:>5} {record['length']:>6} {record['stage']:<25}{record['direction']:<9}"
-        f"{record['subject']:<16}{record['median']:>9.3f} ms  floor {floor:8.3f}{memory}"
+        f"{record['subject']:<16}{record['median']:>9.3f} ms  floor {floor:8.3f}"
+        f" {record['memory'] / 2**30:7.2f} GiB"
     )
 
 

@@ -10,11 +10,13 @@ finds them. Three things would otherwise be measured with it:
   training step is like that: the host runs ahead of the device. Where it does not, `host_time` is what counts. A call
   that waits for the device itself, say to read a size, cannot be got ahead of, and is measured with its waiting.
 
-On a CPU there is one clock and nothing runs ahead of it.
+On a CPU nothing runs ahead, and the clock is that of the process, which stands still while another one has the core:
+with one thread, as everything here is measured, it shows what a machine with nothing else to do would take.
 """
 
 import gc
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,11 +25,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from validation import doctor
+from validation.perf.records import slug
 from validation.perf.workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
@@ -50,26 +56,67 @@ def summarise(times: list[float]) -> Timing:
     return Timing(quartiles[1], quartiles[0], quartiles[2], len(times))
 
 
+class Instant:
+    """A moment in the queue of the device; the difference of two, in seconds, waits for the later one."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: "Instant") -> float:
+        self._event.synchronize()
+        return 1e-3 * earlier._event.elapsed_time(self._event)
+
+
+def now() -> Any:
+    """The time of the clock that counts: of two of them only the difference means anything, in seconds."""
+    return Instant() if torch.cuda.is_available() else time.process_time()
+
+
+class Rounds:
+    """A call made ready to be timed, and to be made ready again before every round.
+
+    Args:
+        function: the call.
+        warmup: calls that nobody times.
+        beside: a call that is timed before every round on a machine without a GPU, whose caches and frequency depend
+            on its company: `company` holds its times, in ms, in the order of the rounds.
+    """
+
+    def __init__(self, function: Callable[[], Any], warmup: int = 2, beside: Callable[[], Any] | None = None) -> None:
+        self.function, self.company = function, list[float]()
+        for _ in range(warmup):
+            function()
+        self._beside = None if torch.cuda.is_available() else beside
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self._lead = int((1 + 2 * _host_ms(function)) * _CYCLES_PER_MS)
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            self._cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+            torch.cuda.synchronize()
+
+    def prepare(self) -> None:
+        """Empties the cache and gives the host its head start."""
+        if torch.cuda.is_available():
+            self._cache.zero_()
+            torch.cuda._sleep(self._lead)
+        elif self._beside:
+            start = now()
+            self._beside()
+            self.company.append(1e3 * (now() - start))
+
+    def time(self) -> float:
+        """One round, in ms. Rounds do not pile up: what a call allocates is free again for the next one."""
+        self.prepare()
+        start = now()
+        self.function()
+        return 1e3 * (now() - start)
+
+
 def measure(function: Callable[[], Any], *, rounds: int = 10, warmup: int = 2) -> Timing:
     """Time on the device for one call, with a cold cache and the host ahead; on a machine without a GPU the host's."""
-    for _ in range(warmup):
-        function()
-    if not torch.cuda.is_available():
-        return summarise([_host_ms(function) for _ in range(rounds)])
-    torch.cuda.synchronize()
-    lead = int((1 + 2 * _host_ms(function)) * _CYCLES_PER_MS)
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for start, end in marks:
-        cache.zero_()
-        torch.cuda._sleep(lead)
-        start.record()
-        function()
-        end.record()
-        # Rounds do not pile up: what a call allocates is free again for the next one, as after a step.
-        end.synchronize()
-    return summarise([start.elapsed_time(end) for start, end in marks])
+    ready = Rounds(function, warmup)
+    return summarise([ready.time() for _ in range(rounds)])
 
 
 def host_time(function: Callable[[], Any], *, rounds: int = 20, warmup: int = 2) -> Timing:
@@ -93,18 +140,27 @@ def _host_ms(function: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_memory(function: Callable[[], Any]) -> int | None:
-    """Bytes a call holds at its peak, beyond what was held before it; None where there is no GPU to ask."""
-    if not torch.cuda.is_available():
-        return None
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes a call holds at its peak, beyond what was held before it."""
     function()
     gc.collect()
+    if not torch.cuda.is_available():
+        return _peak_on_the_host(function)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_the_host(function: Callable[[], Any]) -> int:
+    """What PyTorch allocates and gives back on the host, which only its profiler counts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    found = profiler.profiler.kineto_results.events()
+    events = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    return max(accumulate((size for _, size in events), initial=0))
 
 
 def measure_roofs() -> Roofs:
@@ -124,25 +180,45 @@ def measure_roofs() -> Roofs:
     return Roofs(flops=2e3 * size**3 / product, bytes=2e3 * count / copy)
 
 
+def machine_name() -> str:
+    """A name that machines share if and only if their times can be compared: of the GPU, else of the processor."""
+    if torch.cuda.is_available():
+        return slug(torch.cuda.get_device_name())
+    return slug(f"cpu {_processor()} {doctor.inspect().cores} cores")
+
+
+def _processor() -> str:
+    """The processor's model, where the system tells."""
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpus.read_text(), re.MULTILINE) if cpus.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def describe_machine() -> dict[str, Any]:
     """Where and when a measurement was made, and by which command."""
     machine = doctor.inspect()
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [*_entry(), *sys.argv[1:]],
-        "device": machine.gpus[0] if machine.gpus else f"CPU {platform.machine()}, {machine.cores} cores",
+        "name": machine_name(),
+        "device": machine.gpus[0] if machine.gpus else f"{_processor()}, {machine.cores} cores",
         "driver": machine.driver,
         **{name: machine.packages[name].version for name in ("python", "torch", "triton")},
     }
+    return {**found, **clocks()}
+
+
+def clocks() -> dict[str, Any]:
+    """What the GPU runs at now; nothing where there is none."""
     names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
-    if machine.gpus and (program := shutil.which("nvidia-smi")):
+    if torch.cuda.is_available() and (program := shutil.which("nvidia-smi")):
         command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", "0"]
         answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        found["clocks"] = dict(zip(names, answer.split(", "), strict=False))
-    return found
+        return {"clocks": dict(zip(names, answer.split(", "), strict=False))}
+    return {}
 
 
 def _entry() -> list[str]:
     """How the program was started, without the folders it was started from."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["python", "-m", spec.name] if spec else ["python", sys.argv[0]]
+    return ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", sys.argv[0]]

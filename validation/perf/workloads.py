@@ -8,7 +8,7 @@ stages gets below; where it is approached is another matter: selected attention,
 from the second-level cache, `2 l' (Dk + Dv)` bytes for each KV head, query and block, which the floor knows nothing of.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -203,7 +203,31 @@ WORKLOADS = {
         Workload("W", 64, 4, 128, 128),
         Workload("W4", 32, 8, 128, 128),
         Workload("W192", 64, 4, 192, 128),
+        # What implementations can do that pool blocks of one size for all branches, as fla-core does.
+        Workload("P", 64, 4, 128, 128, NSAConfig(64, 64, 64, 16, compression="mean")),
         # For machines without a GPU: at 256 tokens 4 selected blocks are all there are, at 1024 a quarter.
         Workload("tiny", 4, 2, 32, 32, NSAConfig(num_selected_blocks=4, window_size=128), torch.float32),
     )
 }
+
+CHOICES: dict[str, dict[str, int]] = {
+    "l=64,d=32": {"compress_block_size": 64, "compress_stride": 32},
+    "d=8": {"compress_stride": 8},
+    "l'=128": {"select_block_size": 128},
+    "n=8": {"num_selected_blocks": 8},
+    "n=32": {"num_selected_blocks": 32},
+    "w=256": {"window_size": 256},
+    "w=1024": {"window_size": 1024},
+}
+"""What else one might choose, under the paper's names: each a change of the sizes and counts of a workload."""
+
+
+def chosen(base: Workload, choice: str) -> Workload:
+    """A workload with another choice of sizes and counts, and their name behind its own."""
+    return replace(base, name=f"{base.name},{choice}", config=replace(base.config, **CHOICES[choice]))
+
+
+def workload(name: str) -> Workload:
+    """A workload by its name, with a choice or without."""
+    base, _, choice = name.partition(",")
+    return chosen(WORKLOADS[base], choice) if choice else WORKLOADS[base]

@@ -75,7 +75,9 @@ def test_selections_are_about_as_good_as_exact_ones(impl: Implementation, case: 
 
 
 @each_half
-@pytest.mark.parametrize("stage", [STAGES["sliding_window_attention"], STAGES["selected_attention"]], ids=lambda stage: stage.name)
+@pytest.mark.parametrize(
+    "stage", [STAGES["sliding_window_attention"], STAGES["selected_attention"]], ids=lambda stage: stage.name
+)
 def test_sums_are_kept_in_more_than_the_dtype(impl: Implementation, stage: Stage, dtype: torch.dtype) -> None:
     """The first value gets `1 + 1/2 + 1/3 + ...`: kept in bfloat16, the sum would soon grow no more."""
     case = Case("harmonic", whole(704), config((16, 8, 64), 11, 704), group=1, kv_heads=1, key_dim=16, value_dim=16)

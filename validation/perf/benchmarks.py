@@ -1,0 +1,333 @@
+"""What is timed here: every stage on every workload, the layer, a training step, and whoever else does the same.
+
+A benchmark is a name for something that can be called, made from `STAGES` and `WORKLOADS`; what a machine runs is its
+plan, below. On a GPU every kernel is compiled beforehand, by copies of this module:
+
+    python -m validation.perf.benchmarks --precompile-into FOLDER
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsa import NativeSparseAttention, rope_table
+from validation.implementations import Implementation, load
+from validation.perf.precompile import OPTION, take_jobs
+from validation.perf.rivals import dense, flash, flex
+from validation.perf.stages import STAGES, WHOLE
+from validation.perf.workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, Workload, chosen
+
+K = 1024
+DRAWS = 2
+"""Draws of a benchmark's inputs, taken in turn: no round finds the data of the one before."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What is timed, and what memory is asked of: for a backward pass that is forward and backward together."""
+
+    timed: Callable[[], Any]
+    peak: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One thing to be timed.
+
+    Attributes:
+        role: `"ours"`, which gates are about; `"rival"`, which is always there to compare with; `"peer"`, somebody
+            else's, which may be there or not.
+        make: makes what is called.
+        cost, floor: what it needs at least, and the ms for that, where they are known.
+    """
+
+    workload: str
+    length: int
+    stage: str
+    direction: str
+    subject: str
+    role: str
+    make: Callable[[], Calls] = field(repr=False)
+    cost: Cost | None = None
+    floor: Callable[[Roofs], float] | None = field(default=None, repr=False)
+
+    @property
+    def id(self) -> str:
+        """Its name among tests."""
+        return "-".join((self.workload, size(self.length), self.stage, self.direction, self.subject))
+
+    @property
+    def group(self) -> str:
+        """Those that do the same work, or the same in place of it, stand in one table."""
+        return " ".join((self.workload, size(self.length), self.stage, self.direction))
+
+
+def size(length: int) -> str:
+    """A number of tokens in few letters."""
+    return str(length) if length % K else f"{length // K}k"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths in tokens, by workload, flavor or nothing, at which things are timed.
+
+    Attributes:
+        stages: every stage and both of its passes.
+        whole: the whole op, beside dense attention.
+        flash: dense attention by FlashAttention.
+        flex: the window by FlexAttention.
+        peers: what peers have, and ours where that is not timed anyway.
+        choices: the whole op with other sizes and counts.
+        module: the layer.
+        steps: a training step of a model and of its dense twin.
+    """
+
+    stages: dict[str, tuple[int, ...]]
+    whole: dict[str, tuple[int, ...]]
+    flash: dict[str, tuple[int, ...]]
+    flex: dict[str, tuple[int, ...]]
+    peers: dict[str, tuple[int, ...]]
+    choices: dict[str, tuple[int, ...]]
+    module: dict[str, tuple[int, ...]]
+    steps: dict[str, tuple[int, ...]]
+
+
+ALL = (4 * K, 8 * K, 11 * K, 16 * K, 32 * K, 64 * K, 128 * K)
+FEW = (8 * K, 32 * K, 64 * K)
+GPU = Plan(
+    stages={
+        "W": tuple(n for n in ALL if n != 11 * K),
+        "W4": (8 * K, 32 * K, 128 * K),
+        "W192": (8 * K, 32 * K, 128 * K),
+    },
+    whole={"W": ALL, "W4": ALL, "W192": ALL},
+    flash={"W": (4 * K, 8 * K, 16 * K, 32 * K, 64 * K)},
+    flex={"W": FEW, "W4": FEW, "W192": FEW},  # its mask is made from all pairs, of which 128k tokens have too many
+    peers={"W": FEW, "W4": FEW, "P": (8 * K, 32 * K)},
+    choices={"W": (32 * K,)},
+    module={"W": (8 * K, 32 * K)},
+    steps={"100m": (8 * K, 32 * K), "1b": (8 * K, 16 * K)},
+)
+CPU = Plan(
+    stages={"tiny": (256, K)},
+    whole={"tiny": (256, 512, K, 2 * K)},
+    flash={"tiny": (256, 512, K, 2 * K)},
+    flex={},
+    peers={"tiny": (256, K)},
+    choices={"tiny": (K,)},
+    module={"tiny": (K,)},
+    steps={"debug": (256,)},
+)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmark]:
+    """What this machine runs, those with the same inputs one after the other.
+
+    Args:
+        impl: ours; Triton on a GPU, eager elsewhere, unless named.
+        peers: further ones by name, beside fla-core, which is taken where it is installed and there is a GPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    plan, ours = (GPU if on_gpu else CPU), load(impl or ("triton" if on_gpu else "eager"))
+    others = [load(name) for name in dict.fromkeys([*(["fla"] if on_gpu and find_spec("fla") else []), *peers])]
+    others = [peer for peer in others if device() in peer.devices and not peer.interpreted]
+    found: list[Benchmark] = []
+
+    def add(role: str, subject: Implementation, names: Sequence[str], where: dict[str, tuple[int, ...]]) -> None:
+        there = {benchmark.id for benchmark in found}
+        for workload in (WORKLOADS[name] for name in where):
+            for stage in names:
+                if (role == "peer" and not _can(subject, workload, stage)) or getattr(subject, stage) is None:
+                    continue
+                for length in where[workload.name]:
+                    found.extend(b for b in _stage(role, subject, workload, length, stage) if b.id not in there)
+
+    add("ours", ours, [stage for stage in STAGES if stage != WHOLE], plan.stages)
+    add("ours", ours, [WHOLE], plan.whole)
+    add("rival", dense(), [WHOLE], plan.whole)
+    add("rival", flash(), [WHOLE], plan.flash)
+    if plan.flex:
+        add("rival", flex(), ["sliding_window_attention"], plan.flex)
+    for peer in others:
+        # Compression is left out: what is learned there differs between implementations.
+        add("peer", peer, [stage for stage in STAGES if stage not in ("compress", "combine")], plan.peers)
+    if "P" in plan.peers:
+        add("ours", ours, ["compressed_attention", "select_blocks", "selected_attention"], {"P": plan.peers["P"]})
+    for name, lengths in plan.choices.items():
+        for length in lengths:
+            for choice in CHOICES:
+                found += _stage("ours", ours, chosen(WORKLOADS[name], choice), length, WHOLE)
+    backend = ours.name if ours.name in ("eager", "triton") else "auto"
+    for name, lengths in plan.module.items():
+        for length in lengths:
+            for direction in ("forward", "backward"):
+                make = partial(_layer, WORKLOADS[name], length, direction, backend)
+                found.append(Benchmark(name, length, "layer", direction, ours.name, "ours", make))
+    for flavor, lengths in plan.steps.items():
+        for length in lengths:
+            step = partial(_training_step, length=length)
+            found.append(Benchmark(flavor, length, "training", "step", ours.name, "ours", partial(step, flavor)))
+            twin = partial(step, f"{flavor}_dense")
+            found.append(Benchmark(flavor, length, "training", "step", "dense (twin)", "rival", twin))
+    order = [*plan.whole, *plan.peers]
+    return sorted(found, key=lambda b: (b.stage in ("layer", "training"), _place(b.workload, order), b.length))
+
+
+def _place(name: str, order: list[str]) -> tuple[int, str]:
+    base = name.partition(",")[0]
+    return (order.index(base) if base in order else len(order), name)
+
+
+def _can(peer: Implementation, workload: Workload, stage: str) -> bool:
+    """Whether somebody else's implementation says it can do this."""
+    sizes = peer.head_dims(workload.key_dim) and peer.head_dims(workload.value_dim) and peer.groups(workload.group)
+    sizes = sizes and (peer.value_head_dim or workload.key_dim == workload.value_dim) and peer.config(workload.config)
+    # Without flash-attn its window is a stand-in of ours.
+    borrowed = peer.name == "fla" and stage == WHOLE and not find_spec("flash_attn")
+    return sizes and workload.dtype in peer.dtypes and not borrowed
+
+
+def _stage(role: str, subject: Implementation, workload: Workload, length: int, name: str) -> Iterator[Benchmark]:
+    costs = workload.costs(length)
+    for direction in ("forward", "backward") if STAGES[name].wrt and subject.backward else ("forward",):
+        make = partial(_calls, subject, workload, length, name, direction)
+        kind = "dense" if subject.name.startswith("dense") else name
+        floor = partial(workload.floor, kind, direction, length)
+        cost = costs[kind, direction]
+        yield Benchmark(workload.name, length, name, direction, subject.name, role, make, cost, floor)
+
+
+@lru_cache(maxsize=1)
+def draws(workload: Workload, length: int) -> list[Inputs]:
+    """The inputs, of which several benchmarks in a row make use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next may be the largest that fit
+    return [workload.draw(length, device(), seed) for seed in range(DRAWS)]
+
+
+def release() -> None:
+    """Gives back what benchmarks keep for one another."""
+    draws.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that is each of these in turn."""
+    each = cycle(calls)
+    return lambda: next(each)()
+
+
+def _calls(subject: Implementation, workload: Workload, length: int, name: str, direction: str) -> Calls:
+    stage, config, inputs = STAGES[name], workload.config, draws(workload, length)
+    if direction == "forward":
+        call = in_turn([stage.forward(subject, x, config) for x in inputs])
+        return Calls(call, call)
+    backward = in_turn([stage.backward(subject, x, config) for x in inputs])
+    return Calls(backward, stage.step(subject, inputs[0], config))
+
+
+def _layer(workload: Workload, length: int, direction: str, backend: str) -> Calls:
+    """The layer with its projections, as wide as its heads together."""
+    release()
+    heads, dim = workload.query_heads, workload.key_dim
+    layer = NativeSparseAttention(
+        heads * dim, heads, workload.kv_heads, dim, workload.config, backend=backend
+    ).to(device(), workload.dtype)  # fmt: skip
+    rope = rope_table(length, dim).to(device())
+    inputs = [torch.randn(1, length, heads * dim, device=device(), dtype=workload.dtype) for _ in range(DRAWS)]
+    if direction == "forward":
+        call = in_turn([torch.no_grad()(partial(layer, x, rope)) for x in inputs])
+        return Calls(call, call)
+    leaves = [[x.requires_grad_(), *layer.parameters()] for x in inputs]
+    upstream = torch.randn_like(inputs[0])
+    outputs = [layer(x, rope) for x in inputs]
+    backward = partial(torch.autograd.grad, grad_outputs=upstream, retain_graph=True)
+    calls = [partial(backward, out, wrt) for out, wrt in zip(outputs, leaves, strict=True)]
+    return Calls(in_turn(calls), lambda: torch.autograd.grad(layer(inputs[0], rope), leaves[0], upstream))
+
+
+def _training_step(flavor: str, length: int) -> Calls:
+    """Forward, backward and update of a model on one sequence, in bfloat16 on a GPU, as the trainer has them."""
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    import nsa.train_spec  # noqa: F401 (registers the spec)
+    from nsa.data import ByteTokenizer
+
+    release()
+    spec = get_train_spec("nsa")
+    args: Any = spec.model_args[flavor]
+    args.vocab_size, args.max_seq_len = -(-ByteTokenizer().get_vocab_size() // 64) * 64, length
+    with torch.device(device()):
+        model: Any = spec.model_cls(args)
+        model.init_weights()
+        batches = [torch.randint(args.vocab_size, (1, length + 1)) for _ in range(DRAWS)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=torch.cuda.is_available())
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device(), torch.bfloat16, enabled=torch.cuda.is_available()):
+            logits = model(batch[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    call = in_turn([partial(step, batch) for batch in batches])
+    return Calls(call, call)
+
+
+def jobs(benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
+    """What has to be called for every kernel to have been: of each kind the shortest and a long one.
+
+    Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
+    FlexAttention's for every length. The layer has no kernels of its own, nor has a dense twin.
+    """
+    kinds: dict[tuple[str, ...], list[Benchmark]] = {}
+    for b in benchmarks:
+        if b.stage != "layer" and not b.subject.startswith("dense"):
+            kinds.setdefault((b.workload, b.stage, b.direction, b.subject), []).append(b)
+    return [found if found[0].subject == "FlexAttention" else _ends(found) for found in kinds.values()]
+
+
+def _ends(found: list[Benchmark]) -> list[Benchmark]:
+    """The shortest and the longest of those that many processes can hold at once."""
+    fitting = [b for b in found[1:] if b.length <= 32 * K and b.stage != "training"]
+    return found[:1] + fitting[-1:]
+
+
+def _call_once(job: Sequence[Benchmark]) -> None:
+    for benchmark in job:
+        benchmark.make().timed()
+    release()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--impl")
+    parser.add_argument("--peer", action="append", default=[])
+    parser.add_argument(OPTION, dest="jobs", type=Path, required=True)
+    options = parser.parse_args()
+    global DRAWS
+    DRAWS = 1  # memory is shared by all copies
+    take_jobs(jobs(collect(options.impl, options.peer)), options.jobs, _call_once)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

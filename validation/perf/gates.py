@@ -1,0 +1,179 @@
+"""What is allowed to change and what is promised: a run is judged by another one and by `promises.toml`.
+
+python -m validation.perf.gates A.json B.json    # by how much two runs of one machine disagree
+"""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from validation.perf import records
+from validation.perf.records import Record
+
+TABLE = Path(__file__).with_name("promises.toml")
+K = 1024
+WHOLE, DENSE = "nsa_attention", "dense (cuDNN)"
+"""What promises are about, and what they are measured against."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many times a figure of the baseline a figure may be."""
+
+    time: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A line of the table: `kind` is one of `KINDS`, its figures are those of a whole op, both passes."""
+
+    kind: str
+    workload: str
+    length: int
+    promise: float
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload} at {self.length // K}k: {self.kind}"
+
+    def broken(self, figure: float) -> bool:
+        return figure < self.promise if KINDS[self.kind] else figure > self.promise
+
+
+KINDS = {"times as fast as dense": True, "times the memory of dense": False}
+"""What can be promised, and whether more is better."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """`promises.toml`."""
+
+    bounds: Mapping[str, Bounds]
+    promises: Mapping[str, Sequence[Promise]]
+
+    def bounds_of(self, machine: str) -> Bounds:
+        """The bounds for a machine by its name."""
+        return self.bounds["cpu" if machine.startswith("cpu-") else "gpu"]
+
+    def promises_of(self, machine: str) -> Sequence[Promise]:
+        return self.promises.get(machine, ())
+
+
+def read_table(file: Path = TABLE) -> Table:
+    content = tomllib.loads(file.read_text())
+    bounds = {kind: Bounds(**numbers) for kind, numbers in content.pop("bounds").items()}
+    return Table(bounds, {machine: list(_promises(kinds)) for machine, kinds in content.items()})
+
+
+def _promises(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[Promise]:
+    for kind, lines in kinds.items():
+        if kind not in KINDS:
+            raise ValueError(f"{TABLE.name}: kind of promise must be one of {list(KINDS)}, got {kind!r}")
+        for name, numbers in lines.items():
+            workload, length = name.split()
+            yield Promise(kind, workload, int(length.removesuffix("k")) * K, **numbers)
+
+
+def figure(record: Record, kind: str) -> float | None:
+    """What is compared between runs: time, or memory. Where the clock is noisy, time is relative to that of a call of
+    dense attention before every round."""
+    return record.get("relative", record["median"]) if kind == "time" else record.get("memory")
+
+
+def regressions(run: Sequence[Record], baseline: Sequence[Record], bounds: Bounds) -> Iterator[str]:
+    """Figures of ours that are worse than those of the same name in the baseline, by more than is allowed."""
+    before = {record["fullname"]: record for record in baseline}
+    for record in run:
+        old = before.get(record["fullname"])
+        if record["role"] != "ours" or old is None:
+            continue
+        for kind, bound in (("time", bounds.time), ("memory", bounds.memory)):
+            now, then = figure(record, kind), figure(old, kind)
+            if now is not None and then and now > bound * then:
+                yield (
+                    f"{record['fullname']}: {kind} {now:.4g} against {then:.4g} in the baseline, "
+                    f"{now / then - 1:+.1%}, allowed {bound - 1:+.0%}"
+                )
+
+
+def differences(
+    run: Sequence[Record], baseline: Sequence[Record], skipped: Mapping[str, str], partial: bool
+) -> Iterator[str]:
+    """Benchmarks that only one of the two has; peers may be there or not. Of a partial run nobody expects them all."""
+    names, before = ({r["fullname"] for r in records if r["role"] != "peer"} for records in (run, baseline))
+    if not names & before:
+        yield "nothing was compared: this run and the baseline have no benchmark in common"
+    for name in sorted(before - names if not partial else ()):
+        why = f"skipped: {skipped[name]}" if name in skipped else "renamed, removed or failed?"
+        yield f"{name}: in the baseline, not in this run ({why})"
+    for name in sorted(names - before):
+        yield f"{name}: in this run, not in the baseline (new or renamed? a new baseline is made by make perf-baseline)"
+
+
+def promised(run: Sequence[Record], promises: Sequence[Promise], partial: bool) -> Iterator[tuple[Promise, str | None]]:
+    """Promises with what is wrong with them; those of figures that a partial run lacks are left out."""
+    for promise in promises:
+        found = measured(run, promise)
+        if found is not None and not promise.broken(found):
+            yield promise, None
+        elif found is not None:
+            side = "at least" if KINDS[promise.kind] else "at most"
+            yield promise, f"{promise.name}: {found:.3f}, promised is {side} {promise.promise}"
+        elif not partial:
+            yield promise, f"{promise.name}: promised, but this run lacks the figures"
+
+
+def measured(run: Sequence[Record], promise: Promise) -> float | None:
+    """The figure that a promise is about."""
+    found: dict[tuple[bool, str], Record] = {}
+    for r in run:
+        there = (r.get("workload"), r.get("length"), r.get("stage")) == (promise.workload, promise.length, WHOLE)
+        if there and (r["role"] == "ours" or r["subject"] == DENSE):
+            found[r["role"] == "ours", r["direction"]] = r
+    if len(found) < 4:
+        return None
+    if promise.kind == "times the memory of dense":
+        return found[True, "backward"]["memory"] / found[False, "backward"]["memory"]
+    dense, ours = (sum(found[side, d]["median"] for d in ("forward", "backward")) for side in (False, True))
+    return dense / ours
+
+
+def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:
+    """By how much the figures that two runs have differ, the worst first: 0.03 is 3%."""
+    before = {record["fullname"]: record for record in a}
+    pairs = (
+        (r["fullname"], figure(r, kind), figure(before[r["fullname"]], kind)) for r in b if r["fullname"] in before
+    )
+    return sorted(((max(x / y, y / x) - 1, name) for name, x, y in pairs if x and y), reverse=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs=2)
+    parser.add_argument("--within", type=float, help="fail where figures disagree by more than this part, such as 0.03")
+    parser.add_argument("--above", type=float, default=0.0, help="leave out figures of less than so many ms")
+    options = parser.parse_args()
+    a, b = (records.read(file) for file in options.files)
+    if a["machine"]["name"] != b["machine"]["name"]:
+        parser.error(f"{options.files[0]} is of {a['machine']['name']}, {options.files[1]} of {b['machine']['name']}")
+    first = [record for record in a["results"] if record["median"] >= options.above]
+    bad = 0
+    for kind in ("time", "memory"):
+        found = disagreements(first, b["results"], kind)
+        print(f"{kind}: {len(found)} figures, the worst:")
+        for difference, name in found[:10]:
+            print(f"  {difference:7.2%}  {name}")
+        bad += sum(difference > options.within for difference, _ in found) if options.within and kind == "time" else 0
+    if bad:
+        print(f"{bad} figures disagree by more than {options.within:.1%}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Pictures of saved runs, in one style: time, speed-up, stages, roofline, memory, and the history of what is gated.
+
+    python -m validation.perf.plots RUN.json ... --out FOLDER
+    python -m validation.perf.plots --latest --history --out out/perf    # the last run saved here, and all before it
+
+What several runs hold is taken from the first, as in `validation.perf.report`. A picture for which a run has nothing is
+left out. `--history` also draws all runs that `make perf` saved here on the same machine, its baseline and those named.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: there may be no screen
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from validation.perf import gates, records
+from validation.perf.benchmarks import size
+from validation.perf.records import Record, Report
+from validation.perf.report import TITLES, Results, merge
+from validation.perf.stages import WHOLE
+from validation.perf.timing import machine_name
+from validation.perf.workloads import PARTS, WORKLOADS, Roofs
+
+# Okabe and Ito's colours, which are told apart by colour-blind people too; marks and dashes say it once more.
+BLUE, RED, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
+OURS = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 5}
+DENSE = {"color": RED, "marker": "s", "linestyle": "--"}
+FLOOR = {"color": BLACK, "linestyle": ":", "linewidth": 1.2}
+OTHERS = [
+    {"color": color, "marker": marker, "linestyle": line}
+    for color, marker, line in ((ORANGE, "D", "-."), (GREEN, "^", "--"), (PINK, "v", "-."), (SKY, "P", "--"))
+]
+COLOURS = {
+    "compressed_attention": BLUE,
+    "select_blocks": SKY,
+    "selected_attention": ORANGE,
+    "sliding_window_attention": GREEN,
+    "combine": PINK,
+    "compress": "#999999",
+    WHOLE: BLACK,
+}
+STYLE = {
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "figure.dpi": 130,
+}
+PASSES = ("forward", "backward")
+
+
+def draw(report: Report) -> dict[str, Figure]:
+    """The pictures of one run, by name."""
+    drawn = {name: draw(report) for name, draw in PICTURES.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _workloads(report: Report) -> list[Results]:
+    """Those of which there is the whole op at several lengths."""
+    found = [Results(report, workload) for workload in WORKLOADS.values()]
+    return [r for r in found if sum(r.both(length, r.subject) is not None for length in r.lengths) > 1]
+
+
+def _subjects(results: Results) -> list[str]:
+    return [results.subject, *results.rivals]
+
+
+def _look(results: Results, subject: str) -> dict[str, Any]:
+    if subject == results.subject:
+        return OURS
+    if subject == results.dense:
+        return DENSE
+    return OTHERS[[s for s in results.rivals if s != results.dense].index(subject) % len(OTHERS)]
+
+
+def _panels(count: int, title: str, report: Report, height: float = 3.9, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(5.6, 4.3 * columns), height * rows), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    machine = report["machine"]
+    figure.text(
+        1, 0, f"{machine['device']}, PyTorch {machine['torch']}, {machine['date'][:10]} ",
+        ha="right", va="bottom", fontsize=7, color="0.4",
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.16 / figure.get_figheight(), 1, 1 - 0.16 / figure.get_figheight()))  # type: ignore[union-attr,call-arg]
+    return figure, list(axes.flat)
+
+
+def _tokens(axes: Axes, lengths: Sequence[int]) -> None:
+    """The axis of lengths: those that were measured, of close neighbours one."""
+    shown: list[int] = []
+    for length in lengths:
+        if not shown or length >= 1.6 * shown[-1]:
+            shown.append(length)
+    axes.set_xscale("log")
+    axes.set_xticks(shown, [size(length) for length in shown])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
+
+
+def _log(axes: Axes, label: str) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(label)
+
+
+def _line(axes: Axes, results: Results, subject: str, value: Callable[[int], float | None]) -> None:
+    points = [(length, y) for length in results.lengths if (y := value(length)) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=subject, **_look(results, subject))
+
+
+def time(report: Report) -> Figure | None:
+    """Both passes of the whole op against length."""
+    found = _workloads(report)
+    if not found:
+        return None
+    figure, panels = _panels(len(found), "Time of forward and backward pass", report)
+    roofs = Roofs(**report["roofs"])
+    for axes, results in zip(panels, found, strict=False):
+        for subject in _subjects(results):
+            _line(axes, results, subject, lambda length, s=subject, r=results: r.both(length, s))
+        floors = [sum(results.workload.floor(WHOLE, d, n, roofs) for d in PASSES) for n in results.lengths]
+        axes.plot(results.lengths, floors, label="floor of NSA", **FLOOR)
+        _tokens(axes, results.lengths)
+        _log(axes, "ms")
+        axes.set_title(_title(results), fontsize=10)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _title(results: Results) -> str:
+    w = results.workload
+    dims = f"{w.key_dim}" if w.key_dim == w.value_dim else f"{w.key_dim}/{w.value_dim}"
+    return f"{w.name}: {w.query_heads} query heads, {w.kv_heads} KV heads, dim {dims}"
+
+
+def speedup(report: Report) -> Figure | None:
+    """How many times as fast as dense attention, with what is promised and what is aimed at."""
+    found = [results for results in _workloads(report) if results.dense]
+    if not found:
+        return None
+    figure, panels = _panels(len(found), "Times as fast as dense attention, forward and backward", report)
+    table = gates.read_table().promises_of(report["machine"].get("name", ""))
+    for axes, results in zip(panels, found, strict=False):
+        dense = results.dense
+        for subject in _subjects(results):
+            if subject != dense:
+
+                def ratio(length: int, s: str = subject, r: Results = results, d: str = dense) -> float | None:
+                    ours, theirs = r.both(length, s), r.both(length, d)
+                    return theirs / ours if ours and theirs else None
+
+                _line(axes, results, subject, ratio)
+        axes.axhline(1, **{**DENSE, "marker": None}, label=dense)
+        promises = [p for p in table if p.workload == results.workload.name and "fast" in p.kind]
+        for label, marker, points in (
+            ("promised (gate)", "_", [(p.length, p.promise) for p in promises]),
+            ("target", "*", [(p.length, p.target) for p in promises if p.target]),
+        ):
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=BLACK, markersize=9, label=label, zorder=6)
+        _tokens(axes, results.lengths)
+        _log(axes, f"time of {dense} / time")
+        axes.set_title(_title(results), fontsize=10)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def stages(report: Report) -> Figure | None:
+    """What the whole op is made of, beside its own time and that of dense attention."""
+    found = [
+        r for r in _workloads(report)
+        if any(r.get(PARTS[0], "forward", length, r.subject) is not None for length in r.lengths)
+    ]  # fmt: skip
+    if not found:
+        return None
+    figure, panels = _panels(2 * len(found), "Where the time goes", report, columns=2)
+    for (results, direction), axes in zip([(r, d) for r in found for d in PASSES], panels, strict=False):
+        lengths = [n for n in results.lengths if results.get(PARTS[0], direction, n, results.subject) is not None]
+        places, bottom = range(len(lengths)), [0.0] * len(lengths)
+        whole = [results.get(WHOLE, direction, n, results.subject) or 0 for n in lengths]
+        for part in PARTS:
+            ms = [results.get(part, direction, n, results.subject) or 0.0 for n in lengths]
+            if any(ms):
+                # As parts of the whole: lengths differ a hundredfold.
+                height = [x / w if w else 0 for x, w in zip(ms, whole, strict=True)]
+                bars = axes.bar(
+                    places, height, 0.62, bottom, color=COLOURS[part], label=TITLES[part], edgecolor="white"
+                )
+                labels = [f"{x:.3g}" if h > 0.06 else "" for x, h in zip(ms, height, strict=True)]
+                ink = "white" if part in ("compressed_attention", "sliding_window_attention") else "black"
+                axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
+                bottom = [b + h for b, h in zip(bottom, height, strict=True)]
+        axes.axhline(1, color=BLACK, linewidth=1, label="the whole op in one call")
+        axes.set_xticks(places, [f"{size(n)}\n{w:.3g} ms" for n, w in zip(lengths, whole, strict=True)])
+        axes.set_xlabel("tokens, and time of the whole op")
+        axes.set_ylabel("part of that time (in the bars: ms)")
+        axes.set_ylim(0, 1.15 * max([1, *bottom]))
+        axes.grid(axis="x", visible=False)
+        axes.set_title(f"{results.workload.name}, {direction}", fontsize=10)
+    handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def roofline(report: Report) -> Figure | None:
+    """What every stage reaches of the machine, by how much it has to compute for a byte."""
+    found = [
+        results for results in (Results(report, workload) for workload in WORKLOADS.values())
+        if any(results.get(PARTS[0], "forward", n, results.subject) is not None for n in results.lengths)
+        and results.workload.name != "P"
+    ]  # fmt: skip
+    if not found:
+        return None
+    figure, panels = _panels(len(found), "What the stages reach of what the machine can do", report, 4.4)
+    roofs = Roofs(**report["roofs"])
+    for axes, results in zip(panels, found, strict=False):
+        longest = max(n for n in results.lengths if results.get(PARTS[0], "forward", n, results.subject))
+        costs, intensities = results.workload.costs(longest), []
+        for stage in (*PARTS, "compress", WHOLE):
+            for direction, filled in (("forward", True), ("backward", False)):
+                ms = results.get(stage, direction, longest, results.subject)
+                if ms is None or not costs[stage, direction].flops:
+                    continue
+                cost, colour = costs[stage, direction], COLOURS[stage]
+                intensities.append(cost.flops / cost.bytes)
+                axes.plot(
+                    cost.flops / cost.bytes, cost.flops / ms / 1e9, "o" if filled else "D", color=colour,
+                    mfc=colour if filled else "white", mew=1.6, markersize=8, linestyle="",
+                    label=f"{TITLES[stage]}, {direction}",
+                )  # fmt: skip
+        edge = roofs.flops / roofs.bytes
+        x = [min([edge / 4, *(i / 2 for i in intensities)]), edge, max([edge * 4, *(2 * i for i in intensities)])]
+        axes.plot(x, [min(roofs.flops, i * roofs.bytes) / 1e12 for i in x], color=BLACK, linewidth=1.4)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("operations a byte of device memory")
+        _log(axes, "TFLOP/s")
+        axes.set_title(f"{results.workload.name} at {size(longest)} tokens", fontsize=10)
+    handles = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def memory(report: Report) -> Figure | None:
+    """Peak memory of both passes against length."""
+    found = _workloads(report)
+    if not found:
+        return None
+    figure, panels = _panels(len(found), "Peak memory of forward and backward pass, beyond the inputs", report)
+    for axes, results in zip(panels, found, strict=False):
+        for subject in _subjects(results):
+
+            def gib(length: int, s: str = subject, r: Results = results) -> float | None:
+                found = r.get(WHOLE, "backward", length, s, "memory")
+                return None if found is None else found / 2**30
+
+            _line(axes, results, subject, gib)
+        _tokens(axes, results.lengths)
+        _log(axes, "GiB")
+        axes.set_title(_title(results), fontsize=10)
+        axes.legend(fontsize=8)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Report], Figure | None]] = {
+    "time": time,
+    "speedup": speedup,
+    "stages": stages,
+    "roofline": roofline,
+    "memory": memory,
+}
+
+
+def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
+    """Every gated figure of ours over runs, against the first that had it; what grew beyond its bound since the run
+    before is marked and, if it is among the worst, named.
+
+    Args:
+        kind: `"time"` or `"memory"`.
+    """
+    runs = sorted(runs, key=lambda run: run["date"])
+    stages = [s for s in (*PARTS, "compress", WHOLE, "layer", "training") if any(_of(run, s) for run in runs)]
+    if len(runs) < 2:
+        return None
+    figure, panels = _panels(len(stages), f"Gated {kind} over saved runs, against the first", runs[-1], 3.3)
+    for ax in panels[len(stages) :]:
+        ax.set_visible(False)
+    bound = getattr(gates.read_table().bounds_of(runs[0]["machine"]["name"]), kind)
+    names = [f"{run['date'][5:16].replace('T', ' ')}\n{run['commit'][:7]}" for run in runs]
+    every = max(1, -(-len(runs) // 6))
+    for stage, axes in zip(stages, panels, strict=False):
+        worst: list[tuple[float, int, float, str]] = []
+        for name in dict.fromkeys(r["fullname"] for run in runs for r in _of(run, stage)):
+            found = [(i, r) for i, run in enumerate(runs) for r in _of(run, stage) if r["fullname"] == name]
+            figures = [gates.figure(r, kind) or 1.0 for _, r in found]
+            ratios = [x / figures[0] for x in figures]
+            axes.plot([i for i, _ in found], ratios, color=COLOURS.get(stage, BLUE), alpha=0.55, linewidth=1)
+            for (i, r), now, then, ratio in zip(found[1:], figures[1:], figures, ratios[1:], strict=False):
+                if now > bound * then:
+                    axes.plot(i, ratio, "X", color=RED, markersize=7, zorder=6)
+                    worst.append((now / then, i, ratio, "-".join((r["workload"], size(r["length"]), r["direction"]))))
+        for rise, i, ratio, name in sorted(worst, reverse=True)[:2]:
+            right = i < len(runs) / 2
+            axes.annotate(
+                f"{name} {rise - 1:+.0%}", (i, ratio), (6 if right else -6, 4), textcoords="offset points",
+                fontsize=7, ha="left" if right else "right",
+            )  # fmt: skip
+        axes.axhline(1, **FLOOR)
+        axes.set_xticks(range(0, len(runs), every), names[::every], fontsize=7)
+        axes.set_xlim(-0.3, len(runs) - 0.7)
+        axes.set_xlabel("run: when, and of which commit")
+        axes.set_ylabel("times the first run")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.8), max(high, 1.2))  # a few percent are to look like a few percent
+        axes.set_title(TITLES.get(stage, stage), fontsize=10)
+    figure.text(0.01, 0, f"X: more than {bound - 1:.0%} above the run before", fontsize=8, color=RED, va="bottom")
+    return figure
+
+
+def _of(run: Report, stage: str) -> list[Record]:
+    return [r for r in run["results"] if r["stage"] == stage and r["role"] == "ours" and "fullname" in r]
+
+
+def save(figures: Iterable[tuple[str, Figure | None]], folder: Path, prefix: str = "") -> list[Path]:
+    """Writes pictures as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures:
+        if figure is not None:
+            written.append(folder / f"{prefix}{name}.png")
+            # Without the version of matplotlib in the file the same figures give the same file.
+            figure.savefig(written[-1], metadata={"Software": None})
+            plt.close(figure)
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="saved runs")
+    parser.add_argument("--latest", action="store_true", help="the last run that was saved here on this machine")
+    parser.add_argument("--history", action="store_true", help="also of all saved runs")
+    parser.add_argument("--storage", type=Path, default=records.STORAGE)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to draw into")
+    parser.add_argument("--prefix", default="", help="of the names of the files")
+    options = parser.parse_args()
+    runs = [records.read(file) for file in options.files]
+    if options.latest:
+        saved = records.saved(options.storage, machine_name())
+        if not saved:
+            parser.error(f"no run of {machine_name()} is saved in {options.storage}")
+        runs = [records.report(saved[-1][1])]
+    if not runs:
+        parser.error("name a run, or --latest")
+    with plt.rc_context(STYLE):
+        report = merge(runs)
+        pictures = list(draw(report).items())
+        if options.history:
+            name = report["machine"]["name"]
+            files = [*options.files, *records.BASELINES.glob(f"{name}.json")]
+            contents = [content for _, content in records.saved(options.storage, name)]
+            contents += [content for file in files if "benchmarks" in (content := json.loads(file.read_text()))]
+            one_of_each = {content["datetime"]: content for content in contents if not content["partial"]}
+            runs = [records.report(content) for content in one_of_each.values()]
+            pictures += [("history", history(runs)), ("history-memory", history(runs, "memory"))]
+        written = save(pictures, options.out, options.prefix)
+    print("\n".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

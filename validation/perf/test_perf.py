@@ -1,0 +1,102 @@
+"""How long everything takes and how much memory: `make perf`. What is timed, and beside whom, is in `benchmarks.py`.
+
+Compiling, warming up and drawing inputs are outside the clock, which is the device's; every round finds the cache empty
+(see `timing.py`). Which figures may not get worse, and by how much, is in `promises.toml`.
+"""
+
+import os
+import statistics
+import sys
+
+import pytest
+import torch
+
+from validation.perf import benchmarks, timing
+from validation.perf.plugin import FAILURES, ROOFS
+from validation.perf.precompile import precompile
+from validation.perf.rivals import dense
+from validation.perf.stages import STAGES, WHOLE
+from validation.perf.workloads import WORKLOADS
+
+COMPILING = 150  # seconds at most, for all of it
+# About how many seconds of rounds, and how many rounds: a CPU has other things to do in between.
+SPAN, LEAST, MOST = (0.2, 5, 15) if torch.cuda.is_available() else (0.4, 5, 40)
+LONG = 300  # ms: three rounds of this are enough
+FOUND = pytest.StashKey()
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.option
+    found = {b.id: b for b in benchmarks.collect((option.impl or [None])[0], option.peer or ())}
+    metafunc.config.stash[FOUND] = found
+    metafunc.parametrize("name", found)
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """Everything that needs compiling has been: while the GPU would wait, by as many processes as there are cores."""
+    if not torch.cuda.is_available():
+        return
+    option = request.config.option
+    command = [sys.executable, "-m", "validation.perf.benchmarks"]
+    command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
+    if len(request.session.items) > 20:  # a few kernels are compiled sooner than the processes are up
+        precompile(command, min(10, os.cpu_count() or 1), COMPILING)
+
+
+@pytest.fixture(scope="module")
+def roofs(compiled, request):
+    found = request.config.stash[ROOFS] = timing.measure_roofs()
+    return found
+
+
+@pytest.fixture(scope="module")
+def company():
+    """Dense attention, timed before every round where there is no GPU, to tell slow code from a slow machine."""
+    workload = WORKLOADS["tiny"]
+    if torch.cuda.is_available():
+        return None
+    return STAGES[WHOLE].forward(dense(), workload.draw(512, "cpu"), workload.config)
+
+
+@pytest.mark.benchmark(timer=timing.now)
+def test_speed(benchmark, name, compiled, roofs, company, request):
+    case = request.config.stash[FOUND][name]
+    try:
+        calls = case.make()
+        memory = timing.peak_memory(calls.peak)
+        ready = timing.Rounds(calls.timed, warmup=1, beside=company)
+        first = ready.time()
+    except Exception as failure:
+        if case.role == "ours":
+            raise
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        what = {name: getattr(case, name) for name in ("workload", "length", "stage", "direction", "subject")}
+        request.config.stash.setdefault(FAILURES, []).append({**what, "error": error})
+        pytest.skip(f"{case.subject} cannot: {error}")
+    host = timing.host_time(calls.timed, rounds=3, warmup=0).median if case.stage == WHOLE and first < LONG else None
+
+    rounds = 3 if first > LONG else min(MOST, max(LEAST, int(1e3 * SPAN / first)))
+    ready.company.clear()
+    benchmark.group = case.group
+    result = benchmark.pedantic(calls.timed, setup=ready.prepare, rounds=rounds)
+
+    times = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+    ms = statistics.median(times)
+    benchmark.extra_info.update(
+        workload=case.workload, length=case.length, stage=case.stage, direction=case.direction,
+        subject=case.subject, role=case.role, memory=memory,
+    )  # fmt: skip
+    if host is not None:
+        benchmark.extra_info["host"] = host
+    if ready.company:
+        pairs = zip(times, ready.company, strict=True)
+        benchmark.extra_info["relative"] = statistics.median(time / beside for time, beside in pairs)
+    if case.cost is not None:
+        floor = case.floor(roofs)
+        benchmark.extra_info.update(
+            flops=case.cost.flops, bytes=case.cost.bytes, tflops=case.cost.flops / ms / 1e9,
+            tbps=case.cost.bytes / ms / 1e9, floor=floor, of_roof=floor / ms,
+        )  # fmt: skip
+    if case.role == "ours":  # speed is worth nothing where the numbers are not
+        assert all(x.isfinite().all() for x in (result if isinstance(result, tuple) else (result,)))

@@ -1,0 +1,157 @@
+"""Every measured figure in the README and in docs/ comes from a saved run in the repository."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from validation.perf import records
+from validation.perf.report import readme, render
+from validation.runs import LOSS, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics
+from validation.system.twins import LAST_STEPS
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "docs" / "runs"
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+ACTIVE, RESERVED = "memory/max_active(GiB)", "memory/max_reserved(GiB)"
+VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
+ALIKE = 90
+"""Steps until which rounding has not been amplified yet."""
+
+
+def sources() -> list[str]:
+    """Paths of the runs that the page of measurements says it is made from."""
+    command = next(line for line in PAGE.splitlines() if line.startswith("python -m validation.perf.report "))
+    return command.partition("report ")[2].partition(" >")[0].split()
+
+
+def test_the_page_of_measurements_is_what_its_runs_give() -> None:
+    assert render({name: records.read(ROOT / name) for name in sources()}) == PAGE
+
+
+def test_its_pictures_are_there() -> None:
+    for name in re.findall(r"\]\((img/[^)]*)\)", PAGE):
+        assert (ROOT / "docs" / name).stat().st_size > 10_000, name
+
+
+def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    made = readme([records.read(ROOT / name) for name in sources()], text)
+    assert made == text, "make perf-docs"
+    # Nothing else in there is a figure: outside code only versions and the name of the paper have decimals.
+    prose = re.sub(r"(?ms)^```.*?^```|^\| (tokens|faster than dense|memory) \|.*?$", "", text)
+    allowed = r"(Python|or) 3\.1[12]\b|2502\.11089"
+    assert not re.findall(r"\d+\.\d+|\d+%", re.sub(allowed, "", prose))
+
+
+def table_after(text: str, heading: str) -> dict[str, list[list[str]]]:
+    """Rows of the first table after a heading: for every cell its numbers, by the row's title."""
+    lines = text.partition(heading)[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[title] = [[number.strip() for number in cell.split("/")] for cell in cells]
+    return rows
+
+
+def last(metrics: Metrics) -> float:
+    return sum(list(metrics[LOSS].values())[-LAST_STEPS:]) / LAST_STEPS
+
+
+def saved(name: str) -> Metrics:
+    """What a training run on the H200 logged."""
+    return Metrics(tuple(map(json.loads, (RUNS / f"h200-{name}.jsonl").read_text().splitlines())))
+
+
+def of_h200(metrics: Metrics) -> dict[str, list[str]]:
+    losses = metrics[VALIDATION_LOSS]
+    return {
+        "validation loss after 1 step (nats a byte)": [f"{losses[1]:.3f}"],
+        "after 100 steps": [f"{losses[100]:.3f}"],
+        "after 200 steps": [f"{losses[200]:.3f}"],
+        "training loss, mean of the last 10 logged": [f"{last(metrics):.3f}"],
+        "peak memory, active / reserved (GiB)": [f"{max(metrics[kind].values()):.2f}" for kind in (ACTIVE, RESERVED)],
+    }
+
+
+def beside_eager(step: int) -> list[list[str]]:
+    """Eager's loss, those of four runs that add in another order each, and how far eager is from them."""
+    eager, *others = (saved(f"100m-{name}")[LOSS][step] for name in ("eager", *VARIATIONS))
+    outside = min(abs(eager - loss) for loss in others) * (not min(others) <= eager <= max(others))
+    distance = f"{outside:.4f}" if outside else "among them"
+    return [[f"{loss:.4f}"] for loss in (eager, *others, max(others) - min(others))] + [[distance]]
+
+
+def of_length(length: str) -> dict[str, list[list[str]]]:
+    """Speed after the first logged steps, and memory, of both models."""
+    runs = [saved(f"{length}-{flavor}") for flavor in ("100m", "100m_dense")]
+    speeds = [statistics.median(list(run[TOKENS_PER_SECOND].values())[1:]) for run in runs]
+    memory = [max(run[ACTIVE].values()) for run in runs]
+    return {
+        f"{length}, tokens/s": [[f"{x:,.0f}"] for x in speeds] + [[f"{speeds[0] / speeds[1]:.2f}"]],
+        f"{length}, peak memory, active (GiB)": [[f"{x:.2f}"] for x in memory] + [[f"{memory[0] / memory[1]:.2f}"]],
+    }
+
+
+def of_cpu(summary: dict[str, Any]) -> dict[str, list[str]]:
+    return {
+        "training loss, mean of the last 10 logged (nats a byte)": [f"{summary['training_loss']:.3f}"],
+        "validation loss": [f"{summary['validation_loss']:.3f}"],
+        "tokens/s, median": [f"{summary['tokens_per_second']:,.0f}"],
+        "peak memory of the process (GiB)": [f"{summary['memory_gib']:.2f}"],
+    }
+
+
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+SUMMARY = json.loads((RUNS / "train.json").read_text())["summary"]
+
+
+def test_the_results_of_training_are_those_of_its_runs() -> None:
+    made = [of_h200(saved(name)) for name in ("100m-triton", "100m-eager", "100m_dense")]
+    assert table_after(RESULTS, "## `100m` and its") == {title: [m[title] for m in made] for title in made[0]}
+    made = [of_cpu(SUMMARY[name]) for name in ("NSA", "dense")]
+    assert table_after(RESULTS, "## `debug` and its") == {title: [m[title] for m in made] for title in made[0]}
+
+
+def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
+    table = table_after(RESULTS, "**The kernels follow the reference.**")
+    assert table == {step: beside_eager(int(step)) for step in table}
+
+
+def test_speeds_by_length_are_those_of_their_runs() -> None:
+    made = of_length("4k") | of_length("16k") | of_length("32k")
+    assert table_after(RESULTS, "## Tokens a second") == made
+
+
+def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
+    prose = re.sub(r"(?ms)^```.*?^```|^\|.*?$", "", RESULTS)
+    sizes = [parameters(flavor) / 1e6 for flavor in ("100m", "100m_dense")]
+    eager, triton = (saved(f"100m-{name}")[LOSS] for name in ("eager", "triton"))
+    apart = max(abs(eager[step] - triton[step]) for step in eager if step <= ALIKE)
+    known = {f"{size:.1f}" for size in sizes} | {
+        f"{sizes[0] / sizes[1] - 1:.0%}",
+        f"{SUMMARY['validation_loss_ratio']:.3f}",
+        f"{math.ceil(1e3 * apart) / 1e3}",
+        f"{saved('16k-100m-eager')[LOSS][30]:.3f}",
+    }
+    figures = re.findall(r"\d+\.\d+|\d+%", re.sub(r"(PyTorch|Python|Triton) [\d.]+\d", "", prose))
+    assert set(figures) <= known
+
+
+def parameters(flavor: str) -> int:
+    """How many a model has, at the vocabulary of bytes."""
+    from nsa.data import ByteTokenizer
+    from nsa.model import Transformer
+    from nsa.train_spec import _Flavors
+
+    args = _Flavors()[flavor]
+    args.vocab_size = -(-ByteTokenizer().get_vocab_size() // 64) * 64
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(args).parameters())

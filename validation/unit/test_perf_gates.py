@@ -1,0 +1,348 @@
+"""The gates of the performance layer: what is worse fails by its name, and no run passes by showing nothing.
+
+Runs of small benchmarks whose figures are given, not measured, show what pytest says and how it ends.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from validation.perf import gates, plugin, records
+from validation.perf.records import Record, Report
+from validation.perf.report import merge
+
+ROOT = Path(__file__).parents[2]
+RUNS = [records.read(ROOT / "docs" / "runs" / f"{name}_h200.json") for name in ("stages", "whole")]
+MACHINE = {"name": "cpu-test", "device": "a CPU", "driver": None, "torch": "2", "triton": "3"}
+BOUNDS = gates.Bounds(time=1.10, memory=1.02)
+
+
+def record(name: str = "test_a", ms: float = 1.0, memory: int = 1000, role: str = "ours", **more: Any) -> Record:
+    return {"fullname": name, "median": ms, "memory": memory, "role": role, **more}
+
+
+# 1. Judgement.
+
+
+@pytest.mark.parametrize(
+    ("ms", "memory", "what"),
+    [(1.09, 1000, None), (1.15, 1000, "time"), (1.0, 1019, None), (1.0, 1030, "memory"), (0.5, 500, None)],
+)
+def test_a_figure_that_is_worse_by_more_than_is_allowed_is_named(ms: float, memory: int, what: str | None) -> None:
+    found = list(gates.regressions([record(ms=ms, memory=memory)], [record()], BOUNDS))
+    assert [line.split()[:2] for line in found] == ([["test_a:", what]] if what else [])
+
+
+def test_where_the_clock_is_noisy_time_is_that_over_dense_attention() -> None:
+    slow_machine = record(ms=5.0, relative=0.20)
+    assert not list(gates.regressions([slow_machine], [record(ms=1.0, relative=0.19)], BOUNDS))
+    assert list(gates.regressions([record(ms=1.0, relative=0.25)], [record(ms=1.0, relative=0.19)], BOUNDS))
+
+
+def test_others_may_get_slower() -> None:
+    assert not list(gates.regressions([record(ms=9, role="rival")], [record(role="rival")], BOUNDS))
+
+
+def test_what_only_one_of_two_runs_has_is_named() -> None:
+    run, baseline = [record("same"), record("new")], [record("same"), record("old"), record("shy")]
+    lines = list(gates.differences(run, baseline, {"shy": "no room"}, partial=False))
+    assert [line.split(":")[0] for line in lines] == ["old", "shy", "new"]
+    assert "skipped: no room" in lines[1]
+    assert [line.split(":")[0] for line in gates.differences(run, baseline, {}, partial=True)] == ["new"]
+
+
+def test_a_peer_may_be_there_or_not() -> None:
+    assert not list(gates.differences([record()], [record(), record("theirs", role="peer")], {}, partial=False))
+
+
+def test_runs_without_anything_in_common_are_not_compared() -> None:
+    assert "nothing was compared" in next(gates.differences([record("a")], [record("b")], {}, partial=True))
+
+
+def test_two_runs_are_as_far_apart_as_their_worst_figure() -> None:
+    a, b = [record("x", 1.0), record("y", 2.0)], [record("x", 1.01), record("y", 1.9)]
+    assert gates.disagreements(a, b)[0] == (pytest.approx(2.0 / 1.9 - 1), "y")
+
+
+def test_within_a_run_ours_is_compared_with_dense_and_the_best_peer() -> None:
+    where = {"workload": "W", "length": 1024, "stage": "nsa_attention", "direction": "forward"}
+    run = [
+        record("ours", 2.0, subject="ours", **where),
+        record("dense", 3.0, role="rival", subject="dense (cuDNN)", **where),
+        record("good", 4.0, role="peer", subject="good", **where),
+        record("bad", 9.0, role="peer", subject="bad", **where),
+    ]
+    assert records.compare_within(run) == {"ours": {"over_dense": 1.5, "over_best_peer": 2.0}}
+
+
+# 2. Promises.
+
+
+def whole(ours: float, dense: float, memory: int = 90) -> list[Record]:
+    where = {"workload": "W", "length": 8192, "stage": "nsa_attention"}
+    rows = [("ours", "ours", ours, memory), ("rival", "dense (cuDNN)", dense, 100)]
+    return [
+        record(f"{role}-{direction}", ms / 2, memory, role, subject=subject, direction=direction, **where)
+        for role, subject, ms, memory in rows
+        for direction in ("forward", "backward")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "run", "broken"),
+    [
+        ("times as fast as dense", whole(1.0, 1.5), False),
+        ("times as fast as dense", whole(1.0, 1.1), True),
+        ("times the memory of dense", whole(1.0, 1.0, 110), False),
+        ("times the memory of dense", whole(1.0, 1.0, 130), True),
+    ],
+)
+def test_a_promise_is_kept_or_named(kind: str, run: list[Record], broken: bool) -> None:
+    promise = gates.Promise(kind, "W", 8192, promise=1.2)
+    [(_, problem)] = gates.promised(run, [promise], partial=False)
+    assert bool(problem) == broken
+    assert not broken or (problem or "").startswith(f"W at 8k: {kind}: 1.")
+
+
+def test_a_promise_without_its_figures_is_broken_unless_others_were_asked_for() -> None:
+    promise = gates.Promise("times as fast as dense", "W", 8192, promise=1.2)
+    [(_, problem)] = gates.promised([record()], [promise], partial=False)
+    assert "lacks the figures" in (problem or "")
+    assert not list(gates.promised([record()], [promise], partial=True))
+
+
+def gpu_runs() -> list[Report]:
+    """What docs/performance.md is made from, the baseline first where there is one."""
+    baselines = [records.read(file) for file in sorted(records.BASELINES.glob("nvidia-h200.json"))]
+    return [*baselines, *RUNS]
+
+
+def test_promises_are_kept_and_not_hollow() -> None:
+    """What was measured keeps them, by less than what would hide a loss of a tenth."""
+    run, table = merge(gpu_runs()), gates.read_table()
+    promises = table.promises_of("nvidia-h200")
+    assert len(promises) >= 12
+    for promise in promises:
+        found = gates.measured(run["results"], promise)
+        assert found is not None, promise.name
+        assert not promise.broken(found), promise.name
+        slack = found / promise.promise if gates.KINDS[promise.kind] else promise.promise / found
+        assert slack <= 1.1, f"{promise.name}: {found:.3f} keeps {promise.promise} too easily"
+
+
+def test_targets_are_those_of_the_design() -> None:
+    targets = {
+        (p.workload, p.length // 1024): p.target
+        for p in gates.read_table().promises_of("nvidia-h200")
+        if p.target and "fast" in p.kind
+    }
+    assert targets == {("W", 4): 1.0, ("W", 8): 1.5, ("W", 16): 2.5, ("W", 32): 4.0, ("W", 64): 6.0, ("W4", 32): 2.5}
+
+
+def test_an_unknown_kind_of_promise_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "promises.toml"
+    file.write_text('[bounds]\n[gpu."as nice as dense"]\n"W 8k" = { promise = 1.0 }\n')
+    with pytest.raises(ValueError, match="as nice as dense"):
+        gates.read_table(file)
+
+
+# 3. What pytest says, and how it ends.
+
+BENCHMARK = """
+import pytest
+
+{mark}
+def test_{name}(benchmark):
+    benchmark.extra_info.update(relative={relative}, memory={memory})
+    benchmark.pedantic(int, rounds=2)
+"""
+
+
+@pytest.fixture
+def tidy() -> Iterator[None]:
+    """A run that is refused leaves files open, which are not to be found in another test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def perf(tidy: None, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs benchmarks of given figures on a machine of a given name, which has baselines of its own."""
+    monkeypatch.setattr(records, "BASELINES", pytester.path / "baselines")
+    monkeypatch.setattr(plugin, "machine", lambda: MACHINE)
+
+    def run(*arguments: str, files: dict[str, dict[str, Any]] | None = None, machine: str = "cpu-test") -> Any:
+        monkeypatch.setattr(plugin, "machine", lambda: {**MACHINE, "name": machine})
+        given = {"a": {}, "b": {}} if files is None else files
+        defaults = {"relative": 1.0, "memory": 1000, "mark": ""}
+        text = "".join(BENCHMARK.format(name=name, **{**defaults, **figures}) for name, figures in given.items())
+        pytester.makepyfile(test_bench=text)
+        return pytester.runpytest_inprocess("-p", "validation.perf.plugin", *arguments)
+
+    return run
+
+
+COMPARE = ("--benchmark-autosave", "--benchmark-compare")
+
+
+def failed(result: Any, *lines: str) -> None:
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([f"FAILED*{line}*" for line in lines])
+
+
+def test_a_first_run_says_so_and_the_second_is_compared_with_it(perf: Any) -> None:
+    first = perf("--benchmark-compare")
+    assert first.ret == 0
+    first.stdout.fnmatch_lines(["nothing to compare with: this is the first run of cpu-test that is saved"])
+    first.stdout.no_fnmatch_line("*compared:*")
+    second = perf(*COMPARE)
+    assert second.ret == 0
+    second.stdout.fnmatch_lines(["2 benchmarks of 2 in *_first.json compared: *"])
+
+
+def test_a_slower_benchmark_fails_by_its_name_and_is_no_standard_for_the_next(perf: Any) -> None:
+    perf(*COMPARE)
+    for _ in range(2):
+        failed(perf(*COMPARE, files={"a": {"relative": 9.0}, "b": {}}), "test_bench.py::test_a: time 9 against 1")
+
+
+def test_a_benchmark_of_more_memory_fails_by_its_name(perf: Any) -> None:
+    perf(*COMPARE)
+    failed(perf(*COMPARE, files={"a": {}, "b": {"memory": 1100}}), "test_bench.py::test_b: memory 1100 against 1000")
+
+
+def test_a_renamed_benchmark_fails(perf: Any) -> None:
+    perf(*COMPARE)
+    lines = ("test_bench.py::test_b: in the baseline, not in this run", "test_bench.py::test_c: in this run, not in")
+    failed(perf(*COMPARE, files={"a": {}, "c": {}}), *lines)
+
+
+def test_a_removed_benchmark_fails(perf: Any) -> None:
+    perf(*COMPARE)
+    failed(perf(*COMPARE, files={"a": {}}), "test_bench.py::test_b: in the baseline, not in this run")
+
+
+def test_a_skipped_benchmark_fails_with_the_reason(perf: Any) -> None:
+    perf(*COMPARE)
+    skipped = perf(*COMPARE, files={"a": {}, "b": {"mark": "@pytest.mark.skip(reason='tired')"}})
+    failed(skipped, "test_bench.py::test_b: in the baseline, not in this run (skipped: tired)")
+
+
+def test_skipping_all_fails(perf: Any) -> None:
+    mark = {"mark": "@pytest.mark.skip(reason='tired')"}
+    failed(perf(files={"a": mark, "b": mark}), "no benchmark was measured: tired")
+
+
+def test_a_run_that_was_stopped_fails_and_is_no_standard_for_the_next(perf: Any) -> None:
+    stopped = perf("--benchmark-autosave", "-x", files={"a": {"memory": "nonsense"}, "b": {}})
+    failed(stopped, "test_bench.py::test_a: failed", "1 benchmarks never ran, test_bench.py::test_b the first of them")
+    perf(*COMPARE).stdout.fnmatch_lines(["nothing to compare with: *"])
+
+
+def test_those_chosen_by_hand_are_all_that_is_expected(perf: Any) -> None:
+    perf(*COMPARE)
+    chosen = perf("-k", "test_a", "--benchmark-compare")
+    assert chosen.ret == 0
+    chosen.stdout.fnmatch_lines(["1 benchmarks of 2 in *"])
+
+
+def test_a_benchmark_that_measures_nothing_fails(perf: Any, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_other="def test_idle(benchmark): pass")
+    failed(perf("-W", "ignore"), "test_other.py::test_idle: passed without measuring anything")
+
+
+def refused(result: Any, *lines: str) -> None:
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{line}*" for line in lines])
+
+
+def test_disabled_benchmarks_fail(perf: Any) -> None:
+    refused(perf("--benchmark-disable"), "2 benchmarks would measure nothing: --benchmark-disable")
+
+
+def test_benchmarks_in_parallel_are_refused(
+    perf: Any, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "FOLDER", pytester.path)
+    if not find_spec("xdist"):  # whose option it is
+        pytester.makeconftest("def pytest_addoption(parser): parser.addoption('--dist', default='no')")
+    refused(perf("--dist=load"), "benchmarks in parallel (xdist) would measure nothing")
+
+
+def test_a_swallowed_path_is_refused(perf: Any, pytester: pytest.Pytester) -> None:
+    pytester.mkdir("validation")
+    refused(
+        perf("--benchmark-compare", "validation"), "took 'validation' for the run to compare with: put the option last"
+    )
+
+
+def test_a_run_that_is_not_there_is_refused(perf: Any) -> None:
+    refused(perf("--benchmark-compare=0042"), "--benchmark-compare=0042: no such file, and 0 runs of that number")
+
+
+def test_a_gpu_without_a_baseline_is_refused(perf: Any) -> None:
+    refused(perf("--benchmark-compare", machine="nvidia-h100"), "no baseline of nvidia-h100 in *make perf-baseline")
+
+
+def test_a_baseline_is_found_by_the_machine_and_refused_on_another(perf: Any, pytester: pytest.Pytester) -> None:
+    made = perf("--perf-baseline", machine="nvidia-h100")
+    assert made.ret == 0
+    file = pytester.path / "baselines" / "nvidia-h100.json"
+    assert len(json.loads(file.read_text())["benchmarks"]) == 2
+    found = perf("--benchmark-compare", machine="nvidia-h100")
+    assert found.ret == 0
+    found.stdout.fnmatch_lines([f"2 benchmarks of 2 in {file} compared: *"])
+    refused(
+        perf(f"--benchmark-compare={file}", machine="nvidia-a100"), "is of another machine: nvidia-h100, this one is"
+    )
+
+
+def test_a_run_that_fails_or_is_partial_is_no_baseline(perf: Any, pytester: pytest.Pytester) -> None:
+    skipped = {"mark": "@pytest.mark.skip(reason='tired')"}
+    failed(perf("--perf-baseline", files={"a": skipped}), "no benchmark was measured")
+    refused(perf("--perf-baseline", "-k", "a"), "--perf-baseline needs a whole run")
+    assert not (pytester.path / "baselines").exists()
+
+
+# 4. A kernel that is slower: of the real benchmarks, one that is quick.
+
+
+def run_real(folder: Path, *arguments: str) -> tuple[int, str]:
+    name = (
+        "W-8k-sliding_window_attention-forward"
+        if torch.cuda.is_available()
+        else "tiny-1k-sliding_window_attention-forward"
+    )
+    command = [sys.executable, "-m", "pytest", "validation/perf", "--benchmark-only", "-k", f"{name} and not Flex"]
+    command += [f"--benchmark-storage=file://{folder}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_slower_kernel_is_noticed_and_named(tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    status, output = run_real(tmp_path, f"--benchmark-json={before}")
+    assert status == 0, output
+    [measured] = json.loads(before.read_text())["benchmarks"]
+    known = {"flops", "bytes", "tflops", "tbps", "floor", "of_roof", "memory", "role", "workload", "length", "stage"}
+    assert known <= measured["extra_info"].keys()
+    assert {"median", "q1", "q3"} <= measured["stats"].keys()
+    if torch.cuda.is_available():  # whose clock is quiet
+        status, output = run_real(tmp_path, f"--benchmark-compare={before}")
+        assert status == 0, output
+    fault = "by_15_percent" if torch.cuda.is_available() else "threefold"
+    status, output = run_real(tmp_path, f"--impl=validation.perf.slowed:{fault}", f"--benchmark-compare={before}")
+    assert status == 1, output
+    assert "sliding_window_attention-forward" in next(line for line in output.splitlines() if "FAILED" in line)
+    assert "against" in output

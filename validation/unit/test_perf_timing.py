@@ -1,0 +1,94 @@
+"""What is timed and how: the plan of every machine, company on a CPU, peak memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from validation.implementations import Implementation, load
+from validation.perf import benchmarks, timing
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the clock and the memory are the GPU's")
+
+
+def test_peak_memory_is_what_is_held_at_once() -> None:
+    def call() -> torch.Tensor:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        first = torch.empty(2**20, device=device)  # 4 MiB
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert timing.peak_memory(call) == pytest.approx(2 * 2**22, rel=1e-3)
+
+
+@on_cpu
+def test_every_round_on_a_cpu_has_company_and_none_is_of_the_warm_up() -> None:
+    calls: list[str] = []
+    ready = timing.Rounds(lambda: calls.append("timed"), warmup=2, beside=lambda: calls.append("beside"))
+    assert calls == ["timed", "timed"]
+    ready.time()
+    ready.time()
+    assert calls[2:] == ["beside", "timed"] * 2
+    assert len(ready.company) == 2
+
+
+@on_cpu
+def test_time_on_a_cpu_is_that_of_the_process() -> None:
+    import time
+
+    assert timing.measure(lambda: time.sleep(0.05), rounds=1, warmup=0).median < 25
+
+
+def test_what_is_in_turn_comes_again() -> None:
+    call = benchmarks.in_turn([lambda: 1, lambda: 2])
+    assert [call() for _ in range(4)] == [1, 2, 1, 2]
+
+
+def test_the_plan_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage both ways on every workload, beside dense attention wherever the whole op is; nothing is run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
+    found = benchmarks.collect("triton")
+    ids = [b.id for b in found]
+    assert len(set(ids)) == len(ids)
+    there = {(b.workload, b.length, b.stage, b.direction, b.subject) for b in found}
+    for workload in ("W", "W4", "W192"):
+        for stage, value in benchmarks.STAGES.items():
+            for direction in ("forward", "backward") if value.wrt else ("forward",):
+                for length in (8192, 32768, 131072):
+                    assert (workload, length, stage, direction, "triton") in there
+                if stage == "nsa_attention":
+                    for length in benchmarks.ALL:
+                        assert (workload, length, stage, direction, "dense (cuDNN)") in there
+        assert (workload, 32768, "sliding_window_attention", "backward", "FlexAttention") in there
+    assert ("W", 32768, "nsa_attention", "forward", "dense (flash)") in there
+    for flavor in ("100m", "1b"):
+        assert (flavor, 8192, "training", "step", "triton") in there
+        assert (flavor, 8192, "training", "step", "dense (twin)") in there
+    assert {b.role for b in found if b.subject == "triton"} == {"ours"}
+
+
+def test_a_peer_is_timed_in_what_it_can_do_and_says_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: object) -> None: ...
+
+    peer = Implementation("other", selected_attention=nothing, nsa_attention=nothing, backward=False)
+    choosy = replace(peer, name="choosy", config=lambda config: False)
+    subjects = {"other": peer, "choosy": choosy}
+    monkeypatch.setattr(benchmarks, "load", lambda name: subjects.get(name) or load(name))
+    found = [b for b in benchmarks.collect("eager", ["other", "choosy"]) if b.role == "peer"]
+    assert {(b.subject, b.stage, b.direction) for b in found} == {
+        ("other", "selected_attention", "forward"),
+        ("other", "nsa_attention", "forward"),
+    }
+
+
+def test_every_kernel_of_a_plan_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
+    found = benchmarks.collect("triton")
+    kinds = {(b.workload, b.stage, b.direction) for b in found if b.role == "ours" and b.stage != "layer"}
+    first = {
+        (job[0].workload, job[0].stage, job[0].direction) for job in benchmarks.jobs(found) if job[0].role == "ours"
+    }
+    assert first == kinds
