@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +175,17 @@ def tidy() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs that tests make are not parallel where these tests are."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def perf(tidy: None, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs benchmarks of given figures on a machine of a given name, which has baselines of its own."""
     monkeypatch.setattr(records, "BASELINES", pytester.path / "baselines")
-    monkeypatch.setattr(plugin, "machine", lambda: MACHINE)
 
     def run(*arguments: str, files: dict[str, dict[str, Any]] | None = None, machine: str = "cpu-test") -> Any:
         monkeypatch.setattr(plugin, "machine", lambda: {**MACHINE, "name": machine})
@@ -275,8 +280,6 @@ def test_benchmarks_in_parallel_are_refused(
     perf: Any, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin, "FOLDER", pytester.path)
-    if not find_spec("xdist"):  # whose option it is
-        pytester.makeconftest("def pytest_addoption(parser): parser.addoption('--dist', default='no')")
     refused(perf("--dist=load"), "benchmarks in parallel (xdist) would measure nothing")
 
 
