@@ -392,12 +392,12 @@ def _select(
     segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
     queries, keys = _grouped(q, heads), _head_major(k_cmp)
     indices = q.new_empty((q.shape[0], heads, q.shape[1], config.num_selected_blocks), dtype=torch.int32)
-    for tile, span, ahead in _prefixes(q, k_cmp, segments, config):
-        with _no_autocast(q):
+    with _no_autocast(q):
+        for tile, span, ahead in _prefixes(q, k_cmp, segments, config):
             p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale)
-        p = _seen(p, lse).unflatten(2, (-1, queries.shape[3])).sum(3)
-        importance = _importance(p, tile.last // config.select_block_size + 1, config)
-        indices[:, :, tile.queries] = _take_best(importance, tile.positions(q.device), config).int()
+            p = _seen(p, lse).unflatten(2, (-1, queries.shape[3])).sum(3)
+            importance = _importance(p, tile.last // config.select_block_size + 1, config)
+            indices[:, :, tile.queries] = _take_best(importance, tile.positions(q.device), config).int()
     return _token_major(indices, torch.int32)
 
 

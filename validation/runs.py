@@ -29,7 +29,12 @@ class Metrics:
 def read_metrics(folder: Path) -> Metrics:
     """Metrics of the run that dumped into `folder`; none if it did not get that far."""
     file = folder / "metrics.jsonl"
-    return Metrics(tuple(map(json.loads, file.read_text().splitlines())) if file.exists() else ())
+    return read_log(file) if file.exists() else Metrics(())
+
+
+def read_log(file: Path) -> Metrics:
+    """Metrics in what a run logged, a record a line."""
+    return Metrics(tuple(map(json.loads, file.read_text().splitlines())))
 
 
 def command(

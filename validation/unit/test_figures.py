@@ -11,13 +11,13 @@ import torch
 
 from validation.perf import records
 from validation.perf.report import readme, render
-from validation.runs import LOSS, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics
+from validation.runs import LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, read_log
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "docs" / "runs"
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-ACTIVE, RESERVED = "memory/max_active(GiB)", "memory/max_reserved(GiB)"
+ACTIVE = "memory/max_active(GiB)"
 VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
 ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
@@ -67,7 +67,7 @@ def last(metrics: Metrics) -> float:
 
 def saved(name: str) -> Metrics:
     """What a training run on the H200 logged."""
-    return Metrics(tuple(map(json.loads, (RUNS / f"h200-{name}.jsonl").read_text().splitlines())))
+    return read_log(RUNS / f"h200-{name}.jsonl")
 
 
 def of_h200(metrics: Metrics) -> dict[str, list[str]]:
@@ -77,7 +77,7 @@ def of_h200(metrics: Metrics) -> dict[str, list[str]]:
         "after 100 steps": [f"{losses[100]:.3f}"],
         "after 200 steps": [f"{losses[200]:.3f}"],
         "training loss, mean of the last 10 logged": [f"{last(metrics):.3f}"],
-        "peak memory, active / reserved (GiB)": [f"{max(metrics[kind].values()):.2f}" for kind in (ACTIVE, RESERVED)],
+        "peak memory, active / reserved (GiB)": [f"{max(metrics[kind].values()):.2f}" for kind in (ACTIVE, MEMORY_GIB)],
     }
 
 
