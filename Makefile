@@ -98,7 +98,7 @@ coverage: $(READY)  ## unit and integration, and how much of nsa/ they reach, by
 	$(MAKE) unit integration COVERAGE=1
 	$(PY) -m coverage report
 
-test: lint unit integration system  ## all that any machine can run
+test: lint coverage system  ## all that any machine can run
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

@@ -43,6 +43,9 @@ COMPILED_SHAPES: list[Shape] = [
 ]
 """For those who take no smaller ones: they are constants of kernels, which are compiled for each."""
 
+COMPILED_COUNTS = [(0, 0, 1), (1, 2, 2), (2, 1, 0)]
+"""Blocks that are initial, local and free: constants too."""
+
 FRESH_EXAMPLES = 10
 """As many at a time: then Hypothesis would turn to varying those it has, which shows less than others do."""
 
@@ -100,7 +103,8 @@ def _cases(
     fixed: Mapping[str, Any],
 ) -> Case:
     blocks, group, key_dim, value_dim = draw(st.sampled_from(shapes))
-    if blocks in BLOCKS:
+    small = blocks in BLOCKS
+    if small:
         group, key_dim, value_dim = draw(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
     packed, several = draw(st.booleans()) if packed is None else packed, st.integers(1, 1 if impl.interpreted else 2)
     drawn = {
@@ -108,7 +112,7 @@ def _cases(
         "lengths": draw(_lengths(impl, blocks, packed, partial and impl.partial_queries)),
         "config": config(blocks, **{**draw(_settings(impl, blocks)), **settings}),
         "batch": 1 if packed else draw(several),
-        "kv_heads": draw(several),
+        "kv_heads": draw(several) if small else 1 if impl.interpreted or group >= 4 else 2,
         "group": group,
         "key_dim": key_dim,
         "value_dim": value_dim if impl.value_head_dim else key_dim,
@@ -161,10 +165,11 @@ def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, p
 @st.composite
 def _settings(draw: DrawFn, impl: Implementation, blocks: Blocks) -> dict[str, Any]:
     """The rest of a configuration, as `cases.config` takes it."""
-    most = 1 if impl.interpreted else 4  # of its tokens there are no more blocks
+    free = 1 if impl.interpreted else 4  # of its tokens there are no more blocks
+    constants = blocks not in BLOCKS and not impl.interpreted
     counts = [
         {"selected": max(1, initial + local + free), "num_initial_blocks": initial, "num_local_blocks": local}
-        for initial, local, free in product(range(3), range(3), range(most + 1))
+        for initial, local, free in (COMPILED_COUNTS if constants else product(range(3), range(3), range(free + 1)))
     ]
     return {
         **draw(st.sampled_from([count for count in counts if impl.config(config(blocks, **count))])),

@@ -101,8 +101,8 @@ def _given(subject: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: Case, what: str) -> None:
-    """Equal but for rounding, which both have."""
-    reduction = case.num_queries * case.group + case.num_keys + case.key_dim
+    """Equal but for rounding, which both have; a logit is a sum over `Dk`, its gradient one over `Dv`."""
+    reduction = case.num_queries * case.group + case.num_keys + case.key_dim + case.value_dim
     for name, x in actual.items():
         if x.is_floating_point():
             assert_matches(x, expected[name].double(), what=f"{name}, {what}", reduction=reduction)
