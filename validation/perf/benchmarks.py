@@ -29,6 +29,8 @@ from validation.perf.workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, W
 K = 1024
 DRAWS = 2
 """Draws of a benchmark's inputs, taken in turn: no round finds the data of the one before."""
+LAYERS: int | None = None
+"""Of the models that are trained; their own number unless given."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,19 @@ class Plan:
 
     Attributes:
         stages: every stage and both of its passes.
-        whole: the whole op, beside dense attention.
+        whole: the whole op.
+        dense: dense attention beside it.
         flash: dense attention by FlashAttention.
         flex: the window by FlexAttention.
         peers: what peers have, and ours where that is not timed anyway.
-        choices: the whole op with other sizes and counts.
+        choices: compression and the whole op with other sizes and counts.
         module: the layer.
         steps: a training step of a model and of its dense twin.
     """
 
     stages: dict[str, tuple[int, ...]]
     whole: dict[str, tuple[int, ...]]
+    dense: dict[str, tuple[int, ...]]
     flash: dict[str, tuple[int, ...]]
     flex: dict[str, tuple[int, ...]]
     peers: dict[str, tuple[int, ...]]
@@ -110,16 +114,20 @@ GPU = Plan(
         "W192": (8 * K, 32 * K, 128 * K),
     },
     whole={"W": ALL, "W4": ALL, "W192": ALL},
-    flash={"W": (4 * K, 8 * K, 16 * K, 32 * K, 64 * K)},
-    flex={"W": FEW, "W4": FEW, "W192": FEW},  # its mask is made from all pairs, of which 128k tokens have too many
+    dense={"W": ALL, "W4": ALL, "W192": ALL[:-1]},  # seconds a pass at the last
+    flash={"W": (4 * K, 8 * K, 16 * K, 32 * K)},
+    # It is compiled for every length, and its mask made from all pairs, of which 128k tokens have too many.
+    flex={"W": (8 * K, 32 * K), "W4": (32 * K,), "W192": (32 * K,)},
     peers={"W": FEW, "W4": FEW, "P": (8 * K, 32 * K)},
     choices={"W": (32 * K,)},
     module={"W": (8 * K, 32 * K)},
-    steps={"100m": (8 * K, 32 * K), "1b": (8 * K, 16 * K)},
+    # Of shorter sequences the host would be measured, which starts thousands of kernels a step.
+    steps={"100m": (64 * K,), "1b": (32 * K,)},
 )
 CPU = Plan(
     stages={"tiny": (256, K)},
     whole={"tiny": (256, 512, K, 2 * K)},
+    dense={"tiny": (256, 512, K, 2 * K)},
     flash={"tiny": (256, 512, K, 2 * K)},
     flex={},
     peers={"tiny": (256, K)},
@@ -157,7 +165,7 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
 
     add("ours", ours, [stage for stage in STAGES if stage != WHOLE], plan.stages)
     add("ours", ours, [WHOLE], plan.whole)
-    add("rival", dense(), [WHOLE], plan.whole)
+    add("rival", dense(), [WHOLE], plan.dense)
     add("rival", flash(), [WHOLE], plan.flash)
     if plan.flex:
         add("rival", flex(), ["sliding_window_attention"], plan.flex)
@@ -169,7 +177,8 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
     for name, lengths in plan.choices.items():
         for length in lengths:
             for choice in CHOICES:
-                found += _stage("ours", ours, chosen(WORKLOADS[name], choice), length, WHOLE)
+                for stage in ("compress", WHOLE):
+                    found += _stage("ours", ours, chosen(WORKLOADS[name], choice), length, stage)
     backend = ours.name if ours.name in ("eager", "triton") else "auto"
     for name, lengths in plan.module.items():
         for length in lengths:
@@ -273,6 +282,7 @@ def _training_step(flavor: str, length: int) -> Calls:
     spec = get_train_spec("nsa")
     args: Any = spec.model_args[flavor]
     args.vocab_size, args.max_seq_len = -(-ByteTokenizer().get_vocab_size() // 64) * 64, length
+    args.n_layers = LAYERS or args.n_layers
     with torch.device(device()):
         model: Any = spec.model_cls(args)
         model.init_weights()
@@ -296,19 +306,23 @@ def jobs(benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
     """What has to be called for every kernel to have been: of each kind the shortest and a long one.
 
     Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
-    FlexAttention's for every length. The layer has no kernels of its own, nor has a dense twin.
+    FlexAttention's, which take the longest to compile, for every length. The layer has no kernels of its own, nor has
+    a dense twin. What has the most kernels comes first.
     """
-    kinds: dict[tuple[str, ...], list[Benchmark]] = {}
+    kinds: dict[tuple[object, ...], list[Benchmark]] = {}
     for b in benchmarks:
-        if b.stage != "layer" and not b.subject.startswith("dense"):
-            kinds.setdefault((b.workload, b.stage, b.direction, b.subject), []).append(b)
-    return [found if found[0].subject == "FlexAttention" else _ends(found) for found in kinds.values()]
+        if b.subject == "FlexAttention":
+            kinds[b.workload, b.length, b.direction] = [b]
+        elif b.stage != "layer" and not b.subject.startswith("dense"):
+            kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
+    found = [[b for b in kind if b.length in _ends(kind)] for kind in kinds.values()]
+    return sorted(found, key=lambda job: job[0].stage not in (WHOLE, "training"))
 
 
-def _ends(found: list[Benchmark]) -> list[Benchmark]:
-    """The shortest and the longest of those that many processes can hold at once."""
-    fitting = [b for b in found[1:] if b.length <= 32 * K and b.stage != "training"]
-    return found[:1] + fitting[-1:]
+def _ends(kind: Sequence[Benchmark]) -> tuple[int, int]:
+    """The shortest length and the longest of those that many processes can hold at once."""
+    lengths = [b.length for b in kind]
+    return min(lengths), max((n for n in lengths if n <= 32 * K), default=min(lengths))
 
 
 def _call_once(job: Sequence[Benchmark]) -> None:
@@ -323,8 +337,8 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[])
     parser.add_argument(OPTION, dest="jobs", type=Path, required=True)
     options = parser.parse_args()
-    global DRAWS
-    DRAWS = 1  # memory is shared by all copies
+    global DRAWS, LAYERS
+    DRAWS = LAYERS = 1  # memory is shared by all copies
     take_jobs(jobs(collect(options.impl, options.peer)), options.jobs, _call_once)
     return 0
 

@@ -30,8 +30,14 @@ def read(file: Path) -> Report:
 def report(content: Mapping[str, Any]) -> Report:
     """The report in what a file of either kind holds."""
     if "benchmarks" not in content:
-        roles = [{"role": _role(record["subject"], content["subject"])} for record in content["results"]]
-        results = [{**role, **record} for role, record in zip(roles, content["results"], strict=True)]
+        results = [
+            {
+                "role": _role(record["subject"], content["subject"]),
+                "fullname": " ".join(map(str, (*KEY(record), record["subject"]))),
+                **record,
+            }
+            for record in content["results"]
+        ]
         # Machines had no names yet when the first runs were saved.
         machine = {"name": slug(content["machine"]["device"].partition(" (")[0]), **content["machine"]}
         return {**content, "machine": machine, "results": results}

@@ -40,10 +40,12 @@ def _dense(name: str, backend: SDPBackend) -> Implementation:
 
 def flex() -> Implementation:
     """The window branch by FlexAttention, compiled for each shape."""
+    import torch._inductor.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # By default the ninth shape would run uncompiled.
+    # By default the ninth shape would run uncompiled, and a pool of processes would be started for each kernel's sake.
     torch._dynamo.config.recompile_limit = 64
+    torch._inductor.config.compile_threads = 1
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
     @cache

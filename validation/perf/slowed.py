@@ -59,8 +59,3 @@ _wait: Callable[[float], None] | None = None
 
 def by_15_percent() -> Implementation:
     return slowed(0.15)
-
-
-def threefold() -> Implementation:
-    """More than any bound allows."""
-    return slowed(2.0)

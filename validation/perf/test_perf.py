@@ -4,6 +4,7 @@ Compiling, warming up and drawing inputs are outside the clock, which is the dev
 (see `timing.py`). Which figures may not get worse, and by how much, is in `promises.toml`.
 """
 
+import gc
 import os
 import statistics
 import sys
@@ -19,8 +20,9 @@ from validation.perf.stages import STAGES, WHOLE
 from validation.perf.workloads import WORKLOADS
 
 COMPILING = 150  # seconds at most, for all of it
-# About how many seconds of rounds, and how many rounds: a CPU has other things to do in between.
-SPAN, LEAST, MOST = (0.2, 5, 15) if torch.cuda.is_available() else (0.4, 5, 40)
+# About how many seconds of rounds, and how many rounds: a CPU has other things to do in between. Before them, seconds
+# until a GPU's clock is steady.
+SPAN, LEAST, MOST, SETTLING = (0.3, 5, 20, 0.1) if torch.cuda.is_available() else (0.4, 5, 40, 0.0)
 LONG = 300  # ms: three rounds of this are enough
 FOUND = pytest.StashKey()
 
@@ -41,7 +43,8 @@ def compiled(request):
     command = [sys.executable, "-m", "validation.perf.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
     if len(request.session.items) > 20:  # a few kernels are compiled sooner than the processes are up
-        precompile(command, min(10, os.cpu_count() or 1), COMPILING)
+        precompile(command, min(14, os.cpu_count() or 1), COMPILING)
+    gc.freeze()  # what is there now stays: memory is asked for often, and garbage collected before
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,8 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
     try:
         calls = case.make()
         memory = timing.peak_memory(calls.peak)
-        ready = timing.Rounds(calls.timed, warmup=1, beside=company)
-        first = ready.time()
+        ready = timing.Rounds(calls.timed, warmup=0 if torch.cuda.is_available() else 1, beside=company)
+        once = ready.settle(SETTLING)
     except Exception as failure:
         if case.role == "ours":
             raise
@@ -74,10 +77,9 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
         what = {name: getattr(case, name) for name in ("workload", "length", "stage", "direction", "subject")}
         request.config.stash.setdefault(FAILURES, []).append({**what, "error": error})
         pytest.skip(f"{case.subject} cannot: {error}")
-    host = timing.host_time(calls.timed, rounds=3, warmup=0).median if case.stage == WHOLE and first < LONG else None
+    host = timing.host_time(calls.timed, rounds=3, warmup=0).median if case.stage == WHOLE and once < LONG else None
 
-    rounds = 3 if first > LONG else min(MOST, max(LEAST, int(1e3 * SPAN / first)))
-    ready.company.clear()
+    rounds = 3 if once > LONG else min(MOST, max(LEAST, int(1e3 * SPAN / once)))
     benchmark.group = case.group
     result = benchmark.pedantic(calls.timed, setup=ready.prepare, rounds=rounds)
 

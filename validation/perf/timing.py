@@ -3,7 +3,7 @@
 What is measured is the device's time for a call that finds nothing of its inputs in the cache, as a layer of a network
 finds them. Three things would otherwise be measured with it:
 
-- compilation and the allocator's first growth: calls before the clock runs;
+- compilation, the allocator's first growth and the clock of a GPU that has just been idle: calls before time counts;
 - data left in the second-level cache by the call before: a buffer larger than it is written between rounds;
 - the host: where a call is several launches, each of which takes the host 10 or 20 microseconds, short kernels wait for
   the next launch. A sleep queued on the device before the clock starts lets the host get ahead by a whole call. A
@@ -38,6 +38,10 @@ from validation.perf.workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
 """Of a device's clock, rather too many: a sleep that is too long costs time, one too short its purpose."""
+
+
+_LONGEST_LEAD = 200
+"""Of the host, in ms: by then the queue is full of what it started, and it waits."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Rounds:
         self._beside = None if torch.cuda.is_available() else beside
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self._lead = int((1 + 2 * _host_ms(function)) * _CYCLES_PER_MS)
+            self._lead = int(min(1 + 2 * _host_ms(function), _LONGEST_LEAD) * _CYCLES_PER_MS)
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             self._cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
             torch.cuda.synchronize()
@@ -104,6 +108,19 @@ class Rounds:
             start = now()
             self._beside()
             self.company.append(1e3 * (now() - start))
+
+    def settle(self, seconds: float) -> float:
+        """Rounds that do not count, one at least: a GPU at heavy work lowers its clock until its power is allowed.
+
+        Returns:
+            The time of the last, in ms.
+        """
+        end = time.monotonic() + seconds
+        last = self.time()
+        while time.monotonic() < end:
+            last = self.time()
+        self.company.clear()
+        return last
 
     def time(self) -> float:
         """One round, in ms. Rounds do not pile up: what a call allocates is free again for the next one."""
@@ -173,10 +190,11 @@ def measure_roofs() -> Roofs:
         ("cuda", torch.bfloat16, 8192, 1 << 32) if gpu else ("cpu", torch.float32, 256, 1 << 22)
     )
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = measure(lambda: a @ b).median
+    warmup = 200 if gpu else 2  # about half a second: until the clock is what such work leaves it
+    product = measure(lambda: a @ b, warmup=warmup).median
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source)).median
+    copy = measure(lambda: target.copy_(source), warmup=warmup).median
     return Roofs(flops=2e3 * size**3 / product, bytes=2e3 * count / copy)
 
 

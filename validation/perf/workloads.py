@@ -211,8 +211,9 @@ WORKLOADS = {
 }
 
 CHOICES: dict[str, dict[str, int]] = {
-    "l=64,d=32": {"compress_block_size": 64, "compress_stride": 32},
+    "l=64": {"compress_block_size": 64},
     "d=8": {"compress_stride": 8},
+    "d=32": {"compress_stride": 32},
     "l'=128": {"select_block_size": 128},
     "n=8": {"num_selected_blocks": 8},
     "n=32": {"num_selected_blocks": 32},

@@ -21,6 +21,17 @@ ACTIVE = "memory/max_active(GiB)"
 VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
 ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
+TOKENS_A_STEP = 16384
+"""Of training at 4k and at 16k."""
+FIGURE = r"\d+\.\d+|\d+%|\b[\d,]+ (?:ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times)\b"
+"""What is taken for measured: whatever has decimals or a unit, versions aside."""
+VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d"
+
+
+def figures(text: str) -> list[str]:
+    """Those outside code, tables and quoted output."""
+    prose = re.sub(r"(?ms)^```.*?^```|^\|.*?$", "", text)
+    return re.findall(FIGURE, re.sub(VERSIONS, "", prose))
 
 
 def sources() -> list[str]:
@@ -42,10 +53,24 @@ def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
     text = (ROOT / "README.md").read_text()
     made = readme([records.read(ROOT / name) for name in sources()], text)
     assert made == text, "make perf-docs"
-    # Nothing else in there is a figure: outside code only versions and the name of the paper have decimals.
-    prose = re.sub(r"(?ms)^```.*?^```|^\| (tokens|faster than dense|memory) \|.*?$", "", text)
-    allowed = r"(Python|or) 3\.1[12]\b|2502\.11089"
-    assert not re.findall(r"\d+\.\d+|\d+%", re.sub(allowed, "", prose))
+    # Nothing else in there is a figure, in no other table either.
+    assert not figures(re.sub(r"(?m)^\| (tokens|faster than dense|memory) \|.*$|^\||2502\.11089", "", text))
+
+
+def test_every_other_page_is_looked_at_or_has_no_figures() -> None:
+    pages = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md")}
+    assert pages.keys() >= {"performance.md", "results.md", "peers.md"}
+    for name in pages.keys() - {"performance.md", "results.md"}:
+        assert not figures(pages[name]), name
+
+
+def test_findings_in_others_are_those_of_the_saved_runs() -> None:
+    page = (ROOT / "docs" / "peers.md").read_text()
+    findings = (RUNS / "h200-fla-findings.txt").read_text().splitlines()
+    assert re.findall(r"(?m)^> (.*)$", page) == findings
+    suite = (RUNS / "h200-fla-suite.txt").read_text()
+    failed, passed, skipped = re.findall(r"\d+", suite.partition("\n")[0])
+    assert f"{passed} tests passed, {failed} failed, {skipped} were skipped" in page
 
 
 def table_after(text: str, heading: str) -> dict[str, list[list[str]]]:
@@ -92,10 +117,10 @@ def beside_eager(step: int) -> list[list[str]]:
 def of_length(length: str) -> dict[str, list[list[str]]]:
     """Speed after the first logged steps, and memory, of both models."""
     runs = [saved(f"{length}-{flavor}") for flavor in ("100m", "100m_dense")]
-    speeds = [statistics.median(list(run[TOKENS_PER_SECOND].values())[1:]) for run in runs]
+    medians = [statistics.median(speeds(f"{length}-{flavor}")) for flavor in ("100m", "100m_dense")]
     memory = [max(run[ACTIVE].values()) for run in runs]
     return {
-        f"{length}, tokens/s": [[f"{x:,.0f}"] for x in speeds] + [[f"{speeds[0] / speeds[1]:.2f}"]],
+        f"{length}, tokens/s": [[f"{x:,.0f}"] for x in medians] + [[f"{medians[0] / medians[1]:.2f}"]],
         f"{length}, peak memory, active (GiB)": [[f"{x:.2f}"] for x in memory] + [[f"{memory[0] / memory[1]:.2f}"]],
     }
 
@@ -131,7 +156,6 @@ def test_speeds_by_length_are_those_of_their_runs() -> None:
 
 
 def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
-    prose = re.sub(r"(?ms)^```.*?^```|^\|.*?$", "", RESULTS)
     sizes = [parameters(flavor) / 1e6 for flavor in ("100m", "100m_dense")]
     eager, triton = (saved(f"100m-{name}")[LOSS] for name in ("eager", "triton"))
     apart = max(abs(eager[step] - triton[step]) for step in eager if step <= ALIKE)
@@ -140,9 +164,17 @@ def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
         f"{SUMMARY['validation_loss_ratio']:.3f}",
         f"{math.ceil(1e3 * apart) / 1e3}",
         f"{saved('16k-100m-eager')[LOSS][30]:.3f}",
+        f"{statistics.median(speeds('100m-eager')):,.0f} tokens/s",
     }
-    figures = re.findall(r"\d+\.\d+|\d+%", re.sub(r"(PyTorch|Python|Triton) [\d.]+\d", "", prose))
-    assert set(figures) <= known
+    steps = [1e3 * TOKENS_A_STEP / speed for length in ("4k", "16k") for speed in speeds(f"{length}-100m")]
+    between = f"{min(steps):.0f} and {max(steps):.0f} ms"
+    assert f"take between {between}" in RESULTS
+    assert set(figures(RESULTS.replace(between, ""))) <= known
+
+
+def speeds(name: str) -> list[float]:
+    """Tokens a second, of all that was logged but the first, in which kernels are compiled."""
+    return list(saved(name)[TOKENS_PER_SECOND].values())[1:]
 
 
 def parameters(flavor: str) -> int:
