@@ -80,7 +80,7 @@ perf-baseline: $(READY)  ## make this machine's figures those that `make perf` c
 	$(PLOTS) --latest --history --out out/perf
 
 perf-docs: $(READY)  ## make docs/performance.md, its pictures and the README's table from RUNS
-	$(PLOTS) $(RUNS) --out docs/img --prefix perf-
+	$(PLOTS) $(RUNS) --history --out docs/img --prefix perf-
 	$(REPORT) $(RUNS) > docs/performance.md
 	$(REPORT) $(RUNS) --readme README.md
 

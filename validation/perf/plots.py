@@ -10,6 +10,7 @@ left out. `--history` also draws all runs that `make perf` saved here on the sam
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def speedup(report: Report) -> Figure | None:
 
 
 def stages(report: Report) -> Figure | None:
-    """What the whole op is made of, beside its own time and that of dense attention."""
+    """What the whole op is made of, as parts of its own time."""
     found = [
         r for r in _workloads(report)
         if any(r.get(PARTS[0], "forward", length, r.subject) is not None for length in r.lengths)
@@ -252,7 +253,8 @@ def roofline(report: Report) -> Figure | None:
                 )  # fmt: skip
         edge = roofs.flops / roofs.bytes
         x = [min([edge / 4, *(i / 2 for i in intensities)]), edge, max([edge * 4, *(2 * i for i in intensities)])]
-        axes.plot(x, [min(roofs.flops, i * roofs.bytes) / 1e12 for i in x], color=BLACK, linewidth=1.4)
+        roof = [min(roofs.flops, i * roofs.bytes) / 1e12 for i in x]
+        axes.plot(x, roof, color=BLACK, linewidth=1.4, label="roof, measured")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("operations a byte of device memory")
@@ -301,8 +303,10 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
         kind: `"time"` or `"memory"`.
     """
     runs = sorted(runs, key=lambda run: run["date"])
-    stages = [s for s in (*PARTS, "compress", WHOLE, "layer", "training") if any(_of(run, s) for run in runs)]
-    if len(runs) < 2:
+    times = Counter(records.KEY(r) for run in runs for r in run["results"] if r["role"] == "ours")
+    again = {stage for (_, _, stage, _), n in times.items() if n > 1}
+    stages = [s for s in (*PARTS, "compress", WHOLE, "layer", "training") if s in again]
+    if not stages:
         return None
     figure, panels = _panels(len(stages), f"Gated {kind} over saved runs, against the first", runs[-1], 3.3)
     for ax in panels[len(stages) :]:
@@ -312,8 +316,8 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
     every = max(1, -(-len(runs) // 6))
     for stage, axes in zip(stages, panels, strict=False):
         worst: list[tuple[float, int, float, str]] = []
-        for name in dict.fromkeys(r["fullname"] for run in runs for r in _of(run, stage)):
-            found = [(i, r) for i, run in enumerate(runs) for r in _of(run, stage) if r["fullname"] == name]
+        for key in dict.fromkeys(records.KEY(r) for run in runs for r in _of(run, stage)):
+            found = [(i, r) for i, run in enumerate(runs) for r in _of(run, stage) if records.KEY(r) == key]
             figures = [gates.figure(r, kind) or 1.0 for _, r in found]
             ratios = [x / figures[0] for x in figures]
             axes.plot([i for i, _ in found], ratios, color=COLOURS.get(stage, BLUE), alpha=0.55, linewidth=1)
@@ -340,7 +344,7 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
 
 
 def _of(run: Report, stage: str) -> list[Record]:
-    return [r for r in run["results"] if r["stage"] == stage and r["role"] == "ours" and "fullname" in r]
+    return [r for r in run["results"] if r["stage"] == stage and r["role"] == "ours"]
 
 
 def save(figures: Iterable[tuple[str, Figure | None]], folder: Path, prefix: str = "") -> list[Path]:
@@ -380,9 +384,9 @@ def main() -> int:
             name = report["machine"]["name"]
             files = [*options.files, *records.BASELINES.glob(f"{name}.json")]
             contents = [content for _, content in records.saved(options.storage, name)]
-            contents += [content for file in files if "benchmarks" in (content := json.loads(file.read_text()))]
-            one_of_each = {content["datetime"]: content for content in contents if not content["partial"]}
-            runs = [records.report(content) for content in one_of_each.values()]
+            contents += [json.loads(file.read_text()) for file in files]
+            runs = [records.report(content) for content in contents if not content.get("partial")]
+            runs = list({run["date"]: run for run in runs}.values())  # a baseline is also a run that was saved
             pictures += [("history", history(runs)), ("history-memory", history(runs, "memory"))]
         written = save(pictures, options.out, options.prefix)
     print("\n".join(map(str, written)))

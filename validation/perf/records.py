@@ -1,8 +1,8 @@
 """Saved runs: those of `validation.perf.stages` and of `make perf`, both as a report with a record for every figure.
 
-A report has `machine`, `roofs`, `subject`, `results` and `failures`; a record says what was measured (`workload`,
-`length`, `stage`, `direction`, `subject`, `role`) and holds `median`, `lower` and `upper` in ms, `memory` in bytes, and
-more where it is known.
+A report has `machine`, `date`, `commit`, `roofs`, `subject`, `results` and `failures`; a record says what was measured
+(`workload`, `length`, `stage`, `direction`, `subject`, `role`) and holds `median`, `lower` and `upper` in ms, `memory`
+in bytes, and more where it is known.
 """
 
 import json
@@ -40,7 +40,7 @@ def report(content: Mapping[str, Any]) -> Report:
         ]
         # Machines had no names yet when the first runs were saved.
         machine = {"name": slug(content["machine"]["device"].partition(" (")[0]), **content["machine"]}
-        return {**content, "machine": machine, "results": results}
+        return {**content, "machine": machine, "date": machine["date"], "commit": "", "results": results}
     results = figures(content["benchmarks"])
     ours = next((record["subject"] for record in results if record["role"] == "ours"), "")
     return {

@@ -47,7 +47,7 @@ Made by
 
 ```sh
 python -m validation.perf.report {paths} > docs/performance.md
-python -m validation.perf.plots {paths} --out docs/img --prefix perf-
+python -m validation.perf.plots {paths} --history --out docs/img --prefix perf-
 ```
 
 from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python {python}, {date}{clocks}:
@@ -86,6 +86,12 @@ dense attention, whose time grows with the square of the length, is twice as ste
 ![The stages' parts of the time of the whole op](img/perf-stages.png)
 
 ![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
+
+Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked:
+
+![Time over saved runs, against the first](img/perf-history.png)
+
+![Memory over saved runs, against the first](img/perf-history-memory.png)
 """
 PROMISES = """## What is promised
 

@@ -73,6 +73,12 @@ def test_two_runs_are_as_far_apart_as_their_worst_figure() -> None:
     assert gates.disagreements(a, b)[0] == (pytest.approx(2.0 / 1.9 - 1), "y")
 
 
+def test_saved_runs_of_stages_are_compared_too() -> None:
+    found = gates.disagreements(*(run["results"] for run in RUNS))
+    assert {name.split()[2] for _, name in found} == {"nsa_attention"}  # all that both have
+    assert found[0][0] < 0.05
+
+
 def test_within_a_run_ours_is_compared_with_dense_and_the_best_peer() -> None:
     where = {"workload": "W", "length": 1024, "stage": "nsa_attention", "direction": "forward"}
     run = [

@@ -34,6 +34,17 @@ def test_every_round_on_a_cpu_has_company_and_none_is_of_the_warm_up() -> None:
 
 
 @on_cpu
+def test_rounds_until_the_clock_is_steady_do_not_count() -> None:
+    calls: list[str] = []
+    ready = timing.Rounds(lambda: calls.append("timed"), warmup=0, beside=lambda: None)
+    ready.settle(0.0)
+    assert calls == ["timed"]
+    ready.settle(0.01)
+    assert len(calls) > 2
+    assert not ready.company
+
+
+@on_cpu
 def test_time_on_a_cpu_is_that_of_the_process() -> None:
     import time
 
