@@ -115,7 +115,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = impl is not None or elsewhere or not config.option.impl
         (kept if wanted and not (impl and impl.interpreted and _long(item)) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    # Those that take turns begin at once: begun last, they would still take turns when all others are done.
+    items[:] = sorted(kept, key=lambda item: "memory_given_back" not in getattr(item, "fixturenames", ()))
 
 
 def _long(item: pytest.Item) -> bool:
