@@ -35,11 +35,9 @@ BLOCKS: list[Blocks] = [
 
 COMPILED_SHAPES: list[Shape] = [
     ((16, 8, 16), 2, 16, 16),
-    ((16, 16, 16), 3, 16, 32),
     ((16, 16, 16), 16, 16, 16),
     ((16, 16, 32), 1, 24, 16),
-    ((32, 16, 64), 4, 64, 64),
-    ((32, 8, 32), 16, 48, 80),
+    ((32, 16, 64), 3, 48, 80),
 ]
 """For those who take no smaller ones: they are constants of kernels, which are compiled for each."""
 

@@ -58,8 +58,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 
 # Neither is a power of two, nor the sum of two: columns are padded in every kernel.
-@pytest.mark.parametrize("dims", [(24, 72), (72, 24)], ids=str)
-@pytest.mark.parametrize("group", [2, 8])
+@pytest.mark.parametrize(("group", "dims"), [(2, (24, 72)), (8, (72, 24))], ids=str)
 @each_subject
 def test_nothing_is_written_beside_a_result(
     subject: str, group: int, dims: tuple[int, int], surroundings: list[Tensor]
