@@ -86,12 +86,12 @@ class Job:
     def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._signal(signal.SIGKILL)
 
-    def wait(self, limit: float = TIME_LIMIT) -> None:
+    def wait(self, limit: float = TIME_LIMIT, grace: float = GRACE) -> None:
         """Waits until all ranks are done.
 
         Raises:
-            RankFailed: a rank failed, and the others ended or were stopped `GRACE` seconds later; or `limit` seconds
-                are over.
+            RankFailed: a rank failed, and the others ended by themselves or were stopped `grace` seconds later; or
+                `limit` seconds are over since the start.
         """
         exits: dict[int, int] = {}
         end = self._begin + limit
@@ -103,7 +103,7 @@ class Job:
                 self.ranks[rank].join()
                 exits[rank] = self.ranks[rank].exitcode or 0
             if any(exits.values()) and not failed_before:
-                end = min(end, time.monotonic() + GRACE)
+                end = min(end, time.monotonic() + grace)
         hung = [rank for rank in range(len(self.ranks)) if rank not in exits]
         if hung:
             self._signal(signal.SIGABRT)  # on which Python says where it is
