@@ -145,10 +145,11 @@ def train(arguments: Sequence[str], folder: Path, *, processes: int, limit: floa
 
 def start(arguments: Sequence[str], folder: Path, *, processes: int) -> Job:
     """The training job that `train` waits for."""
-    return Job(_train, [(*arguments, f"--job.dump_folder={folder}")], folder, processes)
+    return Job(train_here, [(*arguments, f"--job.dump_folder={folder}")], folder, processes)
 
 
-def _train(arguments: Sequence[str]) -> None:
+def train_here(arguments: Sequence[str]) -> None:
+    """Trains as a rank does, and is over when the rank is done."""
     import torchtitan.train
 
     import nsa.train
