@@ -16,11 +16,13 @@ STEPS = 10
 GLOBAL_BATCH_SIZE = 8  # as many as the microbatches that the deepest pipeline asks for
 SEQ_LEN = 128
 
+DEEP = ("--model.flavor=debug_parallel",)
+"""Eight layers and four heads of keys and values, where two of each are too few."""
+
 MODELS = {"nsa": "nsa", "hybrid": "dense,nsa", "dense": "dense"}
 """Patterns of `nsa.attention` by the name of the model."""
 
 TRAINING = (
-    "--model.flavor=debug",
     # Eight blocks a row, of which half are chosen: a selection that matters.
     "--nsa.select_block_size=16",
     "--nsa.num_selected_blocks=4",
@@ -51,6 +53,7 @@ class Layout:
         description: what lies where.
         replicate, fsdp, tp, pp, cp: degrees, of TorchTitan's options of like names.
         options: other options of TorchTitan's.
+        size: of the model, options that one process is given as well: the smallest that can be laid out so.
         models: names in `MODELS`.
         bfloat16: whether it claims to be as good as one process in bfloat16, too.
         smoke: whether it is among the few that `make smoke` runs.
@@ -64,6 +67,7 @@ class Layout:
     pp: int = 1
     cp: int = 1
     options: tuple[str, ...] = ()
+    size: tuple[str, ...] = ()
     models: tuple[str, ...] = tuple(MODELS)
     bfloat16: bool = False
     smoke: bool = False
@@ -88,6 +92,7 @@ class Layout:
             f"--training.local_batch_size={rows}",
             f"--validation.local_batch_size={rows}",
             *self.options,
+            *self.size,
         )
 
 
@@ -110,15 +115,22 @@ LAYOUTS = (
     Layout("fsdp4", "parameters sharded over four", fsdp=4),
     Layout("hsdp2x2", "two copies, each sharded over two", replicate=2, fsdp=2),
     Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2, bfloat16=True),
-    Layout("tp4", "one key and value head in each of four", tp=4),
-    Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, options=_schedule("1F1B"), bfloat16=True),
+    Layout("tp4", "one key and value head in each of four", tp=4, size=DEEP),
+    Layout(
+        "pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, options=_schedule("1F1B"), bfloat16=True
+    ),
     Layout("pp2-interleaved", "four stages on two, in turn", pp=2, options=_schedule("Interleaved1F1B")),
-    Layout("pp2-izb", "backward in halves, the weights' where it fits", pp=2, options=_schedule("InterleavedZeroBubble")),
+    Layout(
+        "pp2-izb",
+        "backward in halves, the weights' where it fits",
+        pp=2,
+        options=_schedule("InterleavedZeroBubble"),
+    ),
     Layout("pp2-zbv", "four stages on two, there and back", pp=2, options=_schedule("ZBVZeroBubble")),
     Layout("pp4-1f1b", "four stages", pp=4, options=_schedule("1F1B")),
-    Layout("pp4-interleaved", "eight stages on four", pp=4, options=_schedule("Interleaved1F1B")),
-    Layout("pp4-izb", "eight stages, backward in halves", pp=4, options=_schedule("InterleavedZeroBubble")),
-    Layout("pp4-zbv", "eight stages, there and back", pp=4, options=_schedule("ZBVZeroBubble")),
+    Layout("pp4-interleaved", "eight stages on four", pp=4, options=_schedule("Interleaved1F1B"), size=DEEP),
+    Layout("pp4-izb", "eight stages, backward in halves", pp=4, options=_schedule("InterleavedZeroBubble"), size=DEEP),
+    Layout("pp4-zbv", "eight stages, there and back", pp=4, options=_schedule("ZBVZeroBubble"), size=DEEP),
     Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), models=SPARSE, bfloat16=True),
     Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail"), models=SPARSE),
     Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None"), models=SPARSE),
@@ -144,6 +156,6 @@ def train(layout: Layout, folder: Path, *options: str) -> None:
 
 
 def assert_same(folder: Path, expected: Path, names: tuple[str, ...] = (runs.LOSS, "grad_norm")) -> None:
-    """Fails unless the float32 run in `folder` is the one in `expected`: metrics of every step, parameters at the end."""
+    """Fails unless a float32 run is the one in `expected`: the metrics of every step, the parameters at the end."""
     numerics.assert_same_training(runs.read_metrics(folder), runs.read_metrics(expected), names)
     numerics.assert_same_parameters(runs.read_parameters(folder, STEPS), runs.read_parameters(expected, STEPS))

@@ -35,7 +35,7 @@ ON_GPUS = 0 < NGPU <= len(doctor.inspect().gpus)
 
 TIME_LIMIT = 180.0  # seconds of a job: ten times what the slowest takes on two cores
 GRACE = 20.0  # seconds in which the others notice that a rank is gone
-LINES = 30  # shown of each rank
+LINES, LONGEST = 30, 400  # shown of each rank: a list of modules in one line is of no help
 
 _context = multiprocessing.get_context("spawn" if ON_GPUS else "forkserver")
 if not ON_GPUS:
@@ -209,4 +209,5 @@ def _fate(status: int) -> str:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LINES:]) if log.exists() else "(no output)"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(it printed nothing)"]
+    return "\n".join(line[:LONGEST] for line in lines[-LINES:])

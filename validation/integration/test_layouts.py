@@ -6,15 +6,11 @@ import pytest
 
 from validation import numerics, runs
 from validation.integration import ranks
-from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, SEQ_LEN, TRAINING, Layout, assert_same, train
+from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, Layout, assert_same, train
 
 
 def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
     return [ranks.needs(layout.processes), *([pytest.mark.smoke] if layout.smoke and model == "nsa" else [])]
-
-
-def options_of(model: str) -> tuple[str, ...]:
-    return (f"--nsa.attention={MODELS[model]}",)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +22,9 @@ def options_of(model: str) -> tuple[str, ...]:
     ],
 )
 def test_trains_as_one_process(layout, model, one_process, tmp_path):
-    train(layout, tmp_path, *options_of(model))
-    assert_same(tmp_path, one_process(*options_of(model)))
+    options = (*layout.size, f"--nsa.attention={MODELS[model]}")
+    train(layout, tmp_path, *options)
+    assert_same(tmp_path, one_process(*options))
 
 
 @pytest.mark.parametrize(

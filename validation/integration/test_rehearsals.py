@@ -1,0 +1,60 @@
+"""Layouts of more processes than there are here: built, and stepped where that can be, over fake process groups.
+
+The collectives of such a group move nothing, so that losses mean nothing, but what does not fit together still fails.
+A pipeline's stages ask one another for shapes before the first step, which nobody answers: those are built only.
+"""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+from validation.integration import ranks
+
+LARGE = (
+    "--model.flavor=1b",
+    "--training.seq_len=256",
+    "--training.local_batch_size=1",
+    "--validation.no-enable",
+    "--checkpoint.no-enable",
+    "--metrics.log_freq=1",
+    "--comm.mode=fake_backend",
+)
+SECONDS = 30
+
+
+def rehearse(arguments, processes):
+    os.environ["NGPU"] = str(processes)
+    # A minute of random numbers, for every process draws every parameter in full, tells nothing of a layout.
+    with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, std, **limits: tensor.fill_(std)):
+        ranks.train_here(arguments)
+
+
+@pytest.mark.parametrize(
+    ("processes", "degrees"),
+    [
+        (64, "data_parallel_shard=64"),
+        (64, "data_parallel_replicate=8 data_parallel_shard=8"),
+        (64, "data_parallel_shard=16 tensor_parallel=4"),
+        (64, "data_parallel_replicate=4 data_parallel_shard=4 tensor_parallel=4"),
+        (64, "data_parallel_shard=16 context_parallel=4"),
+        (64, "data_parallel_shard=4 tensor_parallel=4 context_parallel=4"),
+        (64, "data_parallel_shard=16 pipeline_parallel=4"),
+        (64, "data_parallel_shard=4 tensor_parallel=4 pipeline_parallel=4"),
+        (1024, "data_parallel_shard=1024"),
+        (1024, "data_parallel_replicate=16 data_parallel_shard=64"),
+        (1024, "data_parallel_shard=256 tensor_parallel=4"),
+        (1024, "data_parallel_replicate=8 data_parallel_shard=8 tensor_parallel=4 context_parallel=4"),
+        (1024, "data_parallel_shard=64 tensor_parallel=4 pipeline_parallel=4"),
+    ],
+    ids=lambda value: str(value).replace("_parallel", "").replace(" ", ",").replace("data_", ""),
+)
+def test_a_large_layout_is_rehearsed(processes, degrees, tmp_path):
+    steps = 0 if "pipeline" in degrees else 2
+    parallelism = (f"--parallelism.{degree.replace('=', '_degree=')}" for degree in degrees.split())
+    arguments = (*LARGE, *parallelism, f"--training.steps={steps}", f"--job.dump_folder={tmp_path}")
+    with ranks.Job(rehearse, (arguments, processes), tmp_path, 1) as job:
+        job.wait(limit=SECONDS)
+    assert "Training completed" in job.logs[0].read_text()
+    assert len(ranks.runs.read_metrics(tmp_path)[ranks.runs.LOSS]) == steps
