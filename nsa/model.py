@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -20,12 +21,15 @@ from torchtitan.config import JobConfig
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer as LlamaTransformer
 from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Attention as LlamaAttention
 from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
+from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from nsa.config import NSAConfig
+from nsa.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.data import ByteTokenizer
-from nsa.functional import Backend
-from nsa.module import INIT_STD, PAPER, NativeSparseAttention
+from nsa.functional import Backend, block_starts
+from nsa.module import INIT_STD, PAPER, NativeSparseAttention, rotate
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
@@ -110,22 +114,59 @@ class ModelArgs(TransformerModelArgs):
 
 
 class NSAAttention(NativeSparseAttention):
-    """`NativeSparseAttention` behind the signature of llama3's attention."""
+    """`NativeSparseAttention` behind the signature of llama3's attention.
+
+    Attributes:
+        context: how sequences are shared out, under context parallelism.
+        inner_attention: what TorchTitan's context parallelism would take hold of; nothing calls it.
+    """
+
+    context: ContextParallel | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.inner_attention = nn.Identity()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, freqs_cis: Tensor, attention_masks: VarlenMetadata | None, positions: Tensor | None = None
     ) -> Tensor:
         """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
 
-        Raises:
-            NotImplementedError: `positions` are given, that is under context parallelism.
+        `positions [B, T]`, the same in every row, come with context parallelism and with it alone.
         """
-        if positions is not None:
-            raise NotImplementedError("positions must be None: NSA does not support context parallelism yet")
         rope = torch.view_as_real(freqs_cis)
+        if self.context is not None:
+            assert positions is not None  # TorchTitan gives them to whom it gives a part of a sequence
+            return self.wo(self._attend_over(self.context, x, rope, positions[0]))
         if attention_masks is None:
-            return super().forward(x, rope)
-        return super().forward(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q).view_as(x)
+            return self.wo(self.attend(x, rope))
+        # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
+        packed = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q)
+        return self.wo(packed.view(*x.shape[:2], -1))
+
+    def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
+        """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
+        q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
+        k_cmp = context.compress(partial(self.compress_k, backend=self.backend), k_cmp, self.config)
+        v_cmp = context.compress(partial(self.compress_v, backend=self.backend), v_cmp, self.config)
+        blocks = block_starts(x.shape[1] * context.mesh.size(), self.config, device=x.device)
+        by_token = rope[positions]
+        q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
+        tensors = (q, rotate(k_cmp, rope[blocks.positions]), v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        return nsa_attention_over(context, *tensors, self.config, backend=self.backend).flatten(2)
+
+
+class DenseAttention(LlamaAttention):
+    """llama3's attention, with NSA's context parallelism: TorchTitan's needs a GPU."""
+
+    context: ContextParallel | None = None
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
+        if self.context is None:
+            return super().forward(x, freqs_cis, attention_masks, positions)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        q, k = apply_rotary_emb(q, k, freqs_cis, positions)
+        return self.wo(dense_attention_over(self.context, q, k, v).flatten(2))
 
 
 class DocumentAttention(VarlenAttentionWrapper):
@@ -156,8 +197,10 @@ class Block(LlamaBlock):
                 config=model_args.nsa,
                 backend=model_args.backend,
             )
-        elif model_args.attn_type == "varlen":
-            self.attention.inner_attention = DocumentAttention()
+        else:
+            self.attention = DenseAttention(model_args)
+            if model_args.attn_type == "varlen":
+                self.attention.inner_attention = DocumentAttention()
 
     def initial_std(self, name: str) -> float:
         """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
@@ -166,6 +209,13 @@ class Block(LlamaBlock):
         if isinstance(self.attention, NSAAttention) and name.startswith("attention."):
             return self.attention.initial_std()[name.removeprefix("attention.")]
         return INIT_STD
+
+
+def _complete_gradient(parameter: Tensor) -> None:
+    """Sums a gradient that tensor parallelism left in parts: torch 2.11 clips by the norm of a part."""
+    assert isinstance(parameter, DTensor)
+    assert isinstance(parameter.grad, DTensor)
+    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
 class Transformer(LlamaTransformer):
@@ -202,6 +252,8 @@ class Transformer(LlamaTransformer):
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(full)
+            if isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(_complete_gradient)
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

@@ -69,7 +69,12 @@ class Compressor(nn.Module):
         }
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-        params = CompressionParams(**dict(self.named_parameters())) if self.config.compression != "mean" else None
+        # Tensor parallelism leaves parameters that know of all heads, of which those of `x` are here.
+        parameters = {
+            name: parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            for name, parameter in self.named_parameters()
+        }
+        params = CompressionParams(**parameters) if parameters else None
         return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
@@ -151,10 +156,16 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`.
         """
-        q = _split(self.wq(x), self.head_dim)
-        k_cmp, k_slc, k_win = self._branches(self.wk(x))
-        v_cmp, v_slc, v_win = self._branches(self.wv(x))
+        return self.wo(self.attend(x, rope, cu_seqlens))
+
+    def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Queries, keys and values of the three branches, and gates of `x`."""
         gates = _split(self.wg(x), 3).sigmoid()
+        return _split(self.wq(x), self.head_dim), self._branches(self.wk(x)), self._branches(self.wv(x)), gates
+
+    def attend(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`."""
+        q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
         k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
@@ -178,7 +189,7 @@ class NativeSparseAttention(nn.Module):
             backend=self.backend,
         )
         assert isinstance(out, Tensor)  # no indices were asked for
-        return self.wo(out.flatten(2))
+        return out.flatten(2)
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""
