@@ -54,7 +54,6 @@ class Layout:
         replicate, fsdp, tp, pp, cp: degrees, of TorchTitan's options of like names.
         options: other options of TorchTitan's.
         size: of the model, options that one process is given as well: the smallest that can be laid out so.
-        models: names in `MODELS`.
         bfloat16: whether it claims to be as good as one process in bfloat16, too.
         smoke: whether it is among the few that `make smoke` runs.
     """
@@ -68,7 +67,6 @@ class Layout:
     cp: int = 1
     options: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
-    models: tuple[str, ...] = tuple(MODELS)
     bfloat16: bool = False
     smoke: bool = False
 
@@ -105,8 +103,6 @@ def _balancer(name: str) -> tuple[str, ...]:
 
 
 COMPILE = ("--compile.enable",)
-# Dense layers leave context parallelism to TorchTitan, which needs a GPU for it.
-SPARSE = ("nsa",)
 
 ONE = Layout("one", "one process")
 
@@ -131,18 +127,18 @@ LAYOUTS = (
     Layout("pp4-interleaved", "eight stages on four", pp=4, options=_schedule("Interleaved1F1B"), size=DEEP),
     Layout("pp4-izb", "eight stages, backward in halves", pp=4, options=_schedule("InterleavedZeroBubble"), size=DEEP),
     Layout("pp4-zbv", "eight stages, there and back", pp=4, options=_schedule("ZBVZeroBubble"), size=DEEP),
-    Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), models=SPARSE, bfloat16=True),
-    Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail"), models=SPARSE),
-    Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None"), models=SPARSE),
-    Layout("cp4-headtail", "rows in eight chunks, two each", cp=4, options=_balancer("headtail"), models=SPARSE),
+    Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), bfloat16=True),
+    Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail")),
+    Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None")),
+    Layout("cp4-headtail", "rows in eight chunks, two each", cp=4, options=_balancer("headtail")),
     Layout("fsdp2-tp2", "shards of split layers", fsdp=2, tp=2, smoke=True),
     Layout("fsdp2-tp2-compile", "every block compiled", fsdp=2, tp=2, options=COMPILE),
     Layout("fsdp2-compile", "every block compiled, on two", fsdp=2, options=COMPILE, bfloat16=True),
-    Layout("fsdp2-cp2", "rows and chunks of rows", fsdp=2, cp=2, models=SPARSE),
-    Layout("tp2-cp2", "heads of chunks", tp=2, cp=2, models=SPARSE),
+    Layout("fsdp2-cp2", "rows and chunks of rows", fsdp=2, cp=2),
+    Layout("tp2-cp2", "heads of chunks", tp=2, cp=2),
     Layout("pp2-fsdp2", "two stages, each sharded", pp=2, fsdp=2, options=_schedule("1F1B")),
     Layout("pp2-tp2", "two stages of split layers", pp=2, tp=2, options=_schedule("1F1B")),
-    Layout("pp2-cp2", "two stages of chunks", pp=2, cp=2, options=_schedule("1F1B"), models=SPARSE),
+    Layout("pp2-cp2", "two stages of chunks", pp=2, cp=2, options=_schedule("1F1B")),
 )
 
 

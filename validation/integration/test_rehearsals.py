@@ -14,8 +14,7 @@ from validation.integration import ranks
 
 LARGE = (
     "--model.flavor=1b",
-    "--training.seq_len=256",
-    "--training.local_batch_size=1",
+    "--nsa.num_selected_blocks=3",  # as many as such short rows have
     "--validation.no-enable",
     "--checkpoint.no-enable",
     "--metrics.log_freq=1",
@@ -26,6 +25,7 @@ SECONDS = 30
 
 def rehearse(arguments, processes):
     os.environ["NGPU"] = str(processes)
+    torch.set_num_threads(os.cpu_count())
     # A minute of random numbers, for every process draws every parameter in full, tells nothing of a layout.
     with mock.patch.object(torch.nn.init, "trunc_normal_", lambda tensor, std, **limits: tensor.fill_(std)):
         ranks.train_here(arguments)
@@ -51,9 +51,12 @@ def rehearse(arguments, processes):
     ids=lambda value: str(value).replace("_parallel", "").replace(" ", ",").replace("data_", ""),
 )
 def test_a_large_layout_is_rehearsed(processes, degrees, tmp_path):
-    steps = 0 if "pipeline" in degrees else 2
+    steps, rows = (0, 4) if "pipeline" in degrees else (1, 1)
+    seq_len = 64 * (8 if "context" in degrees else 1)  # a block a chunk, two chunks a process
     parallelism = (f"--parallelism.{degree.replace('=', '_degree=')}" for degree in degrees.split())
-    arguments = (*LARGE, *parallelism, f"--training.steps={steps}", f"--job.dump_folder={tmp_path}")
+    sizes = {"steps": steps, "seq_len": seq_len, "local_batch_size": rows}
+    training = (f"--training.{name}={size}" for name, size in sizes.items())
+    arguments = (*LARGE, *parallelism, *training, f"--job.dump_folder={tmp_path}")
     with ranks.Job(rehearse, (arguments, processes), tmp_path, 1) as job:
         job.wait(limit=SECONDS)
     assert "Training completed" in job.logs[0].read_text()
