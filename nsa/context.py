@@ -131,8 +131,9 @@ def nsa_attention_over(
 
     def attention(q: Tensor, gates: Tensor, k_cmp: Tensor, v_cmp: Tensor, *keys: Tensor) -> Tensor:
         count = config.num_compressed(keys[0].shape[1])
-        blocks = (k_cmp[:, :count], v_cmp[:, :count])
-        out = nsa_attention(q, *blocks, *keys, gates, config, backend=backend)
+        k_slc, v_slc, k_win, v_win = keys
+        k_cmp, v_cmp = k_cmp[:, :count], v_cmp[:, :count]
+        out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, backend=backend)
         assert isinstance(out, Tensor)  # no indices were asked for
         return out
 
@@ -143,8 +144,8 @@ def dense_attention_over(context: ContextParallel, q: Tensor, k: Tensor, v: Tens
     """Dense causal attention `[B, t, H, D]` of the tokens of this process over whole sequences."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bias = causal_lower_right(q.shape[1], k.shape[1])
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=bias, enable_gqa=True).transpose(1, 2)
+        mask = causal_lower_right(q.shape[1], k.shape[1])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return context.attend(attention, (q,), (k, v))

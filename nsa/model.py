@@ -4,9 +4,11 @@ Everything but attention and the drawing of initial weights is llama3's own, so 
 activation checkpointing and `torch.compile` apply as they are, and a dense twin differs in nothing else.
 """
 
+import math
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
@@ -218,10 +221,32 @@ def _complete_gradient(parameter: Tensor) -> None:
     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
+DRAWN = 1 << 20
+"""Numbers from one generator: a process draws what it has of a parameter, in whole pieces of so many."""
+
+
+def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:
+    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter."""
+    if not local.numel():
+        return
+    rows = max(1, DRAWN // math.prod(shape[1:]))
+    begin, end = offset[0], offset[0] + len(local)
+    columns = tuple(slice(first, first + size) for first, size in zip(offset[1:], local.shape[1:], strict=True))
+    for piece in range(begin // rows, -(-end // rows)):
+        first = piece * rows
+        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device=local.device)
+        code = zlib.crc32((f"{name} {piece}" if piece else name).encode()) ^ seed
+        generator = torch.Generator(local.device).manual_seed(code)
+        nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
+        start, stop = max(begin, first), min(end, first + rows)
+        local[start - begin : stop - begin] = drawn[(slice(start - first, stop - first), *columns)]
+
+
 class Transformer(LlamaTransformer):
     """llama3 whose layers are dense or NSA as `ModelArgs.attention` says."""
 
     freqs_cis: Tensor
+    model_args: ModelArgs
 
     def __init__(self, model_args: ModelArgs):
         super().__init__(model_args)
@@ -230,7 +255,7 @@ class Transformer(LlamaTransformer):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draws every parameter from a generator of its own, seeded by its name.
+        """Draws every parameter from generators of its own, seeded by its name.
 
         A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
         stage it lies or in which order layers are made. Distributions are llama3's, cut at three standard deviations.
@@ -239,21 +264,19 @@ class Transformer(LlamaTransformer):
             self.freqs_cis = self._precompute_freqs_cis()
         for wrapped_name, parameter in self.named_parameters():
             name = re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", wrapped_name)
-            full = torch.ones(parameter.shape, device=parameter.device)
-            if not re.search(r"norm\.weight$", name):
-                generator = torch.Generator(parameter.device).manual_seed(
-                    zlib.crc32(name.encode()) ^ self.model_args.seed
+            local, offset = parameter.data, (0,) * parameter.dim()
+            if isinstance(parameter, DTensor):
+                _, offset = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
                 )
-                std = self._initial_std(name)
-                if std:
-                    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-                else:
-                    full.zero_()
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
-            if isinstance(parameter, DTensor):
+                local = parameter.to_local()
                 parameter.register_post_accumulate_grad_hook(_complete_gradient)
+            if re.search(r"norm\.weight$", name):
+                local.fill_(1)
+            elif std := self._initial_std(name):
+                _draw(local, offset, parameter.shape, std, name, self.model_args.seed)
+            else:
+                local.zero_()
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

@@ -16,7 +16,7 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.llama3 import parallelize_llama
 
 from nsa.context import ContextParallel
-from nsa.model import ModelArgs, NSAAttention
+from nsa.model import ModelArgs, NSAAttention, Transformer
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 """Pipeline schedules that give the gradients of one process."""
@@ -121,24 +121,33 @@ class HeadParallel(ParallelStyle):
             module.register_parameter(key, nn.Parameter(shard))
 
 
-def parallelize_nsa(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+def share_heads(model: Transformer, mesh: DeviceMesh) -> None:
+    """Adds to llama3's tensor parallelism what its attention does not have: gates and compressors."""
+    plan = {"wg": ColwiseParallel(), "compress_k": HeadParallel(), "compress_v": HeadParallel()}
+    for block in model.layers.values():
+        if isinstance(block.attention, NSAAttention):
+            parallelize_module(block.attention, mesh, plan)
+
+
+def share_tokens(model: Transformer, context: ContextParallel) -> None:
+    """Tells every layer, sparse or dense, how sequences are shared out."""
+    for block in model.layers.values():
+        block.attention.context = context
+
+
+def parallelize_nsa(model: Transformer, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
     """Applies every parallelism but the pipeline's, checkpointing and compilation to a model on the meta device.
 
     Raises:
         ValueError: see `check_layout`.
     """
     check_layout(parallel_dims, job_config, model.model_args)
-    attentions = [block.attention for block in model.layers.values()]
     if parallel_dims.tp_enabled:
-        plan = {"wg": ColwiseParallel(), "compress_k": HeadParallel(), "compress_v": HeadParallel()}
-        for attention in attentions:
-            if isinstance(attention, NSAAttention):
-                parallelize_module(attention, parallel_dims.get_mesh("tp"), plan)
+        share_heads(model, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
         balanced = job_config.parallelism.context_parallel_load_balancer == "headtail"
-        for attention in attentions:
-            attention.context = ContextParallel(parallel_dims.get_mesh("cp"), balanced)
-    model = parallelize_llama(model, parallel_dims, job_config)
+        share_tokens(model, ContextParallel(parallel_dims.get_mesh("cp"), balanced))
+    parallelize_llama(model, parallel_dims, job_config)
     if parallel_dims.world_mesh.device_type == "cpu":
         # Gloo knows no scaled sums, which is how FSDP2 reduces gradients otherwise.
         for module in model.modules():
