@@ -85,8 +85,9 @@ def train(
 
 
 def environment(processes: int | None = None) -> dict[str, str]:
-    """The environment of a run: many processes share the cores one would have had to itself."""
+    """The environment of a run: so many processes share the cores, and see a GPU for each or none."""
     threads = max(1, (os.cpu_count() or 1) // (processes or 1))
     # What conftest.py sets for kernels under test is not what a user's environment has.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {"OMP_NUM_THREADS": str(threads), **inherited, "PYTHONUNBUFFERED": "1"}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < (processes or 0) else {}
+    return {"OMP_NUM_THREADS": str(threads), **inherited, **hidden, "PYTHONUNBUFFERED": "1"}

@@ -24,14 +24,15 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
-from validation import doctor, runs
+from validation import runs
 
 NGPU = int(os.environ.get("NGPU", "4"))
 """Processes of the largest job: as many GPUs where there are so many, otherwise processes on the CPU."""
 
-ON_GPUS = 0 < NGPU <= len(doctor.inspect().gpus)
+ON_GPUS = 0 < NGPU <= torch.cuda.device_count()
 
 TIME_LIMIT = 180.0  # seconds of a job: ten times what the slowest takes on two cores
 GRACE = 20.0  # seconds in which the others notice that a rank is gone
@@ -74,7 +75,7 @@ class Job:
         self._store = TCPStore("localhost", 0, processes, is_master=True, wait_for_workers=False)
         self._begin = time.monotonic()
         self.ranks: list[BaseProcess] = []
-        with _environment(processes):
+        with _environment():
             for rank, log in enumerate(self.logs):
                 of_rank = (rank, processes, self._store.port, log, target, arguments)
                 self.ranks.append(_context.Process(target=_run, args=of_rank))
@@ -191,10 +192,9 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def _environment(processes: int) -> Iterator[None]:
-    """The environment of a run, for processes that start meanwhile, the one that forks the others among them."""
-    before = dict(os.environ)
-    wanted = runs.environment(processes) | ({} if ON_GPUS else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+def _environment() -> Iterator[None]:
+    """The environment of a run, for processes that start meanwhile, the one that forks all others among them."""
+    before, wanted = dict(os.environ), runs.environment(NGPU)
     os.environ.clear()
     os.environ.update(wanted)
     try:

@@ -17,7 +17,7 @@ from validation.integration.layouts import LAYOUTS, ONE, STEPS, TRAINING, assert
 BY_NAME = {layout.name: layout for layout in (ONE, *LAYOUTS)}
 
 # Each is saved in, and each is what another is resumed in.
-ROUND = ("one", "fsdp4", "hsdp2x2", "fsdp2", "one")
+ROUND = ("one", "fsdp4", "tp2", "pp2-1f1b", "fsdp2-tp2", "cp2-headtail", "hsdp2x2", "pp2-zbv", "one")
 
 HALF = STEPS // 2
 FULL = ("--checkpoint.no-last-save-model-only",)  # a checkpoint to go on from, even after the last step

@@ -6,7 +6,9 @@ import pytest
 
 from validation import numerics, runs
 from validation.integration import ranks
-from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, Layout, assert_same, train
+from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, ONE, TRAINING, Layout, assert_same, train
+
+EAGER = ("--nsa.backend=eager",)
 
 
 def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
@@ -27,13 +29,32 @@ def test_trains_as_one_process(layout, model, one_process, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(layout, id=layout.name, marks=marks(layout)) for layout in LAYOUTS if layout.bfloat16]
+    "layout",
+    [
+        pytest.param(ONE, id=ONE.name, marks=pytest.mark.needs_gpu),  # elsewhere there is one backend to train with
+        *(pytest.param(layout, id=layout.name, marks=marks(layout)) for layout in LAYOUTS if layout.bfloat16),
+    ],
 )
-def test_trains_in_bfloat16_as_well_as_one_process(layout, one_process, tmp_path):
+def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_path):
+    """The kernels, where there is a GPU, over several processes, beside the eager backend in one."""
     train(layout, tmp_path, *BFLOAT16)
+    exact, plain = one_process(*EAGER), one_process(*EAGER, *BFLOAT16)
     numerics.assert_same_training(
         runs.read_metrics(tmp_path),
-        runs.read_metrics(one_process()),
+        runs.read_metrics(exact),
         (runs.LOSS, "grad_norm"),
-        baseline=runs.read_metrics(one_process(*BFLOAT16)),
+        baseline=runs.read_metrics(plain),
     )
+
+
+@ranks.needs(2)
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [("nsa.train", ()), ("torchtitan.train", ("--job.config_file=nsa/configs/debug.toml",))],
+    ids=["ours", "torchtitan"],
+)
+def test_torchrun_trains_as_one_process(module, options, one_process, tmp_path):
+    (layout,) = (layout for layout in LAYOUTS if layout.name == "fsdp2")
+    arguments = (*options, *TRAINING, *layout.arguments)
+    runs.train(arguments, tmp_path, module=module, processes=layout.processes)
+    assert_same(tmp_path, one_process())
