@@ -35,7 +35,7 @@ NGPU = int(os.environ.get("NGPU", "4"))
 ON_GPUS = 0 < NGPU <= torch.cuda.device_count()
 
 TIME_LIMIT = 180.0  # seconds of a job: ten times what the slowest takes on two cores
-GRACE = 20.0  # seconds in which the others notice that a rank is gone
+GRACE = 30.0  # seconds in which the others notice that a rank is gone
 LINES, LONGEST = 30, 400  # shown of each rank: a list of modules in one line is of no help
 
 _context = multiprocessing.get_context("spawn" if ON_GPUS else "forkserver")
@@ -77,6 +77,7 @@ class Job:
         self.ranks: list[BaseProcess] = []
         with _environment():
             for rank, log in enumerate(self.logs):
+                log.write_text("")  # not what an earlier job said there
                 of_rank = (rank, processes, self._store.port, log, target, arguments)
                 self.ranks.append(_context.Process(target=_run, args=of_rank))
                 self.ranks[-1].start()
@@ -99,8 +100,9 @@ class Job:
         while len(exits) < len(self.ranks) and (left := end - time.monotonic()) > 0:
             sentinels = {self.ranks[rank].sentinel: rank for rank in range(len(self.ranks)) if rank not in exits}
             failed_before = any(exits.values())
-            for sentinel in wait(list(sentinels), left):
-                rank = sentinels[sentinel]  # type: ignore[index]
+            # Of several that are gone, whoever fell silent first was the first to go: the others had a loss to report.
+            gone = [sentinels[sentinel] for sentinel in wait(list(sentinels), left)]  # type: ignore[index]
+            for rank in sorted(gone, key=lambda rank: self.logs[rank].stat().st_mtime_ns):
                 self.ranks[rank].join()
                 exits[rank] = self.ranks[rank].exitcode or 0
             if any(exits.values()) and not failed_before:
@@ -163,7 +165,7 @@ def train_here(arguments: Sequence[str]) -> None:
 def _run(rank: int, processes: int, port: int, log: Path, target: Callable[..., object], arguments: Sequence[Any]):
     """A rank, from its first moment to its last."""
     os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())
@@ -209,5 +211,5 @@ def _fate(status: int) -> str:
 
 
 def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(it printed nothing)"]
-    return "\n".join(line[:LONGEST] for line in lines[-LINES:])
+    lines = log.read_text(errors="replace").splitlines()[-LINES:]
+    return "\n".join(line[:LONGEST] for line in lines)
