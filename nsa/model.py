@@ -221,7 +221,7 @@ def _complete_gradient(parameter: Tensor) -> None:
     parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
-DRAWN = 1 << 16
+DRAWN = 1 << 18
 """Numbers from one generator: a process draws what it has of a parameter, in whole pieces of so many."""
 
 

@@ -53,6 +53,7 @@ class Layout:
         description: what lies where.
         replicate, fsdp, tp, pp, cp: degrees, of TorchTitan's options of like names.
         options: other options of TorchTitan's.
+        models: names in `MODELS`.
         size: of the model, options that one process is given as well: the smallest that can be laid out so.
         bfloat16: whether it claims to be as good as one process in bfloat16, too.
         smoke: whether it is among the few that `make smoke` runs.
@@ -67,6 +68,7 @@ class Layout:
     cp: int = 1
     options: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
+    models: tuple[str, ...] = tuple(MODELS)
     bfloat16: bool = False
     smoke: bool = False
 

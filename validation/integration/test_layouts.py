@@ -20,6 +20,7 @@ def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
     [
         pytest.param(layout, model, id=f"{layout.name}-{model}", marks=marks(layout, model))
         for layout, model in itertools.product(LAYOUTS, MODELS)
+        if model in layout.models
     ],
 )
 def test_trains_as_one_process(layout, model, one_process, tmp_path):
