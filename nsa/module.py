@@ -1,6 +1,7 @@
 """Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,13 @@ class Compressor(nn.Module):
     """The learned map from a block of keys, or of values, to one vector (section 3.3.1), by KV head.
 
     Shapes: `[B, T, Hk, D] -> [B, C, Hk, D]`. The hidden width of the `"mlp"` kind is `D`.
+
+    Attributes:
+        local: gives the part of a parameter that belongs to the heads at hand; tensor parallelism, which shares both
+            out, sets it.
     """
+
+    local: Callable[[Tensor], Tensor] = staticmethod(lambda parameter: parameter)
 
     def __init__(self, num_kv_heads: int, head_dim: int, config: NSAConfig):
         super().__init__()
@@ -69,11 +76,7 @@ class Compressor(nn.Module):
         }
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-        # Tensor parallelism leaves parameters that know of all heads, of which those of `x` are here.
-        parameters = {
-            name: parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            for name, parameter in self.named_parameters()
-        }
+        parameters = {name: self.local(parameter) for name, parameter in self.named_parameters()}
         params = CompressionParams(**parameters) if parameters else None
         return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
 

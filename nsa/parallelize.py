@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -119,6 +119,7 @@ class HeadParallel(ParallelStyle):
         for key, parameter in module.named_parameters(recurse=False):
             shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
             module.register_parameter(key, nn.Parameter(shard))
+        module.local = DTensor.to_local
 
 
 def share_heads(model: Transformer, mesh: DeviceMesh) -> None:
