@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Compressor(nn.Module):
             out, sets it.
     """
 
-    local: Callable[[Tensor], Tensor] = staticmethod(lambda parameter: parameter)
+    local: Callable[[Any], Tensor] = staticmethod(lambda parameter: parameter)
 
     def __init__(self, num_kv_heads: int, head_dim: int, config: NSAConfig):
         super().__init__()

@@ -17,6 +17,7 @@ from torchtitan.models.llama3 import parallelize_llama
 
 from nsa.context import ContextParallel
 from nsa.model import ModelArgs, NSAAttention, Transformer
+from nsa.module import Compressor
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 """Pipeline schedules that give the gradients of one process."""
@@ -102,6 +103,9 @@ def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_ar
         must = f"give at most {parts} stages (layers, {ends} for embedding and output), where {schedule} has {stages}"
         _require(stages <= parts, "parallelism.pipeline_parallel_degree", must, parallel_dims.pp)
     if validation.enable:
+        # Its schedule takes the gradient that one stage hands to the next on the same process, even if there is none.
+        forward = schedule != "ZBVZeroBubble"
+        _require(forward, "validation.enable", "be false under ZBVZeroBubble, which cannot run forward alone", True)
         # Stages are made for inputs of one shape.
         for name in ("seq_len", "local_batch_size"):
             expected, got = getattr(training, name), getattr(validation, name)
@@ -116,6 +120,7 @@ class HeadParallel(ParallelStyle):
         return distribute_module(module, device_mesh, self._partition)
 
     def _partition(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        assert isinstance(module, Compressor)
         for key, parameter in module.named_parameters(recurse=False):
             shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
             module.register_parameter(key, nn.Parameter(shard))

@@ -93,6 +93,14 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             "parallelism.pipeline_parallel_degree must give at most 4 stages .* ZBVZeroBubble has 8, got 4",
         ),
         (
+            {
+                "degrees": {"pp": 2},
+                "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"},
+                "validation": {"enable": True},
+            },
+            "validation.enable must be false under ZBVZeroBubble",
+        ),
+        (
             {"degrees": {"pp": 2}, "validation": {"enable": True, "seq_len": 2048}},
             r"validation.seq_len must be training.seq_len \(1024\) under pipeline parallelism, got 2048",
         ),
