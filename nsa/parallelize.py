@@ -124,7 +124,7 @@ class HeadParallel(ParallelStyle):
         for key, parameter in module.named_parameters(recurse=False):
             shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
             module.register_parameter(key, nn.Parameter(shard))
-        module.local = DTensor.to_local
+        module.local = lambda parameter: parameter.to_local()  # Dynamo knows the method, not the function
 
 
 def share_heads(model: Transformer, mesh: DeviceMesh) -> None:
@@ -154,6 +154,10 @@ def parallelize_nsa(model: Transformer, parallel_dims: ParallelDims, job_config:
         balanced = job_config.parallelism.context_parallel_load_balancer == "headtail"
         share_tokens(model, ContextParallel(parallel_dims.get_mesh("cp"), balanced))
     parallelize_llama(model, parallel_dims, job_config)
+    if parallel_dims.tp_enabled and job_config.compile.enable and model.tok_embeddings is not None:
+        # What a collective under way gives enters a compiled block as a tensor of its own kind, to which no gradient
+        # comes back: embeddings would not learn, without a word. A copy is a plain tensor.
+        model.tok_embeddings.register_forward_hook(lambda module, args, out: out.clone())
     if parallel_dims.world_mesh.device_type == "cpu":
         # Gloo knows no scaled sums, which is how FSDP2 reduces gradients otherwise.
         for module in model.modules():
