@@ -132,7 +132,7 @@ LAYOUTS = (
     Layout("pp4-izb", "eight stages, backward in halves", pp=4, options=_schedule("InterleavedZeroBubble"), size=DEEP),
     Layout("pp4-zbv", "eight stages, there and back", pp=4, options=_schedule("ZBVZeroBubble"), size=DEEP),
     Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), bfloat16=True),
-    Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail")),
+    Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail"), smoke=True),
     Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None")),
     Layout("cp4-headtail", "rows in eight chunks, two each", cp=4, options=_balancer("headtail")),
     Layout("fsdp2-tp2", "shards of split layers", fsdp=2, tp=2, smoke=True),

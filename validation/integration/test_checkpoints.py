@@ -48,7 +48,12 @@ def half_way(tmp_path_factory):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(BY_NAME[before], BY_NAME[after], id=f"{before}-{after}", marks=ranks.needs(processes))
+        pytest.param(
+            BY_NAME[before],
+            BY_NAME[after],
+            id=f"{before}-{after}",
+            marks=[ranks.needs(processes), *([pytest.mark.smoke] if before == "fsdp4" else [])],
+        )
         for before, after in pairwise(ROUND)
         for processes in [max(BY_NAME[before].processes, BY_NAME[after].processes)]
     ],

@@ -12,6 +12,8 @@ from nsa.model import ModelArgs, NSAAttention, Transformer, _draw
 from nsa.train_spec import JobConfig, NSAOptions
 from validation.numerics import assert_equal, assert_matches
 
+pytestmark = pytest.mark.smoke
+
 SMALL = NSAConfig(8, 4, 16, 4, window_size=20)
 LONGEST_SUM = 256  # the hidden width of the feed-forward layers
 
