@@ -19,6 +19,7 @@ class Variant:
         layouts: where it may matter.
         plain: whether one process does without it, because it is not to change anything.
         metrics: to compare beside loss and gradient norm.
+        gpu: whether only a machine with a GPU can do it.
     """
 
     name: str
@@ -26,6 +27,11 @@ class Variant:
     layouts: tuple[str, ...]
     plain: bool = False
     metrics: tuple[str, ...] = ()
+    gpu: bool = False
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.needs_gpu] if self.gpu else []
 
 
 # Adam divides by the gradient's own size: only below its epsilon does it matter how long a gradient is.
@@ -47,7 +53,7 @@ VARIANTS = (
     Variant("loop", ("--optimizer.implementation=for-loop",), ("fsdp2-tp2",), plain=True),
     Variant("foreach", ("--optimizer.implementation=foreach",), ("fsdp2-tp2",), plain=True),
     Variant("adam", ("--optimizer.name=Adam",), ("fsdp2-tp2",)),
-    Variant("offload", ("--optimizer.name=Adam", "--training.enable_cpu_offload"), ("fsdp2",)),
+    Variant("offload", ("--optimizer.name=Adam", "--training.enable_cpu_offload"), ("fsdp2",), gpu=True),
     Variant("recompute", ("--activation_checkpoint.mode=full",), ("fsdp2-tp2", "pp2-1f1b", "cp2"), plain=True),
     Variant("recompute-some", (*SELECTIVE, "--activation_checkpoint.selective_ac_option=2"), ("fsdp2",), plain=True),
     Variant("recompute-ops", (*SELECTIVE, "--activation_checkpoint.selective_ac_option=op"), ("fsdp2",), plain=True),
@@ -58,7 +64,12 @@ VARIANTS = (
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [
-        pytest.param(variant, BY_NAME[name], id=f"{variant.name}-{name}", marks=ranks.needs(BY_NAME[name].processes))
+        pytest.param(
+            variant,
+            BY_NAME[name],
+            id=f"{variant.name}-{name}",
+            marks=[*variant.marks, ranks.needs(BY_NAME[name].processes)],
+        )
         for variant in VARIANTS
         for name in variant.layouts
     ],
@@ -69,7 +80,10 @@ def test_a_variant_trains_as_in_one_process(variant, layout, one_process, tmp_pa
     assert_same(tmp_path, expected, (runs.LOSS, "grad_norm", *variant.metrics))
 
 
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant.plain], ids=lambda v: v.name)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(variant, id=variant.name, marks=variant.marks) for variant in VARIANTS if not variant.plain],
+)
 def test_a_variant_is_not_the_plain_training(variant, one_process):
     """Otherwise the comparison would show nothing."""
     plain, varied = (runs.read_metrics(one_process(*options)) for options in ((), variant.options))
