@@ -113,6 +113,11 @@ def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_ar
             _require(got == expected, f"validation.{name}", must, got)
 
 
+def _to_local(parameter: DTensor) -> Tensor:
+    # Called so, not as a function of the class, compilers know it.
+    return parameter.to_local()
+
+
 class HeadParallel(ParallelStyle):
     """Shares out the parameters of a compressor by KV head, as `wk` and `wv` share out what it is given."""
 
@@ -124,7 +129,7 @@ class HeadParallel(ParallelStyle):
         for key, parameter in module.named_parameters(recurse=False):
             shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
             module.register_parameter(key, nn.Parameter(shard))
-        module.local = DTensor.to_local
+        module.local = _to_local
 
 
 def share_heads(model: Transformer, mesh: DeviceMesh) -> None:
