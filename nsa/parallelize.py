@@ -62,6 +62,10 @@ def _check_tensor_parallel(parallel_dims: ParallelDims, job_config: JobConfig, m
     option, degree = "parallelism.tensor_parallel_degree", parallel_dims.tp
     heads = model_args.kv_heads
     _require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
+    # Without FSDP2 compiled blocks fail (seen in torch 2.13).
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    must = 'be without "model" under tensor parallelism without FSDP'
+    _require(not compiled or parallel_dims.fsdp_enabled, "compile.components", must, job_config.compile.components)
     asynchronous = job_config.parallelism.enable_async_tensor_parallel
     _require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
     if "float8" in job_config.model.converters:
@@ -113,6 +117,11 @@ def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_ar
             _require(got == expected, f"validation.{name}", must, got)
 
 
+def _to_local(parameter: DTensor) -> Tensor:
+    # Called so, not as a function of the class, compilers know it.
+    return parameter.to_local()
+
+
 class HeadParallel(ParallelStyle):
     """Shares out the parameters of a compressor by KV head, as `wk` and `wv` share out what it is given."""
 
@@ -124,7 +133,7 @@ class HeadParallel(ParallelStyle):
         for key, parameter in module.named_parameters(recurse=False):
             shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
             module.register_parameter(key, nn.Parameter(shard))
-        module.local = lambda parameter: parameter.to_local()  # Dynamo knows the method, not the function
+        module.local = _to_local
 
 
 def share_heads(model: Transformer, mesh: DeviceMesh) -> None:

@@ -105,10 +105,11 @@ def prepare_cpu() -> None:
     ):
         module.device_type = "cpu"
         module.device_module = device
-    # Offloading asks for a backend on the CPU beside the device's, which here are one.
     init_distributed = torchtitan.distributed.utils.init_distributed
 
     def init_on_cpu(comm: Any, enable_cpu_backend: bool = False, **kwargs: Any) -> int:
+        if enable_cpu_backend:
+            raise ValueError("training.enable_cpu_offload must be false without an accelerator, got True")
         return init_distributed(comm, **kwargs)
 
     torchtitan.distributed.utils.init_distributed = init_on_cpu
