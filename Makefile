@@ -25,7 +25,7 @@ endif
 
 PYTEST = $(PY) -m pytest $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
 
-.PHONY: help setup lint unit integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
+.PHONY: help setup lint unit smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ lint: $(READY)  ## style, format and types
 
 unit: $(READY)  ## is each stage right?
 	$(PYTEST) -n $(JOBS) --dist worksteal validation/unit $(PYTEST_ARGS)
+
+smoke: $(READY)  ## the few integration tests that show that anything works over NGPU processes
+	NGPU=$(NGPU) $(PYTEST) validation/integration -m smoke $(PYTEST_ARGS)
 
 integration: $(READY)  ## do the parts work together, across NGPU processes?
 	NGPU=$(NGPU) $(PYTEST) validation/integration $(PYTEST_ARGS)
@@ -93,12 +96,12 @@ sanitize: $(READY)  ## do the kernels stay within their memory, and free of race
 train: $(READY)  ## train NSA and its dense twin on the same data, side by side
 	$(PY) -m validation.system.twins $(if $(FRESH),--fresh)
 
-coverage: $(READY)  ## unit and integration, and how much of nsa/ they reach, by line and branch
+coverage: $(READY)  ## unit and smoke, and how much of nsa/ they reach, by line and branch
 	$(PY) -m coverage erase
-	$(MAKE) unit integration COVERAGE=1
+	$(MAKE) unit smoke COVERAGE=1
 	$(PY) -m coverage report
 
-test: lint coverage system  ## all that any machine can run
+test: lint coverage system  ## what any machine can run while you wait; `make integration` has the rest
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

@@ -38,6 +38,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs_gpu(count=1, gib=0): so many GPUs, with so much memory each")
+    config.addinivalue_line("markers", "smoke: one of the few of its layer that show that it works at all")
     config.addinivalue_line("markers", "every_dtype: every case in every dtype, beside float64 too")
     config.addinivalue_line("markers", "sparing(**names): parameters that are enough where a call takes seconds")
     seeds.variation = config.option.shuffle_seed

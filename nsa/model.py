@@ -4,28 +4,35 @@ Everything but attention and the drawing of initial weights is llama3's own, so 
 activation checkpointing and `torch.compile` apply as they are, and a dense twin differs in nothing else.
 """
 
+import math
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer as LlamaTransformer
 from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Attention as LlamaAttention
 from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
+from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from nsa.config import NSAConfig
+from nsa.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.data import ByteTokenizer
-from nsa.functional import Backend
-from nsa.module import INIT_STD, PAPER, NativeSparseAttention
+from nsa.functional import Backend, block_starts
+from nsa.module import INIT_STD, PAPER, NativeSparseAttention, rotate
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
@@ -110,22 +117,59 @@ class ModelArgs(TransformerModelArgs):
 
 
 class NSAAttention(NativeSparseAttention):
-    """`NativeSparseAttention` behind the signature of llama3's attention."""
+    """`NativeSparseAttention` behind the signature of llama3's attention.
+
+    Attributes:
+        context: how sequences are shared out, under context parallelism.
+        inner_attention: what TorchTitan's context parallelism would take hold of; nothing calls it.
+    """
+
+    context: ContextParallel | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.inner_attention = nn.Identity()
 
     def forward(  # type: ignore[override]
         self, x: Tensor, freqs_cis: Tensor, attention_masks: VarlenMetadata | None, positions: Tensor | None = None
     ) -> Tensor:
         """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
 
-        Raises:
-            NotImplementedError: `positions` are given, that is under context parallelism.
+        `positions [B, T]`, the same in every row, come with context parallelism and with it alone.
         """
-        if positions is not None:
-            raise NotImplementedError("positions must be None: NSA does not support context parallelism yet")
         rope = torch.view_as_real(freqs_cis)
+        if self.context is not None:
+            assert positions is not None  # TorchTitan gives them to whom it gives a part of a sequence
+            return self.wo(self._attend_over(self.context, x, rope, positions[0]))
         if attention_masks is None:
-            return super().forward(x, rope)
-        return super().forward(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q).view_as(x)
+            return self.wo(self.attend(x, rope))
+        # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
+        packed = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q)
+        return self.wo(packed.view(*x.shape[:2], -1))
+
+    def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
+        """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
+        q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
+        k_cmp = context.compress(partial(self.compress_k, backend=self.backend), k_cmp, self.config)
+        v_cmp = context.compress(partial(self.compress_v, backend=self.backend), v_cmp, self.config)
+        blocks = block_starts(x.shape[1] * context.mesh.size(), self.config, device=x.device)
+        by_token = rope[positions]
+        q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
+        tensors = (q, rotate(k_cmp, rope[blocks.positions]), v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        return nsa_attention_over(context, *tensors, self.config, backend=self.backend).flatten(2)
+
+
+class DenseAttention(LlamaAttention):
+    """llama3's attention, with NSA's context parallelism: TorchTitan's needs a GPU."""
+
+    context: ContextParallel | None = None
+
+    def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
+        if self.context is None:
+            return super().forward(x, freqs_cis, attention_masks, positions)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        q, k = apply_rotary_emb(q, k, freqs_cis, positions)
+        return self.wo(dense_attention_over(self.context, q, k, v).flatten(2))
 
 
 class DocumentAttention(VarlenAttentionWrapper):
@@ -156,8 +200,10 @@ class Block(LlamaBlock):
                 config=model_args.nsa,
                 backend=model_args.backend,
             )
-        elif model_args.attn_type == "varlen":
-            self.attention.inner_attention = DocumentAttention()
+        else:
+            self.attention = DenseAttention(model_args)
+            if model_args.attn_type == "varlen":
+                self.attention.inner_attention = DocumentAttention()
 
     def initial_std(self, name: str) -> float:
         """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
@@ -168,10 +214,39 @@ class Block(LlamaBlock):
         return INIT_STD
 
 
+def _complete_gradient(parameter: Tensor) -> None:
+    """Sums a gradient that tensor parallelism left in parts: torch 2.11 clips by the norm of a part."""
+    assert isinstance(parameter, DTensor)
+    assert isinstance(parameter.grad, DTensor)
+    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
+
+DRAWN = 1 << 18
+"""Numbers from one generator: a process draws what it has of a parameter, in whole pieces of so many."""
+
+
+def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:
+    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter."""
+    if not local.numel():
+        return
+    rows = max(1, DRAWN // math.prod(shape[1:]))
+    begin, end = offset[0], offset[0] + len(local)
+    columns = tuple(slice(first, first + size) for first, size in zip(offset[1:], local.shape[1:], strict=True))
+    for piece in range(begin // rows, -(-end // rows)):
+        first = piece * rows
+        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device=local.device)
+        code = zlib.crc32((f"{name} {piece}" if piece else name).encode()) ^ seed
+        generator = torch.Generator(local.device).manual_seed(code)
+        nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
+        start, stop = max(begin, first), min(end, first + rows)
+        local[start - begin : stop - begin] = drawn[(slice(start - first, stop - first), *columns)]
+
+
 class Transformer(LlamaTransformer):
     """llama3 whose layers are dense or NSA as `ModelArgs.attention` says."""
 
     freqs_cis: Tensor
+    model_args: ModelArgs
 
     def __init__(self, model_args: ModelArgs):
         super().__init__(model_args)
@@ -180,7 +255,7 @@ class Transformer(LlamaTransformer):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draws every parameter from a generator of its own, seeded by its name.
+        """Draws every parameter from generators of its own, seeded by its name.
 
         A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
         stage it lies or in which order layers are made. Distributions are llama3's, cut at three standard deviations.
@@ -189,19 +264,19 @@ class Transformer(LlamaTransformer):
             self.freqs_cis = self._precompute_freqs_cis()
         for wrapped_name, parameter in self.named_parameters():
             name = re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", wrapped_name)
-            full = torch.ones(parameter.shape, device=parameter.device)
-            if not re.search(r"norm\.weight$", name):
-                generator = torch.Generator(parameter.device).manual_seed(
-                    zlib.crc32(name.encode()) ^ self.model_args.seed
-                )
-                std = self._initial_std(name)
-                if std:
-                    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-                else:
-                    full.zero_()
+            local, offset = parameter.data, (0,) * parameter.dim()
             if isinstance(parameter, DTensor):
-                full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(full)
+                _, offset = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+                local = parameter.to_local()
+                parameter.register_post_accumulate_grad_hook(_complete_gradient)
+            if re.search(r"norm\.weight$", name):
+                local.fill_(1)
+            elif std := self._initial_std(name):
+                _draw(local, offset, parameter.shape, std, name, self.model_args.seed)
+            else:
+                local.zero_()
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

@@ -1,6 +1,8 @@
 """Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,13 @@ class Compressor(nn.Module):
     """The learned map from a block of keys, or of values, to one vector (section 3.3.1), by KV head.
 
     Shapes: `[B, T, Hk, D] -> [B, C, Hk, D]`. The hidden width of the `"mlp"` kind is `D`.
+
+    Attributes:
+        local: gives the part of a parameter that belongs to the heads at hand; tensor parallelism, which shares both
+            out, sets it.
     """
+
+    local: Callable[[Any], Tensor] = staticmethod(lambda parameter: parameter)
 
     def __init__(self, num_kv_heads: int, head_dim: int, config: NSAConfig):
         super().__init__()
@@ -69,7 +77,8 @@ class Compressor(nn.Module):
         }
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-        params = CompressionParams(**dict(self.named_parameters())) if self.config.compression != "mean" else None
+        parameters = {name: self.local(parameter) for name, parameter in self.named_parameters()}
+        params = CompressionParams(**parameters) if parameters else None
         return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
@@ -151,10 +160,16 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`.
         """
-        q = _split(self.wq(x), self.head_dim)
-        k_cmp, k_slc, k_win = self._branches(self.wk(x))
-        v_cmp, v_slc, v_win = self._branches(self.wv(x))
+        return self.wo(self.attend(x, rope, cu_seqlens))
+
+    def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Queries, keys and values of the three branches, and gates of `x`."""
         gates = _split(self.wg(x), 3).sigmoid()
+        return _split(self.wq(x), self.head_dim), self._branches(self.wk(x)), self._branches(self.wv(x)), gates
+
+    def attend(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`."""
+        q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
         k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
@@ -178,7 +193,7 @@ class NativeSparseAttention(nn.Module):
             backend=self.backend,
         )
         assert isinstance(out, Tensor)  # no indices were asked for
-        return self.wo(out.flatten(2))
+        return out.flatten(2)
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""

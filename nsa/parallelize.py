@@ -1,47 +1,204 @@
 """What NSA adds to TorchTitan's plan for llama3, which does the rest: FSDP2, HSDP, checkpointing, compilation."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.llama3 import parallelize_llama
 
+from nsa.context import ContextParallel
+from nsa.model import ModelArgs, NSAAttention, Transformer
+from nsa.module import Compressor
 
-def check_layout(parallel_dims: ParallelDims, job_config: JobConfig) -> None:
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+"""Pipeline schedules that give the gradients of one process."""
+
+
+def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     """Refuses a layout that would fail later, or train something else without a word.
 
     Raises:
-        ValueError: a sequence length that the layout cannot divide, or plain data parallelism.
-        NotImplementedError: tensor, context or pipeline parallelism.
+        ValueError: naming the option to change, what it must be and what it is.
     """
-    divisor = parallel_dims.seq_len_divisor if parallel_dims.tp_enabled or parallel_dims.cp_enabled else 1
-    if job_config.training.seq_len % divisor:
-        raise ValueError(
-            f"training.seq_len must be a multiple of 2 * context_parallel_degree * tensor_parallel_degree ({divisor}), "
-            f"got {job_config.training.seq_len}"
-        )
-    for name, degree in (("tensor", parallel_dims.tp), ("context", parallel_dims.cp), ("pipeline", parallel_dims.pp)):
-        if degree > 1:
-            raise NotImplementedError(f"parallelism.{name}_parallel_degree must be 1 for NSA models, got {degree}")
-    if parallel_dims.dp_replicate_enabled and not parallel_dims.dp_shard_enabled:
+    parallelism, validation = job_config.parallelism, job_config.validation
+    lengths = {"training.seq_len": job_config.training.seq_len}
+    if validation.enable:
+        lengths["validation.seq_len"] = validation.seq_len
+    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+        degree = getattr(parallelism, name)
+        _require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)
+    if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
         # TorchTitan normalises gradients by tokens, and DDP would divide them by its degree once more.
-        raise ValueError(
-            "parallelism.data_parallel_shard_degree must be at least 2 beside data_parallel_replicate_degree = "
-            f"{parallel_dims.dp_replicate} (HSDP), got {parallel_dims.dp_shard}"
-        )
+        must = f"be at least 2 beside data_parallel_replicate_degree = {parallel_dims.dp_replicate} (HSDP)"
+        _require(False, "parallelism.data_parallel_shard_degree", must, parallel_dims.dp_shard)
+    if parallel_dims.tp_enabled or parallel_dims.cp_enabled:
+        divisor = parallel_dims.seq_len_divisor
+        must = f"be a multiple of 2 * context_parallel_degree * tensor_parallel_degree ({divisor})"
+        for name, length in lengths.items():
+            _require(length % divisor == 0, name, must, length)
+    if parallel_dims.tp_enabled:
+        _check_tensor_parallel(parallel_dims, job_config, model_args)
+    if parallel_dims.cp_enabled:
+        _check_context_parallel(parallel_dims, job_config, model_args, lengths)
+    if parallel_dims.pp_enabled:
+        _check_pipeline(parallel_dims, job_config, model_args)
 
 
-def parallelize_nsa(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
-    """Applies activation checkpointing, compilation and data parallelism to a model on the meta device.
+def _require(condition: bool, option: str, must: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{option} must {must}, got {got!r}")
+
+
+def _check_tensor_parallel(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
+    option, degree = "parallelism.tensor_parallel_degree", parallel_dims.tp
+    heads = model_args.kv_heads
+    _require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
+    # Without FSDP2 compiled blocks fail (seen in torch 2.13).
+    compiled = job_config.compile.enable and "model" in job_config.compile.components
+    must = 'be without "model" under tensor parallelism without FSDP'
+    _require(not compiled or parallel_dims.fsdp_enabled, "compile.components", must, job_config.compile.components)
+    asynchronous = job_config.parallelism.enable_async_tensor_parallel
+    _require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
+    if "float8" in job_config.model.converters:
+        # Scaled by tensor, TorchTitan would hand float8 to projections of ours that stay as they are.
+        recipe, rowwise = job_config.quantize.linear.float8.recipe_name, ("rowwise", "rowwise_with_gw_hp")
+        must = f"be one of {rowwise} under tensor parallelism"
+        _require(recipe in rowwise, "quantize.linear.float8.recipe_name", must, recipe)
+
+
+def _check_context_parallel(
+    parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs, lengths: dict[str, int]
+) -> None:
+    balancer = job_config.parallelism.context_parallel_load_balancer
+    option = "parallelism.context_parallel_load_balancer"
+    _require(balancer in (None, "headtail"), option, 'be "headtail" or none', balancer)
+    mask = model_args.attn_mask_type
+    _require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under context parallelism', mask)
+    if "nsa" in model_args.layer_kinds:
+        chunks, block = parallel_dims.cp * (2 if balancer else 1), model_args.nsa.select_block_size
+        must = f"be a multiple of nsa.select_block_size in each of {chunks} chunks ({chunks * block})"
+        for name, length in lengths.items():
+            _require(length % (chunks * block) == 0, name, must, length)
+
+
+def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
+    parallelism, training, validation = job_config.parallelism, job_config.training, job_config.validation
+    schedule = parallelism.pipeline_parallel_schedule
+    _require(schedule in SCHEDULES, "parallelism.pipeline_parallel_schedule", f"be one of {SCHEDULES}", schedule)
+    file = parallelism.pipeline_parallel_schedule_csv
+    _require(not file, "parallelism.pipeline_parallel_schedule_csv", "be empty", file)
+    mask = model_args.attn_mask_type
+    # Schedules cut tensors along the batch, which offsets of documents do not have.
+    _require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under pipeline parallelism', mask)
+    if parallelism.pipeline_parallel_layers_per_stage is None and parallelism.module_fqns_per_model_part is None:
+        stages = parallel_dims.pp * (1 if issubclass(get_schedule_class(schedule), PipelineScheduleSingle) else 2)
+        ends = parallelism.pipeline_parallel_first_stage_less_layers
+        ends += parallelism.pipeline_parallel_last_stage_less_layers
+        parts = model_args.n_layers + ends
+        must = f"give at most {parts} stages (layers, {ends} for embedding and output), where {schedule} has {stages}"
+        _require(stages <= parts, "parallelism.pipeline_parallel_degree", must, parallel_dims.pp)
+    if validation.enable:
+        # Its schedule takes the gradient that one stage hands to the next on the same process, even if there is none.
+        forward = schedule != "ZBVZeroBubble"
+        _require(forward, "validation.enable", "be false under ZBVZeroBubble, which cannot run forward alone", True)
+        # Stages are made for inputs of one shape.
+        for name in ("seq_len", "local_batch_size"):
+            expected, got = getattr(training, name), getattr(validation, name)
+            must = f"be training.{name} ({expected}) under pipeline parallelism"
+            _require(got == expected, f"validation.{name}", must, got)
+
+
+def _to_local(parameter: DTensor) -> Tensor:
+    # Called so, not as a function of the class, compilers know it.
+    return parameter.to_local()
+
+
+class HeadParallel(ParallelStyle):
+    """Shares out the parameters of a compressor by KV head, as `wk` and `wv` share out what it is given."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._partition)
+
+    def _partition(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        assert isinstance(module, Compressor)
+        for key, parameter in module.named_parameters(recurse=False):
+            shard = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
+            module.register_parameter(key, nn.Parameter(shard))
+        module.local = _to_local
+
+
+def share_heads(model: Transformer, mesh: DeviceMesh) -> None:
+    """Adds to llama3's tensor parallelism what its attention does not have: gates and compressors."""
+    plan = {"wg": ColwiseParallel(), "compress_k": HeadParallel(), "compress_v": HeadParallel()}
+    for block in model.layers.values():
+        if isinstance(block.attention, NSAAttention):
+            parallelize_module(block.attention, mesh, plan)
+
+
+def share_tokens(model: Transformer, context: ContextParallel) -> None:
+    """Tells every layer, sparse or dense, how sequences are shared out."""
+    for block in model.layers.values():
+        block.attention.context = context
+
+
+def parallelize_nsa(model: Transformer, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """Applies every parallelism but the pipeline's, checkpointing and compilation to a model on the meta device.
 
     Raises:
-        ValueError, NotImplementedError: see `check_layout`.
+        ValueError: see `check_layout`.
     """
-    check_layout(parallel_dims, job_config)
-    model = parallelize_llama(model, parallel_dims, job_config)
+    check_layout(parallel_dims, job_config, model.model_args)
+    if parallel_dims.tp_enabled:
+        share_heads(model, parallel_dims.get_mesh("tp"))
+    if parallel_dims.cp_enabled:
+        balanced = job_config.parallelism.context_parallel_load_balancer == "headtail"
+        share_tokens(model, ContextParallel(parallel_dims.get_mesh("cp"), balanced))
+    parallelize_llama(model, parallel_dims, job_config)
+    if parallel_dims.tp_enabled and job_config.compile.enable and model.tok_embeddings is not None:
+        # What a collective under way gives enters a compiled block as a tensor of its own kind, to which no gradient
+        # comes back: embeddings would not learn, without a word. A copy is a plain tensor.
+        model.tok_embeddings.register_forward_hook(lambda module, args, out: out.clone())
     if parallel_dims.world_mesh.device_type == "cpu":
         # Gloo knows no scaled sums, which is how FSDP2 reduces gradients otherwise.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def pipeline_nsa(
+    model: nn.Module,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+    device: torch.device,
+    model_args: ModelArgs,
+    parallelize_fn: Callable[..., nn.Module],
+    loss_fn: Callable[..., Tensor],
+) -> Any:
+    """TorchTitan's pipeline with gradients as without it: there they are sums over tokens, not means.
+
+    Raises:
+        ValueError: see `check_layout`.
+    """
+    check_layout(parallel_dims, job_config, model_args)
+    training = job_config.training
+    rows = training.global_batch_size
+    if rows < 0:  # TorchTitan's way to leave it to the other two
+        rows = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+
+    def loss_of_tokens(*args: Any) -> Tensor:
+        loss = loss_fn(*args)
+        mean = loss / (rows * training.seq_len)
+        # The value of the sum, which the trainer reports, and the gradient of the mean, by which it trains.
+        return loss.detach() + (mean - mean.detach())
+
+    return pipeline_llm(model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_of_tokens)

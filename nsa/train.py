@@ -105,6 +105,14 @@ def prepare_cpu() -> None:
     ):
         module.device_type = "cpu"
         module.device_module = device
+    init_distributed = torchtitan.distributed.utils.init_distributed
+
+    def init_on_cpu(comm: Any, enable_cpu_backend: bool = False, **kwargs: Any) -> int:
+        if enable_cpu_backend:
+            raise ValueError("training.enable_cpu_offload must be false without an accelerator, got True")
+        return init_distributed(comm, **kwargs)
+
+    torchtitan.distributed.utils.init_distributed = init_on_cpu
     # Without this it would ask lspci, and then take the CPU for an A100. No peak is known: utilisation shows as 0.
     torchtitan.tools.utils.get_peak_flops = lambda device_name: float("inf")
 

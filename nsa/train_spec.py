@@ -29,7 +29,7 @@ from torchtitan.tools.logging import logger
 from nsa.config import NSAConfig
 from nsa.data import DATASETS, CorpusLoader, corpus_tokens
 from nsa.model import ModelArgs, Transformer, build_tokenizer
-from nsa.parallelize import parallelize_nsa
+from nsa.parallelize import parallelize_nsa, pipeline_nsa
 
 # Job options: TorchTitan's, with defaults that need no network, and one section more.
 
@@ -86,6 +86,7 @@ _SMALL = NSAConfig(
 )
 _SIZES: dict[str, dict[str, Any]] = {
     "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
+    "debug_parallel": {"dim": 128, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
     "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
     "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
 }
@@ -189,11 +190,19 @@ class _Progress(BaseLogger):
         logger.info(f"{step} of {self.steps} steps done, {seconds // 60}:{seconds % 60:02} left")
 
 
+class _Processor(MetricsProcessor):
+    """TorchTitan's metrics processor, with the validation loss of a token under context parallelism too."""
+
+    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
+        # The validator divides by the tokens of one part of each row, and adds up the losses of all of them.
+        super().log_validation(loss / self.parallel_dims.cp, step, extra_metrics)
+
+
 def build_metrics_processor(
     job_config: titan.JobConfig, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
 ) -> MetricsProcessor:
     """TorchTitan's metrics processor, which also writes `METRICS_FILE` and tells the time left."""
-    processor = MetricsProcessor(job_config, parallel_dims, tag)
+    processor = _Processor(job_config, parallel_dims, tag)
     if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
         loggers = LoggerContainer()
         for part in (
@@ -212,7 +221,7 @@ register_train_spec(
         model_cls=Transformer,
         model_args=_Flavors(),
         parallelize_fn=parallelize_nsa,
-        pipelining_fn=None,
+        pipelining_fn=pipeline_nsa,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,

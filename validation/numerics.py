@@ -18,7 +18,7 @@ Selections. Forced blocks are compared exactly, free ones by the oracle's import
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ LEARNING_RATIO = 0.7
 """A loss over what it was at first, at most, after the few steps of a test: far from chance, and reached early."""
 
 LAYOUT_BOUND = 5e-5
-"""Difference of a float32 loss or gradient norm between layouts: sums in another order, over a few steps."""
+"""Difference of a float32 loss, gradient norm or parameter between layouts: sums in another order, over a few steps."""
 
 PEAK_MEMORY_BYTES = 4 * 2**30
 """Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
@@ -188,17 +188,37 @@ def assert_selection_matches(
     )
 
 
-def assert_same_training(actual: Any, expected: Any, names: Sequence[str]) -> None:
-    """Fail unless two float32 runs log the same steps and, at each, the same metrics but for `LAYOUT_BOUND`."""
+def assert_same_training(actual: Any, expected: Any, names: Sequence[str], *, baseline: Any = None) -> None:
+    """Fail unless two runs log the same steps and, at each, the same metrics: in float32 but for `LAYOUT_BOUND`.
+
+    Args:
+        actual, expected: metrics by name, each by step.
+        baseline: one process in bfloat16, where the run is in bfloat16 as well; `expected`, in float32, is then what
+            the policy above holds both to.
+    """
     for name in names:
         if actual[name].keys() != expected[name].keys() or not expected[name]:
             raise AssertionError(f"{name}: logged at steps {list(actual[name])}, expected {list(expected[name])}")
+        if baseline is not None:
+            curve, oracle, plain = (torch.tensor(list(run[name].values())) for run in (actual, expected, baseline))
+            assert_matches(curve, oracle.double(), what=name, baseline=plain, dtype=torch.bfloat16)
+            continue
         for step, value in expected[name].items():
             bound = LAYOUT_BOUND * max(1.0, abs(value))
             if not abs(actual[name][step] - value) <= bound:
                 raise AssertionError(
                     f"{name} of step {step}: got {actual[name][step]!r}, expected {value!r} within {bound:.1e}"
                 )
+
+
+def assert_same_parameters(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Fail unless two float32 models have the same parameters but for `LAYOUT_BOUND`."""
+    if actual.keys() != expected.keys() or not expected:
+        raise AssertionError(f"parameters: got {sorted(actual)}, expected {sorted(expected)}")
+    for name, value in expected.items():
+        _assert_same_structure(actual[name], value, name)
+        error, bound = (actual[name] - value).abs(), LAYOUT_BOUND * max(1.0, value.abs().max().item())
+        _check("maximum", error, error.max(), torch.tensor(bound), actual[name], value, name)
 
 
 def score_bound(score: Tensor, dtype: torch.dtype, reduction: int, logit: float = 1.0, weight: float = 1.0) -> Tensor:

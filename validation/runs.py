@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
 LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
@@ -35,6 +39,14 @@ def read_metrics(folder: Path) -> Metrics:
 def read_log(file: Path) -> Metrics:
     """Metrics in what a run logged, a record a line."""
     return Metrics(tuple(map(json.loads, file.read_text().splitlines())))
+
+
+def read_parameters(folder: Path, step: int) -> dict[str, Tensor]:
+    """Model parameters in a checkpoint of the run that dumped into `folder`: whole, whatever the layout."""
+    file = folder / f"step-{step}.pt"
+    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
+    state = torch.load(file, weights_only=False)
+    return {name: value for name, value in state.items() if name.endswith((".weight", ".bias", ".position"))}
 
 
 def command(
@@ -73,8 +85,9 @@ def train(
 
 
 def environment(processes: int | None = None) -> dict[str, str]:
-    """The environment of a run: many processes share the cores one would have had to itself."""
+    """The environment of a run: so many processes share the cores, and see a GPU for each or none."""
     threads = max(1, (os.cpu_count() or 1) // (processes or 1))
     # What conftest.py sets for kernels under test is not what a user's environment has.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {"OMP_NUM_THREADS": str(threads), **inherited, "PYTHONUNBUFFERED": "1"}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < (processes or 0) else {}
+    return {"OMP_NUM_THREADS": str(threads), **inherited, **hidden, "PYTHONUNBUFFERED": "1"}

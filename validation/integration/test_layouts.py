@@ -1,65 +1,61 @@
-"""The same training, however it is laid out over processes."""
+"""The same training, however it is laid out over processes: losses, gradient norms, parameters."""
 
-import os
+import itertools
 
 import pytest
 
-from validation import numerics
-from validation.runs import LOSS, train
+from validation import numerics, runs
+from validation.integration import ranks
+from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, ONE, TRAINING, Layout, assert_same, train
 
-OPTIONS = (
-    "--training.seq_len=256",
-    "--training.global_batch_size=4",
-    "--training.steps=4",
-    "--metrics.log_freq=1",
-    "--lr_scheduler.warmup_steps=2",
-    "--validation.no-enable",
-    "--checkpoint.no-enable",
-    "--training.mixed_precision_param=float32",
-)
-PROCESSES = int(os.environ.get("NGPU", "4"))
+EAGER = ("--nsa.backend=eager",)
 
 
-@pytest.fixture(scope="module", params=["nsa", "dense,nsa"])
-def single(request, tmp_path_factory):
-    """Options of a model and what one process makes of it."""
-    options = (*OPTIONS, f"--nsa.attention={request.param}")
-    return options, train((*options, "--training.local_batch_size=4"), tmp_path_factory.mktemp("single"))
-
-
-def test_fsdp_trains_as_one_process(single, tmp_path):
-    options, expected = single
-    local = f"--training.local_batch_size={4 // PROCESSES}"
-    numerics.assert_same_training(
-        train((*options, local), tmp_path, processes=PROCESSES), expected, (LOSS, "grad_norm")
-    )
-
-
-def test_hsdp_trains_as_one_process(single, tmp_path):
-    options, expected = single
-    mesh = ("--parallelism.data_parallel_replicate_degree=2", f"--training.local_batch_size={4 // PROCESSES}")
-    numerics.assert_same_training(
-        train((*options, *mesh), tmp_path, processes=PROCESSES), expected, (LOSS, "grad_norm")
-    )
+def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
+    return [ranks.needs(layout.processes), *([pytest.mark.smoke] if layout.smoke and model == "nsa" else [])]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("layout", "model"),
     [
-        (
-            ("--parallelism.tensor_parallel_degree=2", "--training.seq_len=254"),
-            "training.seq_len must be a multiple of",
-        ),
-        (("--parallelism.tensor_parallel_degree=2",), "parallelism.tensor_parallel_degree must be 1"),
-        (("--parallelism.context_parallel_degree=2",), "parallelism.context_parallel_degree must be 1"),
-        (("--parallelism.pipeline_parallel_degree=2",), "does not support pipelining"),
-        (
-            ("--parallelism.data_parallel_replicate_degree=2",),
-            "parallelism.data_parallel_shard_degree must be at least 2",
-        ),
+        pytest.param(layout, model, id=f"{layout.name}-{model}", marks=marks(layout, model))
+        for layout, model in itertools.product(LAYOUTS, MODELS)
+        if model in layout.models
     ],
 )
-def test_unsupported_layouts_are_refused(tmp_path, options, message):
-    with pytest.raises(RuntimeError, match="exited with 1") as failure:
-        train((*OPTIONS, *options, "--training.local_batch_size=1"), tmp_path, processes=2)
-    assert message in str(failure.value)
+def test_trains_as_one_process(layout, model, one_process, tmp_path):
+    options = (*layout.size, f"--nsa.attention={MODELS[model]}")
+    train(layout, tmp_path, *options)
+    assert_same(tmp_path, one_process(*options))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(ONE, id=ONE.name, marks=pytest.mark.needs_gpu),  # elsewhere there is one backend to train with
+        *(pytest.param(layout, id=layout.name, marks=marks(layout)) for layout in LAYOUTS if layout.bfloat16),
+    ],
+)
+def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_path):
+    """The kernels, where there is a GPU, over several processes, beside the eager backend in one."""
+    train(layout, tmp_path, *BFLOAT16)
+    exact, plain = one_process(*EAGER), one_process(*EAGER, *BFLOAT16)
+    numerics.assert_same_training(
+        runs.read_metrics(tmp_path),
+        runs.read_metrics(exact),
+        (runs.LOSS, "grad_norm"),
+        baseline=runs.read_metrics(plain),
+    )
+
+
+@ranks.needs(2)
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [("nsa.train", ()), ("torchtitan.train", ("--job.config_file=nsa/configs/debug.toml",))],
+    ids=["ours", "torchtitan"],
+)
+def test_torchrun_trains_as_one_process(module, options, one_process, tmp_path):
+    (layout,) = (layout for layout in LAYOUTS if layout.name == "fsdp2")
+    arguments = (*options, *TRAINING, *layout.arguments)
+    runs.train(arguments, tmp_path, module=module, processes=layout.processes)
+    assert_same(tmp_path, one_process())

@@ -8,9 +8,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
 from nsa.data import ByteTokenizer
-from nsa.model import ModelArgs, NSAAttention, Transformer
+from nsa.model import ModelArgs, NSAAttention, Transformer, _draw
 from nsa.train_spec import JobConfig, NSAOptions
 from validation.numerics import assert_equal, assert_matches
+
+pytestmark = pytest.mark.smoke
 
 SMALL = NSAConfig(8, 4, 16, 4, window_size=20)
 LONGEST_SUM = 256  # the hidden width of the feed-forward layers
@@ -29,8 +31,9 @@ def kinds(model):
 
 def test_every_flavor_has_its_twin():
     flavors = get_train_spec("nsa").model_args
-    assert set(flavors) == {"debug", "debug_dense", "100m", "100m_dense", "100m_hybrid", "1b", "1b_dense"}
-    for name in ("debug", "100m", "1b"):
+    names = ("debug", "debug_parallel", "100m", "1b")
+    assert set(flavors) == {*names, *(f"{name}_dense" for name in names), "100m_hybrid"}
+    for name in names:
         sparse, dense = flavors[name], flavors[f"{name}_dense"]
         assert (sparse.dim, sparse.n_layers, sparse.n_heads) == (dense.dim, dense.n_layers, dense.n_heads)
         assert set(sparse.layer_kinds) == {"nsa"}
@@ -86,6 +89,17 @@ def test_initial_weights_depend_on_seed_and_name_alone():
         if name in hybrid and hybrid[name].shape == parameter.shape:
             assert_equal(hybrid[name], parameter, what=f"{name} beside another layer")
     assert not torch.equal(other.output.weight, model.output.weight)
+
+
+def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
+    monkeypatch.setattr("nsa.model.DRAWN", 24)  # three rows
+    whole = torch.empty(10, 8)
+    _draw(whole, (0, 0), whole.shape, 0.02, "weight", 0)
+    assert len(whole.unique()) > 75  # no piece is drawn twice
+    for rows, columns in ((slice(2, 9), slice(0, 8)), (slice(4, 5), slice(2, 5)), (slice(10, 10), slice(0, 8))):
+        part = torch.empty_like(whole[rows, columns])
+        _draw(part, (rows.start, columns.start), whole.shape, 0.02, "weight", 0)
+        assert_equal(part, whole[rows, columns], what=f"rows {rows}, columns {columns}")
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense", "dense,nsa"])

@@ -8,10 +8,9 @@ import time
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from validation import numerics
-from validation.runs import LOSS, VALIDATION_LOSS, command, environment, read_metrics, train
+from validation.runs import LOSS, VALIDATION_LOSS, command, environment, read_metrics, read_parameters, train
 
 TINY = (
     "--training.seq_len=256",
@@ -29,14 +28,6 @@ EXACT = (LOSS, "grad_norm", "lr", "n_tokens_seen")
 def exact(metrics, steps=range(1, 7)):
     """What of a run must not depend on interruptions."""
     return {name: {step: metrics[name].get(step) for step in steps} for name in EXACT}
-
-
-def parameters(folder, step):
-    """All model parameters in a checkpoint."""
-    file = folder / f"step-{step}.pt"
-    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
-    state = torch.load(file, weights_only=False)
-    return {name: value for name, value in state.items() if name.endswith((".weight", ".bias", ".position"))}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +64,8 @@ def test_resume_is_bit_exact(whole, tmp_path):
     train((*TINY, "--training.steps=3", "--lr_scheduler.total_steps=6"), tmp_path)
     resumed = train(TINY, tmp_path)
     assert exact(resumed) == exact(read_metrics(whole))
-    expected = parameters(whole, 6)
-    for name, value in parameters(tmp_path, 6).items():
+    expected = read_parameters(whole, 6)
+    for name, value in read_parameters(tmp_path, 6).items():
         numerics.assert_equal(value, expected[name], what=name)
 
 
@@ -101,7 +92,7 @@ def test_gradients_are_clipped(whole, tmp_path):
     still = train(
         (*TINY, "--training.max_norm=1e-12", "--optimizer.weight_decay=0", "--checkpoint.no-enable"), tmp_path
     )
-    before, after = (parameters(whole, step)["output.weight"] for step in (3, 6))
+    before, after = (read_parameters(whole, step)["output.weight"] for step in (3, 6))
     assert not torch.equal(before, after)
     unclipped = read_metrics(whole)
     assert still["grad_norm"][1] == unclipped["grad_norm"][1], "the norm is logged before clipping"
@@ -163,7 +154,7 @@ def test_every_sparse_option_reaches_the_model(whole, tmp_path):
     options = ("--nsa.attention=dense,nsa", "--nsa.window_size=32", "--nsa.compression=linear", "--nsa.shared_kv=True")
     run = train((*TINY, *options), tmp_path)
     assert run[LOSS] != read_metrics(whole)[LOSS]
-    names = parameters(tmp_path, 6)
+    names = read_parameters(tmp_path, 6)
     assert "layers.0.attention.wg.weight" not in names
     assert "layers.1.attention.wg.weight" in names
     assert "layers.1.attention.compress_k.weight_out" not in names

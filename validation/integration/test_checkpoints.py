@@ -1,0 +1,144 @@
+"""Checkpoints: saved in one layout and resumed in another, in the background, and after the worst moments to die."""
+
+import os
+import shutil
+import signal
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from validation import runs
+from validation.integration import ranks
+from validation.integration.layouts import LAYOUTS, ONE, STEPS, TRAINING, assert_same, train
+
+BY_NAME = {layout.name: layout for layout in (ONE, *LAYOUTS)}
+
+# Each is saved in, and each is what another is resumed in.
+ROUND = ("one", "fsdp4", "tp2", "pp2-1f1b", "fsdp2-tp2", "cp2-headtail", "hsdp2x2", "pp2-zbv", "one")
+
+HALF = STEPS // 2
+FULL = ("--checkpoint.no-last-save-model-only",)  # a checkpoint to go on from, even after the last step
+
+# The other notices, says so, and ends by itself: it raises or, where NCCL's watchdog notices, aborts.
+ENDED = r"(exited with|was killed by SIGABRT)"
+LOST_PEER = r"closed by peer|reset by peer|timed out|timeout"
+
+
+def complete(folder: Path) -> list[int]:
+    """Steps of the checkpoints that can be loaded: their metadata is written last, and at once."""
+    return sorted(int(file.parent.name.removeprefix("step-")) for file in folder.glob("checkpoint/*/.metadata"))
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """The folder of a run that a layout has brought half way, once."""
+
+    @cache
+    def trained(layout):
+        folder = tmp_path_factory.mktemp(layout.name)
+        train(layout, folder, *FULL, f"--training.steps={HALF}", f"--lr_scheduler.total_steps={STEPS}")
+        return folder
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(
+            BY_NAME[before],
+            BY_NAME[after],
+            id=f"{before}-{after}",
+            marks=[ranks.needs(processes), *([pytest.mark.smoke] if before == "fsdp4" else [])],
+        )
+        for before, after in pairwise(ROUND)
+        for processes in [max(BY_NAME[before].processes, BY_NAME[after].processes)]
+    ],
+)
+def test_a_checkpoint_of_one_layout_goes_on_in_another(before, after, half_way, one_process, tmp_path):
+    shutil.copytree(half_way(before), tmp_path, dirs_exist_ok=True)
+    train(after, tmp_path)
+    assert f"Training starts at step {HALF + 1}" in (tmp_path / "rank-0.log").read_text()
+    assert_same(tmp_path, one_process())
+
+
+@ranks.needs(2)
+@pytest.mark.parametrize("mode", ["async", pytest.param("async_with_pinned_mem", marks=pytest.mark.needs_gpu)])
+def test_saving_in_the_background_saves_the_same(mode, one_process, tmp_path):
+    options = (f"--checkpoint.async_mode={mode}", "--checkpoint.interval=3")
+    train(BY_NAME["fsdp2"], tmp_path, *options)
+    assert complete(tmp_path) == [3, 6, 9, STEPS]
+    for step in (9, STEPS):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    train(BY_NAME["fsdp2"], tmp_path, *options)
+    assert "Training starts at step 7" in (tmp_path / "rank-0.log").read_text()
+    assert_same(tmp_path, one_process())
+
+
+def train_until(arguments, victim, owner, method, calls, number):
+    """Trains, and sends the rank `victim` a signal when it has called a method so often."""
+    import torchtitan.train
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    owner = {"Trainer": torchtitan.train.Trainer, "FileSystemWriter": FileSystemWriter}[owner]
+    called = getattr(owner, method)
+
+    def stopped(*args, **kwargs):
+        nonlocal calls
+        result = called(*args, **kwargs)
+        calls -= 1
+        if not calls:
+            os.kill(os.getpid(), number)
+        return result
+
+    with mock.patch.object(owner, method, stopped) if int(os.environ["RANK"]) == victim else mock.MagicMock():
+        ranks.train_here(arguments)
+
+
+def interrupted(folder, *stop, options=()):
+    """The job of a training that comes to its end too early."""
+    layout = BY_NAME["fsdp2"]
+    arguments = (*TRAINING, *layout.arguments, *RESUMABLE, *options, f"--job.dump_folder={folder}")
+    return ranks.Job(train_until, (arguments, *stop), folder, layout.processes)
+
+
+RESUMABLE = ("--checkpoint.interval=3", "--comm.train_timeout_seconds=10")
+
+
+@ranks.needs(2)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("moment", "mode"),
+    [
+        pytest.param(("Trainer", "forward_backward_step", 5), "disabled", id="in a step"),
+        pytest.param(("FileSystemWriter", "write_data", 2), "disabled", id="while saving"),
+        pytest.param(("FileSystemWriter", "write_data", 2), "async", id="while saving in the background"),
+    ],
+)
+def test_training_goes_on_after_a_rank_was_killed(victim, moment, mode, one_process, tmp_path):
+    options = (f"--checkpoint.async_mode={mode}",)
+    with (
+        pytest.raises(
+            ranks.RankFailed, match=rf"^rank {victim} was killed by SIGKILL, rank {1 - victim} {ENDED}"
+        ) as failure,
+        interrupted(tmp_path, victim, *moment, signal.SIGKILL, options=options) as job,
+    ):
+        job.wait()
+    assert failure.match(LOST_PEER)
+    assert complete(tmp_path) == [3]
+    train(BY_NAME["fsdp2"], tmp_path, *RESUMABLE, *options)
+    assert "Training starts at step 4" in (tmp_path / "rank-0.log").read_text()
+    assert_same(tmp_path, one_process())
+
+
+@ranks.needs(2)
+def test_a_signal_to_one_rank_stops_all_after_the_step(one_process, tmp_path):
+    with interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job:
+        job.wait()
+    assert complete(tmp_path) == [3, 4]
+    assert list(runs.read_metrics(tmp_path)[runs.LOSS]) == [1, 2, 3, 4]
+    train(BY_NAME["fsdp2"], tmp_path)
+    assert_same(tmp_path, one_process())

@@ -1,0 +1,152 @@
+"""Layouts that would fail later, or train something else, are refused by the option to change; those around are not."""
+
+import pytest
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+
+from nsa.parallelize import check_layout
+from nsa.train_spec import JobConfig, NSAOptions
+from validation import runs
+from validation.integration import ranks
+from validation.integration.layouts import TRAINING
+
+pytestmark = pytest.mark.smoke
+
+
+def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
+    """`check_layout` of a job with these degrees and options by section."""
+    config = JobConfig(nsa=NSAOptions(**(nsa or {})))
+    config.training.seq_len, config.validation.seq_len = 1024, 1024
+    for section, options in sections.items():
+        for name, value in options.items():
+            setattr(getattr(config, section), name, value)
+    args = get_train_spec("nsa").model_args[flavor]
+    args.update_from_config(config)
+    one = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
+    degrees = {**one, **(degrees or {})}
+    size = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"] * degrees["tp"] * degrees["pp"]
+    check_layout(ParallelDims(**degrees, world_size=size), config, args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"degrees": {"dp_replicate": 2}},
+            r"parallelism.data_parallel_shard_degree must be at least 2 beside .* \(HSDP\), got 1",
+        ),
+        ({"parallelism": {"expert_parallel_degree": 2}}, "parallelism.expert_parallel_degree must be 1.*, got 2"),
+        (
+            {"degrees": {"tp": 2}, "training": {"seq_len": 1022}},
+            r"training.seq_len must be a multiple of 2 \* context_parallel_degree \* tensor_parallel_degree \(4\)",
+        ),
+        (
+            {"degrees": {"tp": 2}, "validation": {"enable": True, "seq_len": 1022}},
+            r"validation.seq_len must be a multiple of 2 \* .* \(4\), got 1022",
+        ),
+        (
+            {"degrees": {"tp": 8}},
+            "parallelism.tensor_parallel_degree must divide the 4 key/value heads of the model, got 8",
+        ),
+        (
+            {"degrees": {"tp": 2}, "parallelism": {"enable_async_tensor_parallel": True}},
+            "parallelism.enable_async_tensor_parallel must be false .*, got True",
+        ),
+        (
+            {"degrees": {"tp": 2}, "compile": {"enable": True}},
+            'compile.components must be without "model" under tensor parallelism without FSDP, got',
+        ),
+        (
+            {"degrees": {"tp": 2}, "model": {"converters": ["float8"]}},
+            "quantize.linear.float8.recipe_name must be one of .*rowwise.* under tensor parallelism, got None",
+        ),
+        (
+            {"degrees": {"cp": 2}, "parallelism": {"context_parallel_load_balancer": "ptrr"}},
+            "parallelism.context_parallel_load_balancer must be \"headtail\" or none, got 'ptrr'",
+        ),
+        (
+            {"degrees": {"cp": 2}, "nsa": {"attn_mask_type": "block_causal"}},
+            'nsa.attn_mask_type must be "causal" under context parallelism',
+        ),
+        (
+            {"degrees": {"cp": 2}, "training": {"seq_len": 192}},
+            r"training.seq_len must be a multiple of nsa.select_block_size in each of 4 chunks \(128\), got 192",
+        ),
+        (
+            {
+                "degrees": {"cp": 2},
+                "training": {"seq_len": 96},
+                "parallelism": {"context_parallel_load_balancer": None},
+            },
+            r"training.seq_len must be a multiple of nsa.select_block_size in each of 2 chunks \(64\), got 96",
+        ),
+        (
+            {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_schedule_csv": "schedule.csv"}},
+            "parallelism.pipeline_parallel_schedule_csv must be empty, got 'schedule.csv'",
+        ),
+        (
+            {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_schedule": "DualPipeV"}},
+            "parallelism.pipeline_parallel_schedule must be one of .*, got 'DualPipeV'",
+        ),
+        (
+            {"degrees": {"pp": 2}, "nsa": {"attn_mask_type": "block_causal"}},
+            'nsa.attn_mask_type must be "causal" under pipeline parallelism',
+        ),
+        (
+            {"degrees": {"pp": 4}, "flavor": "debug", "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
+            "parallelism.pipeline_parallel_degree must give at most 4 stages .* ZBVZeroBubble has 8, got 4",
+        ),
+        (
+            {
+                "degrees": {"pp": 2},
+                "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"},
+                "validation": {"enable": True},
+            },
+            "validation.enable must be false under ZBVZeroBubble",
+        ),
+        (
+            {"degrees": {"pp": 2}, "validation": {"enable": True, "seq_len": 2048}},
+            r"validation.seq_len must be training.seq_len \(1024\) under pipeline parallelism, got 2048",
+        ),
+        (
+            {"degrees": {"pp": 2}, "validation": {"enable": True, "local_batch_size": 4}},
+            r"validation.local_batch_size must be training.local_batch_size \(8\) under pipeline parallelism, got 4",
+        ),
+    ],
+)
+def test_a_wrong_layout_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"training": {"seq_len": 1021}},
+        {"degrees": {"dp_replicate": 2, "dp_shard": 2}},
+        {"degrees": {"dp_replicate": 2, "cp": 2}},
+        {"degrees": {"tp": 4}, "nsa": {"attn_mask_type": "block_causal"}},
+        {"degrees": {"cp": 2}, "training": {"seq_len": 128}},
+        {"degrees": {"cp": 2}, "flavor": "debug_parallel_dense", "training": {"seq_len": 4}},
+        {"degrees": {"pp": 4}, "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
+        {"degrees": {"pp": 4, "dp_shard": 8, "tp": 2, "cp": 2}, "validation": {"enable": True, "local_batch_size": 8}},
+    ],
+)
+def test_a_right_one_is_not(arguments):
+    check(**arguments)
+
+
+@ranks.needs(2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("--parallelism.tensor_parallel_degree=2", "--training.seq_len=126"), id="tensor"),
+        pytest.param(("--parallelism.pipeline_parallel_degree=2", "--nsa.attn_mask_type=block_causal"), id="pipeline"),
+    ],
+)
+def test_every_rank_refuses_before_training(options, tmp_path):
+    with pytest.raises(ranks.RankFailed, match=r"^rank \d exited with 1, rank \d exited with 1\n") as failure:
+        ranks.train((*TRAINING, *options, "--training.local_batch_size=8"), tmp_path, processes=2)
+    assert str(failure.value).count("ValueError: ") == 2
+    assert not runs.read_metrics(tmp_path).records

@@ -1,0 +1,59 @@
+"""Layouts of more processes than there are here: built, and stepped where that can be, over fake process groups.
+
+The collectives of such a group move nothing, so that losses mean nothing, but what does not fit together still fails.
+A pipeline's stages ask one another for shapes before the first step, which nobody answers: those are built only.
+"""
+
+import os
+import resource
+
+import pytest
+
+from validation.integration import ranks
+
+LARGE = (
+    "--model.flavor=1b",
+    "--nsa.num_selected_blocks=3",  # as many as such short rows have
+    "--validation.no-enable",
+    "--checkpoint.no-enable",
+    "--metrics.log_freq=1",
+    "--comm.mode=fake_backend",
+    "--training.mixed_precision_param=bfloat16",
+    "--activation_checkpoint.mode=none",
+)
+SECONDS = 30  # of a processor, whatever else the machine does meanwhile
+
+
+def rehearse(arguments, processes):
+    os.environ["NGPU"] = str(processes)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    ranks.train_here(arguments)
+
+
+@pytest.mark.parametrize(
+    ("processes", "degrees"),
+    [
+        (64, "data_parallel_shard=64"),
+        (64, "data_parallel_replicate=8 data_parallel_shard=8"),
+        (64, "data_parallel_shard=16 tensor_parallel=4"),
+        (64, "data_parallel_shard=16 context_parallel=4"),
+        (64, "data_parallel_shard=4 tensor_parallel=4 context_parallel=4"),
+        (64, "data_parallel_shard=4 tensor_parallel=4 pipeline_parallel=4"),
+        (1024, "data_parallel_shard=1024"),
+        (1024, "data_parallel_shard=256 tensor_parallel=4"),
+        (1024, "data_parallel_replicate=8 data_parallel_shard=8 tensor_parallel=4 context_parallel=4"),
+        (1024, "data_parallel_shard=64 tensor_parallel=4 pipeline_parallel=4"),
+    ],
+    ids=lambda value: str(value).replace("_parallel", "").replace(" ", ",").replace("data_", ""),
+)
+def test_a_large_layout_is_rehearsed(processes, degrees, tmp_path):
+    steps, rows = (0, 4) if "pipeline" in degrees else (1, 1)
+    seq_len = 64 * (8 if "context" in degrees else 1)  # a block a chunk, two chunks a process
+    parallelism = (f"--parallelism.{degree.replace('=', '_degree=')}" for degree in degrees.split())
+    sizes = {"steps": steps, "seq_len": seq_len, "local_batch_size": rows}
+    training = (f"--training.{name}={size}" for name, size in sizes.items())
+    arguments = (*LARGE, *parallelism, *training, f"--job.dump_folder={tmp_path}")
+    with ranks.Job(rehearse, (arguments, processes), tmp_path, 1) as job:
+        job.wait()
+    assert "Training completed" in job.logs[0].read_text()
+    assert len(ranks.runs.read_metrics(tmp_path)[ranks.runs.LOSS]) == steps

@@ -1,0 +1,91 @@
+"""What else a training may be told to do is done alike by one process and by several."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from validation import runs
+from validation.integration import ranks
+from validation.integration.layouts import GLOBAL_BATCH_SIZE, LAYOUTS, SEQ_LEN, assert_same, train
+
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Options of a training.
+
+    Attributes:
+        layouts: where it may matter.
+        plain: whether one process does without it, because it is not to change anything.
+        metrics: to compare beside loss and gradient norm.
+        gpu: whether only a machine with a GPU can do it.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    layouts: tuple[str, ...]
+    plain: bool = False
+    metrics: tuple[str, ...] = ()
+    gpu: bool = False
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.needs_gpu] if self.gpu else []
+
+
+# Adam divides by the gradient's own size: only below its epsilon does it matter how long a gradient is.
+CLIPPED = ("--training.max_norm=0.1", "--optimizer.eps=1e-3")
+VALIDATED = ("--validation.enable", "--validation.freq=5", "--validation.steps=2", f"--validation.seq_len={SEQ_LEN}")
+DECAYED = ("--lr_scheduler.decay_ratio=0.8", "--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0")
+SELECTIVE = ("--activation_checkpoint.mode=selective",)
+
+VARIANTS = (
+    Variant("validation", VALIDATED, ("fsdp2", "tp2", "pp2-1f1b", "cp2-headtail"), metrics=(runs.VALIDATION_LOSS,)),
+    Variant("clipping", CLIPPED, ("fsdp2-tp2", "pp2-fsdp2", "cp2")),
+    Variant(
+        "accumulation",
+        (f"--training.local_batch_size={GLOBAL_BATCH_SIZE // 4}",),
+        ("fsdp2", "tp2", "pp2-1f1b", "cp2"),
+        plain=True,
+    ),
+    Variant("schedule", DECAYED, ("fsdp2", "pp2-1f1b"), metrics=("lr",)),
+    Variant("loop", ("--optimizer.implementation=for-loop",), ("fsdp2-tp2",), plain=True),
+    Variant("foreach", ("--optimizer.implementation=foreach",), ("fsdp2-tp2",), plain=True),
+    Variant("adam", ("--optimizer.name=Adam",), ("fsdp2-tp2",)),
+    Variant("offload", ("--optimizer.name=Adam", "--training.enable_cpu_offload"), ("fsdp2",), gpu=True),
+    Variant("recompute", ("--activation_checkpoint.mode=full",), ("fsdp2-tp2", "pp2-1f1b", "cp2"), plain=True),
+    Variant("recompute-some", (*SELECTIVE, "--activation_checkpoint.selective_ac_option=2"), ("fsdp2",), plain=True),
+    Variant("recompute-ops", (*SELECTIVE, "--activation_checkpoint.selective_ac_option=op"), ("fsdp2",), plain=True),
+    Variant("documents", ("--nsa.attn_mask_type=block_causal",), ("fsdp2", "tp2")),
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        pytest.param(
+            variant,
+            BY_NAME[name],
+            id=f"{variant.name}-{name}",
+            marks=[*variant.marks, ranks.needs(BY_NAME[name].processes)],
+        )
+        for variant in VARIANTS
+        for name in variant.layouts
+    ],
+)
+def test_a_variant_trains_as_in_one_process(variant, layout, one_process, tmp_path):
+    train(layout, tmp_path, *variant.options)
+    expected = one_process(*(() if variant.plain else variant.options))
+    assert_same(tmp_path, expected, (runs.LOSS, "grad_norm", *variant.metrics))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(variant, id=variant.name, marks=variant.marks) for variant in VARIANTS if not variant.plain],
+)
+def test_a_variant_is_not_the_plain_training(variant, one_process):
+    """Otherwise the comparison would show nothing."""
+    plain, varied = (runs.read_metrics(one_process(*options)) for options in ((), variant.options))
+    names = variant.metrics or (runs.LOSS,)
+    assert [varied[name] for name in names] != [plain[name] for name in names]
