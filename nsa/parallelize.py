@@ -19,8 +19,11 @@ from nsa.context import ContextParallel
 from nsa.model import ModelArgs, NSAAttention, Transformer
 from nsa.module import Compressor
 
-SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"]
 """Pipeline schedules that give the gradients of one process."""
+if torch.accelerator.is_available() or torch.__version__ >= (2, 13):
+    # Before, a process sends to itself where it has two stages in a row, which gloo cannot.
+    SCHEDULES.append("ZBVZeroBubble")
 
 
 def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
@@ -106,6 +109,14 @@ def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_ar
         parts = model_args.n_layers + ends
         must = f"give at most {parts} stages (layers, {ends} for embedding and output), where {schedule} has {stages}"
         _require(stages <= parts, "parallelism.pipeline_parallel_degree", must, parallel_dims.pp)
+    microbatches = training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    if schedule == "1F1B":
+        must = f"give a microbatch to each of {parallel_dims.pp} stages"
+        _require(microbatches >= parallel_dims.pp, "training.local_batch_size", must, training.local_batch_size)
+    elif schedule.startswith("Interleaved"):
+        rounds = max(1, microbatches // parallel_dims.pp)
+        must = f"give each of {rounds} rounds over {parallel_dims.pp} processes as many microbatches"
+        _require(microbatches % rounds == 0, "training.local_batch_size", must, training.local_batch_size)
     if validation.enable:
         # Its schedule takes the gradient that one stage hands to the next on the same process, even if there is none.
         forward = schedule != "ZBVZeroBubble"

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import pytest
+import torch
+
+from nsa.parallelize import SCHEDULES
 from validation import numerics, runs
 from validation.integration import ranks
 
@@ -52,6 +56,7 @@ class Layout:
         name: letters and degrees, as in the id of its tests.
         description: what lies where.
         replicate, fsdp, tp, pp, cp: degrees, of TorchTitan's options of like names.
+        schedule: of the pipeline.
         options: other options of TorchTitan's.
         models: names in `MODELS`.
         size: of the model, options that one process is given as well: the smallest that can be laid out so.
@@ -66,6 +71,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    schedule: str | None = None
     options: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
     models: tuple[str, ...] = tuple(MODELS)
@@ -75,6 +81,12 @@ class Layout:
     @property
     def processes(self) -> int:
         return prod((self.replicate, self.fsdp, self.tp, self.pp, self.cp))
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """Of a test that needs it: skipped where there are too few processes, or no such schedule."""
+        schedule = [has_schedule(self.schedule)] if self.schedule else []
+        return [ranks.needs(self.processes), *schedule]
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -91,13 +103,10 @@ class Layout:
             *(f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()),
             f"--training.local_batch_size={rows}",
             f"--validation.local_batch_size={rows}",
+            *([f"--parallelism.pipeline_parallel_schedule={self.schedule}"] if self.schedule else []),
             *self.options,
             *self.size,
         )
-
-
-def _schedule(name: str, *more: str) -> tuple[str, ...]:
-    return (f"--parallelism.pipeline_parallel_schedule={name}", *more)
 
 
 def _balancer(name: str) -> tuple[str, ...]:
@@ -116,21 +125,19 @@ LAYOUTS = (
     Layout("hsdp2x2", "two copies, each sharded over two", replicate=2, fsdp=2),
     Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2, bfloat16=True),
     Layout("tp4", "one key and value head in each of four", tp=4, size=DEEP),
-    Layout(
-        "pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, options=_schedule("1F1B"), bfloat16=True
-    ),
-    Layout("pp2-interleaved", "four stages on two, in turn", pp=2, options=_schedule("Interleaved1F1B")),
+    Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, schedule="1F1B", bfloat16=True),
+    Layout("pp2-interleaved", "four stages on two, in turn", pp=2, schedule="Interleaved1F1B"),
     Layout(
         "pp2-izb",
         "backward in halves, the weights' where it fits",
         pp=2,
-        options=_schedule("InterleavedZeroBubble"),
+        schedule="InterleavedZeroBubble",
     ),
-    Layout("pp2-zbv", "four stages on two, there and back", pp=2, options=_schedule("ZBVZeroBubble")),
-    Layout("pp4-1f1b", "four stages", pp=4, options=_schedule("1F1B")),
-    Layout("pp4-interleaved", "eight stages on four", pp=4, options=_schedule("Interleaved1F1B"), size=DEEP),
-    Layout("pp4-izb", "eight stages, backward in halves", pp=4, options=_schedule("InterleavedZeroBubble"), size=DEEP),
-    Layout("pp4-zbv", "eight stages, there and back", pp=4, options=_schedule("ZBVZeroBubble"), size=DEEP),
+    Layout("pp2-zbv", "four stages on two, there and back", pp=2, schedule="ZBVZeroBubble"),
+    Layout("pp4-1f1b", "four stages", pp=4, schedule="1F1B"),
+    Layout("pp4-interleaved", "eight stages on four", pp=4, schedule="Interleaved1F1B", size=DEEP),
+    Layout("pp4-izb", "eight stages, backward in halves", pp=4, schedule="InterleavedZeroBubble", size=DEEP),
+    Layout("pp4-zbv", "eight stages, there and back", pp=4, schedule="ZBVZeroBubble", size=DEEP),
     Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), bfloat16=True),
     Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail"), smoke=True),
     Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None")),
@@ -140,10 +147,15 @@ LAYOUTS = (
     Layout("fsdp2-compile", "every block compiled", fsdp=2, options=COMPILE, models=("nsa",), bfloat16=True),
     Layout("fsdp2-cp2", "rows and chunks of rows", fsdp=2, cp=2),
     Layout("tp2-cp2", "heads of chunks", tp=2, cp=2),
-    Layout("pp2-fsdp2", "two stages, each sharded", pp=2, fsdp=2, options=_schedule("1F1B")),
-    Layout("pp2-tp2", "two stages of split layers", pp=2, tp=2, options=_schedule("1F1B")),
-    Layout("pp2-cp2", "two stages of chunks", pp=2, cp=2, options=_schedule("1F1B")),
+    Layout("pp2-fsdp2", "two stages, each sharded", pp=2, fsdp=2, schedule="1F1B"),
+    Layout("pp2-tp2", "two stages of split layers", pp=2, tp=2, schedule="1F1B"),
+    Layout("pp2-cp2", "two stages of chunks", pp=2, cp=2, schedule="1F1B"),
 )
+
+
+def has_schedule(name: str) -> pytest.MarkDecorator:
+    """Skips a test of a pipeline schedule that this PyTorch has on a GPU alone."""
+    return pytest.mark.skipif(name not in SCHEDULES, reason=f"PyTorch {torch.__version__} has no {name} over gloo")
 
 
 def train(layout: Layout, folder: Path, *options: str) -> None:

@@ -12,7 +12,7 @@ EAGER = ("--nsa.backend=eager",)
 
 
 def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
-    return [ranks.needs(layout.processes), *([pytest.mark.smoke] if layout.smoke and model == "nsa" else [])]
+    return [*layout.marks, *([pytest.mark.smoke] if layout.smoke and model == "nsa" else [])]
 
 
 @pytest.mark.parametrize(

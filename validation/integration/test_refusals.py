@@ -8,7 +8,7 @@ from nsa.parallelize import check_layout
 from nsa.train_spec import JobConfig, NSAOptions
 from validation import runs
 from validation.integration import ranks
-from validation.integration.layouts import TRAINING
+from validation.integration.layouts import TRAINING, has_schedule
 
 pytestmark = pytest.mark.smoke
 
@@ -93,16 +93,33 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             'nsa.attn_mask_type must be "causal" under pipeline parallelism',
         ),
         (
-            {"degrees": {"pp": 4}, "flavor": "debug", "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
-            "parallelism.pipeline_parallel_degree must give at most 4 stages .* ZBVZeroBubble has 8, got 4",
+            {"degrees": {"pp": 4}, "flavor": "debug", "parallelism": {"pipeline_parallel_schedule": "Interleaved1F1B"}},
+            "parallelism.pipeline_parallel_degree must give at most 4 stages .* Interleaved1F1B has 8, got 4",
         ),
-        (
+        pytest.param(
             {
                 "degrees": {"pp": 2},
                 "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"},
                 "validation": {"enable": True},
             },
             "validation.enable must be false under ZBVZeroBubble",
+            marks=has_schedule("ZBVZeroBubble"),
+        ),
+        (
+            {
+                "degrees": {"pp": 4},
+                "parallelism": {"pipeline_parallel_schedule": "1F1B"},
+                "training": {"local_batch_size": 3},
+            },
+            "training.local_batch_size must give a microbatch to each of 4 stages, got 3",
+        ),
+        (
+            {
+                "degrees": {"pp": 2},
+                "parallelism": {"pipeline_parallel_schedule": "Interleaved1F1B"},
+                "training": {"local_batch_size": 7},
+            },
+            "training.local_batch_size must give each of 3 rounds over 2 processes as many microbatches, got 7",
         ),
         (
             {"degrees": {"pp": 2}, "validation": {"enable": True, "seq_len": 2048}},
