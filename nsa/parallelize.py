@@ -21,7 +21,7 @@ from nsa.module import Compressor
 
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"]
 """Pipeline schedules that give the gradients of one process."""
-if torch.accelerator.is_available() or torch.__version__ >= (2, 13):
+if torch.accelerator.is_available() or torch.__version__ >= "2.13":
     # Before, a process sends to itself where it has two stages in a row, which gloo cannot.
     SCHEDULES.append("ZBVZeroBubble")
 

@@ -49,13 +49,12 @@ def half_way(tmp_path_factory):
     ("before", "after"),
     [
         pytest.param(
-            BY_NAME[before],
-            BY_NAME[after],
-            id=f"{before}-{after}",
-            marks=[ranks.needs(processes), *([pytest.mark.smoke] if before == "fsdp4" else [])],
+            before,
+            after,
+            id=f"{before.name}-{after.name}",
+            marks=[*before.marks, *after.marks, *([pytest.mark.smoke] if before.name == "fsdp4" else [])],
         )
-        for before, after in pairwise(ROUND)
-        for processes in [max(BY_NAME[before].processes, BY_NAME[after].processes)]
+        for before, after in pairwise(BY_NAME[name] for name in ROUND)
     ],
 )
 def test_a_checkpoint_of_one_layout_goes_on_in_another(before, after, half_way, one_process, tmp_path):

@@ -68,7 +68,7 @@ VARIANTS = (
             variant,
             BY_NAME[name],
             id=f"{variant.name}-{name}",
-            marks=[*variant.marks, ranks.needs(BY_NAME[name].processes)],
+            marks=[*variant.marks, *BY_NAME[name].marks],
         )
         for variant in VARIANTS
         for name in variant.layouts
