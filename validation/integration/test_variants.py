@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 
 from validation import runs
-from validation.integration import ranks
 from validation.integration.layouts import GLOBAL_BATCH_SIZE, LAYOUTS, SEQ_LEN, assert_same, train
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
