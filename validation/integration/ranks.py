@@ -35,7 +35,8 @@ NGPU = int(os.environ.get("NGPU", "4"))
 ON_GPUS = 0 < NGPU <= torch.cuda.device_count()
 
 TIME_LIMIT = 180.0  # seconds of a job: ten times what the slowest takes on two cores
-GRACE = 30.0  # seconds in which the others notice that a rank is gone
+# Seconds in which the others notice that a rank is gone: NCCL's watchdog collects what it knows before it aborts.
+GRACE = 90.0 if ON_GPUS else 30.0
 LINES, LONGEST = 30, 400  # shown of each rank: a list of modules in one line is of no help
 
 _context = multiprocessing.get_context("spawn" if ON_GPUS else "forkserver")

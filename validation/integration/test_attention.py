@@ -82,6 +82,7 @@ def compare(case):
     from nsa import context
     from nsa.parallelize import share_heads, share_tokens
 
+    torch.distributed.init_process_group("gloo")  # where there are GPUs too
     mesh = init_device_mesh("cpu", (case.cp, case.tp), mesh_dim_names=("cp", "tp"))
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.length, 16 * case.heads)

@@ -88,7 +88,10 @@ def test_the_plan_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_peer_is_timed_in_what_it_can_do_and_says_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*args: object) -> None: ...
 
-    peer = Implementation("other", selected_attention=nothing, nsa_attention=nothing, backward=False)
+    dtypes = frozenset({torch.float32, torch.bfloat16})  # of the plans for a CPU and for a GPU
+    peer = replace(
+        Implementation("other", backward=False, dtypes=dtypes), selected_attention=nothing, nsa_attention=nothing
+    )
     choosy = replace(peer, name="choosy", config=lambda config: False)
     subjects = {"other": peer, "choosy": choosy}
     monkeypatch.setattr(benchmarks, "load", lambda name: subjects.get(name) or load(name))
