@@ -168,8 +168,8 @@ _MODULE = [
         "branches-in-another-order",
         "the window gets the keys of the selected branch and the other way round",
         "module.py",
-        "k_cmp, k_slc, k_win = self._branches(self.wk(x))",
-        "k_cmp, k_win, k_slc = self._branches(self.wk(x))",
+        "q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)",
+        "q, (k_cmp, k_win, k_slc), (v_cmp, v_slc, v_win), gates = self.project(x)",
         ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mean]",),
     ),
     Fault(
