@@ -42,11 +42,11 @@ def read_log(file: Path) -> Metrics:
 
 
 def read_parameters(folder: Path, step: int) -> dict[str, Tensor]:
-    """Model parameters in a checkpoint of the run that dumped into `folder`: whole, whatever the layout."""
+    """All parameters in a checkpoint of a model alone, of the run that dumped into `folder`: whole in any layout."""
     file = folder / f"step-{step}.pt"
     dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
-    state = torch.load(file, weights_only=False)
-    return {name: value for name, value in state.items() if name.endswith((".weight", ".bias", ".position"))}
+    parameters: dict[str, Tensor] = torch.load(file)
+    return parameters
 
 
 def command(
