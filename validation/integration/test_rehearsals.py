@@ -22,7 +22,7 @@ LARGE = (
     "--activation_checkpoint.mode=none",
 )
 # Of a processor, whatever else the machine does meanwhile. FSDP2 over 1024 cuts every parameter into as many pieces on
-# a CPU, which takes one a minute and a half, most of it in the system's handing out of memory.
+# a CPU, which takes a minute and a half, most of it in the system's handing out of memory.
 SECONDS = {64: 60, 1024: 170}
 
 
