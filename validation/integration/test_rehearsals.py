@@ -23,7 +23,7 @@ LARGE = (
 )
 # Of a processor, whatever else the machine does meanwhile. FSDP2 over 1024 cuts every parameter into as many pieces on
 # a CPU, which takes a minute and a half, most of it in the system's handing out of memory.
-SECONDS = {64: 60, 1024: 170}
+SECONDS = {64: 30, 1024: 170}
 
 
 def rehearse(arguments, processes):
