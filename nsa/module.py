@@ -49,7 +49,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class Compressor(nn.Module):
     """The learned map from a block of keys, or of values, to one vector (section 3.3.1), by KV head.
 
-    Shapes: `[B, T, Hk, D] -> [B, C, Hk, D]`. The hidden width of the `"mlp"` kind is `D`.
+    Shapes: `[B, T, Hk, D] -> [B, C, Hk, D]`. The hidden width of the `"mlp"` kind is `D`. The parameters of
+    `CompressionParams` are kept as matrices, those of one head below those of another: FSDP2 shares out rows, and gives
+    each of more processes than there are rows a row of padding.
 
     Attributes:
         local: gives the part of a parameter that belongs to the heads at hand; tensor parallelism, which shares both
@@ -61,23 +63,22 @@ class Compressor(nn.Module):
     def __init__(self, num_kv_heads: int, head_dim: int, config: NSAConfig):
         super().__init__()
         self.config = config
-        if config.compression == "mean":
-            return
         length = config.compress_block_size
-        self.position = nn.Parameter(torch.empty(num_kv_heads, length, head_dim))
-        self.weight = nn.Parameter(torch.empty(num_kv_heads, length * head_dim, head_dim))
-        if config.compression == "mlp":
-            self.weight_out = nn.Parameter(torch.empty(num_kv_heads, head_dim, head_dim))
+        rows = {"position": length, "weight": length * head_dim, "weight_out": head_dim}
+        kept = {"mean": 0, "linear": 2, "mlp": 3}[config.compression]
+        self._rows_of_head = dict(list(rows.items())[:kept])
+        for name, number in self._rows_of_head.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_kv_heads * number, head_dim)))
 
     def initial_std(self) -> dict[str, float]:
         """Standard deviation each parameter starts with; the layers keep the variance of what they are given."""
-        return {
-            name: INIT_STD if name == "position" else parameter.shape[1] ** -0.5
-            for name, parameter in self.named_parameters()
-        }
+        return {name: INIT_STD if name == "position" else rows**-0.5 for name, rows in self._rows_of_head.items()}
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-        parameters = {name: self.local(parameter) for name, parameter in self.named_parameters()}
+        parameters = {
+            name: self.local(parameter).view(-1, self._rows_of_head[name], parameter.shape[1])
+            for name, parameter in self.named_parameters()
+        }
         params = CompressionParams(**parameters) if parameters else None
         return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
 

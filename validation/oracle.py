@@ -386,7 +386,7 @@ def native_sparse_attention(
     gates = (x @ weights["wg.weight"].T + weights["wg.bias"]).unflatten(-1, (num_heads, 3)).sigmoid()
 
     k_cmp, v_cmp = (
-        compress(y, _compression_params(weights, name), config, cu_seqlens=cu_seqlens)
+        compress(y, _compression_params(weights, name, num_kv_heads), config, cu_seqlens=cu_seqlens)
         for y, name in ((k_cmp, "compress_k"), (v_cmp, "compress_v"))
     )
     tokens = x.shape[1]
@@ -401,5 +401,8 @@ def native_sparse_attention(
     return out.flatten(-2) @ weights["wo.weight"].T
 
 
-def _compression_params(weights: Mapping[str, Tensor], name: str) -> SimpleNamespace:
-    return SimpleNamespace(**{field: weights.get(f"{name}.{field}") for field in ("position", "weight", "weight_out")})
+def _compression_params(weights: Mapping[str, Tensor], name: str, num_kv_heads: int) -> SimpleNamespace:
+    by_head = {field: weights.get(f"{name}.{field}") for field in ("position", "weight", "weight_out")}
+    return SimpleNamespace(**{
+        field: None if rows is None else rows.unflatten(0, (num_kv_heads, -1)) for field, rows in by_head.items()
+    })

@@ -42,11 +42,11 @@ def read_log(file: Path) -> Metrics:
 
 
 def read_parameters(folder: Path, step: int) -> dict[str, Tensor]:
-    """All parameters in a checkpoint of a model alone, of the run that dumped into `folder`: whole in any layout."""
+    """All parameters in a checkpoint of the run that dumped into `folder`, whole in any layout."""
     file = folder / f"step-{step}.pt"
     dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
-    parameters: dict[str, Tensor] = torch.load(file)
-    return parameters
+    # Optimizer, data and schedule, where the checkpoint has them, are dictionaries beside the parameters.
+    return {name: value for name, value in torch.load(file).items() if isinstance(value, Tensor)}
 
 
 def command(
