@@ -86,7 +86,7 @@ _SMALL = NSAConfig(
 )
 _SIZES: dict[str, dict[str, Any]] = {
     "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
-    "debug_parallel": {"dim": 128, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
+    "debug_parallel": {"dim": 128, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
     "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
     "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
 }

@@ -403,6 +403,6 @@ def native_sparse_attention(
 
 def _compression_params(weights: Mapping[str, Tensor], name: str, num_kv_heads: int) -> SimpleNamespace:
     by_head = {field: weights.get(f"{name}.{field}") for field in ("position", "weight", "weight_out")}
-    return SimpleNamespace(**{
-        field: None if rows is None else rows.unflatten(0, (num_kv_heads, -1)) for field, rows in by_head.items()
-    })
+    return SimpleNamespace(
+        **{field: None if rows is None else rows.unflatten(0, (num_kv_heads, -1)) for field, rows in by_head.items()}
+    )

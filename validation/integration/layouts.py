@@ -2,7 +2,7 @@
 
 A layout is a way to lay one training out over processes. All of them train the same models on the same rows from the
 same weights, and claim the same: losses and gradient norms of every step and the parameters at the end are those of
-one process, in float32 within `numerics.LAYOUT_BOUND`. Some claim as much in bfloat16, as the policy has it.
+one process: in float32 within `numerics.LAYOUT_BOUND`, in bfloat16 as the policy has it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ GLOBAL_BATCH_SIZE = 8  # as many as the microbatches that the deepest pipeline a
 SEQ_LEN = 128
 
 DEEP = ("--model.flavor=debug_parallel",)
-"""Eight layers and four heads of keys and values, where two of each are too few."""
+"""Six layers, for eight stages with embedding and output, and four heads of keys and values, where two are too few."""
 
 MODELS = {"nsa": "nsa", "hybrid": "dense,nsa", "dense": "dense"}
 """Patterns of `nsa.attention` by the name of the model."""
@@ -60,7 +60,6 @@ class Layout:
         options: other options of TorchTitan's.
         models: names in `MODELS`.
         size: of the model, options that one process is given as well: the smallest that can be laid out so.
-        bfloat16: whether it claims to be as good as one process in bfloat16, too.
         smoke: whether it is among the few that `make smoke` runs.
     """
 
@@ -75,7 +74,6 @@ class Layout:
     options: tuple[str, ...] = ()
     size: tuple[str, ...] = ()
     models: tuple[str, ...] = tuple(MODELS)
-    bfloat16: bool = False
     smoke: bool = False
 
     @property
@@ -89,8 +87,8 @@ class Layout:
         return [ranks.needs(self.processes), *schedule]
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """All it changes of a command line for one process."""
+    def parallelism(self) -> tuple[str, ...]:
+        """What it changes of a command line for one process, whatever is trained."""
         degrees = {
             "data_parallel_replicate": self.replicate,
             "data_parallel_shard": self.fsdp,
@@ -98,15 +96,18 @@ class Layout:
             "pipeline_parallel": self.pp,
             "context_parallel": self.cp,
         }
-        rows = GLOBAL_BATCH_SIZE // (self.replicate * self.fsdp)
         return (
             *(f"--parallelism.{name}_degree={degree}" for name, degree in degrees.items()),
-            f"--training.local_batch_size={rows}",
-            f"--validation.local_batch_size={rows}",
             *([f"--parallelism.pipeline_parallel_schedule={self.schedule}"] if self.schedule else []),
             *self.options,
-            *self.size,
         )
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What it changes of the command line for `TRAINING` in one process."""
+        rows = GLOBAL_BATCH_SIZE // (self.replicate * self.fsdp)
+        batch = (f"--{kind}.local_batch_size={rows}" for kind in ("training", "validation"))
+        return (*self.parallelism, *batch, *self.size)
 
 
 def _balancer(name: str) -> tuple[str, ...]:
@@ -120,12 +121,12 @@ TRACE = (*COMPILE, "--compile.backend=aot_eager")
 ONE = Layout("one", "one process")
 
 LAYOUTS = (
-    Layout("fsdp2", "parameters sharded over two", fsdp=2, bfloat16=True),
+    Layout("fsdp2", "parameters sharded over two", fsdp=2),
     Layout("fsdp4", "parameters sharded over four", fsdp=4),
     Layout("hsdp2x2", "two copies, each sharded over two", replicate=2, fsdp=2),
-    Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2, bfloat16=True),
+    Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2),
     Layout("tp4", "one key and value head in each of four", tp=4, size=DEEP),
-    Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, schedule="1F1B", bfloat16=True),
+    Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, schedule="1F1B"),
     Layout("pp2-interleaved", "four stages on two, in turn", pp=2, schedule="Interleaved1F1B"),
     Layout(
         "pp2-izb",
@@ -138,13 +139,13 @@ LAYOUTS = (
     Layout("pp4-interleaved", "eight stages on four", pp=4, schedule="Interleaved1F1B", size=DEEP),
     Layout("pp4-izb", "eight stages, backward in halves", pp=4, schedule="InterleavedZeroBubble", size=DEEP),
     Layout("pp4-zbv", "eight stages, there and back", pp=4, schedule="ZBVZeroBubble", size=DEEP),
-    Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None"), bfloat16=True),
+    Layout("cp2", "rows in two chunks", cp=2, options=_balancer("None")),
     Layout("cp2-headtail", "an early and a late chunk each", cp=2, options=_balancer("headtail"), smoke=True),
     Layout("cp4", "rows in four chunks", cp=4, options=_balancer("None")),
     Layout("cp4-headtail", "rows in eight chunks, two each", cp=4, options=_balancer("headtail")),
     Layout("fsdp2-tp2", "shards of split layers", fsdp=2, tp=2, smoke=True),
     Layout("fsdp2-tp2-compile", "shards of split layers, traced", fsdp=2, tp=2, options=TRACE),
-    Layout("fsdp2-compile", "every block compiled", fsdp=2, options=COMPILE, models=("nsa",), bfloat16=True),
+    Layout("fsdp2-compile", "every block compiled", fsdp=2, options=COMPILE, models=("nsa",)),
     Layout("fsdp2-cp2", "rows and chunks of rows", fsdp=2, cp=2),
     Layout("tp2-cp2", "heads of chunks", tp=2, cp=2),
     Layout("pp2-fsdp2", "two stages, each sharded", pp=2, fsdp=2, schedule="1F1B"),

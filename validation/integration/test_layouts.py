@@ -11,7 +11,7 @@ from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, ONE, TRAIN
 EAGER = ("--nsa.backend=eager",)
 
 
-def marks(layout: Layout, model: str = "nsa") -> list[pytest.MarkDecorator]:
+def marks(layout: Layout, model: str) -> list[pytest.MarkDecorator]:
     return [*layout.marks, *([pytest.mark.smoke] if layout.smoke and model == "nsa" else [])]
 
 
@@ -33,13 +33,13 @@ def test_trains_as_one_process(layout, model, one_process, tmp_path):
     "layout",
     [
         pytest.param(ONE, id=ONE.name, marks=pytest.mark.needs_gpu),  # elsewhere there is one backend to train with
-        *(pytest.param(layout, id=layout.name, marks=marks(layout)) for layout in LAYOUTS if layout.bfloat16),
+        *(pytest.param(layout, id=layout.name, marks=layout.marks) for layout in LAYOUTS),
     ],
 )
 def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_path):
     """The kernels, where there is a GPU, over several processes, beside the eager backend in one."""
     train(layout, tmp_path, *BFLOAT16)
-    exact, plain = one_process(*EAGER), one_process(*EAGER, *BFLOAT16)
+    exact, plain = (one_process(*layout.size, *EAGER, *options) for options in ((), BFLOAT16))
     numerics.assert_same_training(
         runs.read_metrics(tmp_path),
         runs.read_metrics(exact),

@@ -1,6 +1,7 @@
 """The transformer without a trainer: flavors, options, initial weights, documents."""
 
 import itertools
+from math import prod
 
 import pytest
 import torch
@@ -41,13 +42,24 @@ def test_every_flavor_has_its_twin():
     assert flavors["100m_hybrid"].layer_kinds == ["dense", "nsa", "nsa", "nsa"] * 2
 
 
-@pytest.mark.parametrize(("flavor", "low", "high"), [("100m", 95e6, 115e6), ("1b", 0.9e9, 1.2e9)])
-def test_flavors_have_the_size_they_are_named_after(flavor, low, high):
+def parameters(flavor):
+    """Of a flavor, without their values."""
     args = get_train_spec("nsa").model_args[flavor]
     args.update_from_config(JobConfig())
     with torch.device("meta"):
-        size = sum(p.numel() for p in Transformer(args).parameters())
-    assert low < size < high
+        return dict(Transformer(args).named_parameters())
+
+
+@pytest.mark.parametrize(("flavor", "low", "high"), [("100m", 95e6, 115e6), ("1b", 0.9e9, 1.2e9)])
+def test_flavors_have_the_size_they_are_named_after(flavor, low, high):
+    assert low < sum(p.numel() for p in parameters(flavor).values()) < high
+
+
+def test_little_is_padding_where_many_processes_share_out_parameters():
+    """FSDP2 shares out rows, as many to each process, and gathers padding from those that have none."""
+    shapes = [tuple(p.shape) for p in parameters("1b").values()]
+    padding = sum(-rows % 1024 * prod(columns) for rows, *columns in shapes)
+    assert padding < sum(map(prod, shapes)) / 10
 
 
 def test_a_flavor_is_not_changed_by_the_jobs_that_use_it():
