@@ -214,11 +214,10 @@ class Block(LlamaBlock):
         return INIT_STD
 
 
-def _complete_gradient(parameter: Tensor) -> None:
+def complete_gradient(parameter: Tensor) -> None:
     """Sums a gradient that tensor parallelism left in parts: torch 2.11 clips by the norm of a part."""
-    assert isinstance(parameter, DTensor)
-    assert isinstance(parameter.grad, DTensor)
-    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+    if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
 DRAWN = 1 << 18
@@ -270,7 +269,7 @@ class Transformer(LlamaTransformer):
                     parameter.shape, parameter.device_mesh, parameter.placements
                 )
                 local = parameter.to_local()
-                parameter.register_post_accumulate_grad_hook(_complete_gradient)
+                parameter.register_post_accumulate_grad_hook(complete_gradient)
             if re.search(r"norm\.weight$", name):
                 local.fill_(1)
             elif std := self._initial_std(name):

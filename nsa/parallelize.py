@@ -16,14 +16,14 @@ from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.llama3 import parallelize_llama
 
 from nsa.context import ContextParallel
-from nsa.model import ModelArgs, NSAAttention, Transformer
+from nsa.model import ModelArgs, NSAAttention, Transformer, complete_gradient
 from nsa.module import Compressor
 
-SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble"]
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 """Pipeline schedules that give the gradients of one process."""
-if torch.accelerator.is_available() or torch.__version__ >= "2.13":
-    # Before, a process sends to itself where it has two stages in a row, which gloo cannot.
-    SCHEDULES.append("ZBVZeroBubble")
+
+# Before, a process sends to itself where it has two stages in a row, which gloo cannot.
+ZBV_OVER_GLOO = torch.__version__ >= "2.13"
 
 
 def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
@@ -36,6 +36,9 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
     lengths = {"training.seq_len": job_config.training.seq_len}
     if validation.enable:
         lengths["validation.seq_len"] = validation.seq_len
+    early = job_config.optimizer.early_step_in_backward
+    must = "be false: no gradient would be left to clip, and each that accumulates would be a step"
+    _require(not early, "optimizer.early_step_in_backward", must, early)
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
         _require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)
@@ -61,14 +64,19 @@ def _require(condition: bool, option: str, must: str, got: Any) -> None:
         raise ValueError(f"{option} must {must}, got {got!r}")
 
 
+def _require_uncompiled(job_config: JobConfig, where: str) -> None:
+    components = job_config.compile.components
+    compiled = job_config.compile.enable and "model" in components
+    _require(not compiled, "compile.components", f'be without "model" under {where}', components)
+
+
 def _check_tensor_parallel(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     option, degree = "parallelism.tensor_parallel_degree", parallel_dims.tp
     heads = model_args.kv_heads
     _require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
-    # Without FSDP2 compiled blocks fail (seen in torch 2.13).
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
-    must = 'be without "model" under tensor parallelism without FSDP'
-    _require(not compiled or parallel_dims.fsdp_enabled, "compile.components", must, job_config.compile.components)
+    if not parallel_dims.fsdp_enabled:
+        # Compiled blocks fail (seen in torch 2.13).
+        _require_uncompiled(job_config, "tensor parallelism without FSDP")
     asynchronous = job_config.parallelism.enable_async_tensor_parallel
     _require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
     if "float8" in job_config.model.converters:
@@ -86,6 +94,9 @@ def _check_context_parallel(
     _require(balancer in (None, "headtail"), option, 'be "headtail" or none', balancer)
     mask = model_args.attn_mask_type
     _require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under context parallelism', mask)
+    if "dense" in model_args.layer_kinds:
+        # Their mask is a tensor of a kind that compilers do not know.
+        _require_uncompiled(job_config, "context parallelism with dense layers")
     if "nsa" in model_args.layer_kinds:
         chunks, block = parallel_dims.cp * (2 if balancer else 1), model_args.nsa.select_block_size
         must = f"be a multiple of nsa.select_block_size in each of {chunks} chunks ({chunks * block})"
@@ -96,7 +107,10 @@ def _check_context_parallel(
 def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     parallelism, training, validation = job_config.parallelism, job_config.training, job_config.validation
     schedule = parallelism.pipeline_parallel_schedule
-    _require(schedule in SCHEDULES, "parallelism.pipeline_parallel_schedule", f"be one of {SCHEDULES}", schedule)
+    known = SCHEDULES if torch.accelerator.is_available() or ZBV_OVER_GLOO else SCHEDULES[:-1]
+    _require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
+    if schedule.endswith("ZeroBubble"):
+        _require_uncompiled(job_config, schedule)  # whose halves of a backward pass PyTorch takes apart itself
     file = parallelism.pipeline_parallel_schedule_csv
     _require(not file, "parallelism.pipeline_parallel_schedule_csv", "be empty", file)
     mask = model_args.attn_mask_type
@@ -195,7 +209,7 @@ def pipeline_nsa(
     parallelize_fn: Callable[..., nn.Module],
     loss_fn: Callable[..., Tensor],
 ) -> Any:
-    """TorchTitan's pipeline with gradients as without it: there they are sums over tokens, not means.
+    """TorchTitan's pipeline with gradients as without it: there they are sums over tokens, not means, perhaps in parts.
 
     Raises:
         ValueError: see `check_layout`.
@@ -212,4 +226,17 @@ def pipeline_nsa(
         # The value of the sum, which the trainer reports, and the gradient of the mean, by which it trains.
         return loss.detach() + (mean - mean.detach())
 
-    return pipeline_llm(model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_of_tokens)
+    schedule, parts, has_first, has_last = pipeline_llm(
+        model, parallel_dims, job_config, device, model_args, parallelize_fn, loss_of_tokens
+    )
+    step = schedule.step
+
+    def step_to_whole_gradients(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        # The late half of a zero-bubble schedule's backward pass calls no hooks.
+        for parameter in (parameter for part in parts for parameter in part.parameters()):
+            complete_gradient(parameter)
+        return result
+
+    schedule.step = step_to_whole_gradients
+    return schedule, parts, has_first, has_last

@@ -35,7 +35,8 @@ _LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR
 class Trainer(torchtitan.train.Trainer):
     """TorchTitan's Trainer, which on SIGINT or SIGTERM ends the step, saves a full checkpoint and stops.
 
-    A second signal stops at once. Without `checkpoint.enable` there is nothing to save and the first one does.
+    Of several processes one alone may have got the signal; then it is the next step that is logged. A second signal
+    stops at once. Without `checkpoint.enable` there is nothing to save and the first one does.
     """
 
     _interrupted = False
@@ -48,7 +49,7 @@ class Trainer(torchtitan.train.Trainer):
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
-        logger.info(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+        logger.info(f"{signal.Signals(number).name}: stopping at the end of a step; once more stops at once")
 
     def should_continue_training(self) -> bool:
         if self._all_interrupted():

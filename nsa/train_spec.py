@@ -201,15 +201,19 @@ class _Processor(MetricsProcessor):
 def build_metrics_processor(
     job_config: titan.JobConfig, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
 ) -> MetricsProcessor:
-    """TorchTitan's metrics processor, which also writes `METRICS_FILE` and tells the time left."""
-    processor = _Processor(job_config, parallel_dims, tag)
-    if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
+    """TorchTitan's metrics processor, which also writes `METRICS_FILE` and tells the time left.
+
+    With `metrics.save_for_all_ranks` every other process `r` writes one into the folder `rank_r` in there.
+    """
+    processor, folder = _Processor(job_config, parallel_dims, tag), Path(job_config.job.dump_folder)
+    parts: list[BaseLogger] = []
+    if (rank := torch.distributed.get_rank()) == _get_metrics_rank(parallel_dims, job_config):
+        parts = [_JsonLines(folder / METRICS_FILE), _Progress(job_config.training.steps)]
+    elif job_config.metrics.save_for_all_ranks:
+        parts = [_JsonLines(folder / f"rank_{rank}" / METRICS_FILE)]
+    if parts:
         loggers = LoggerContainer()
-        for part in (
-            processor.logger,
-            _JsonLines(Path(job_config.job.dump_folder) / METRICS_FILE),
-            _Progress(job_config.training.steps),
-        ):
+        for part in (processor.logger, *parts):
             loggers.add_logger(part)
         processor.logger = loggers
     return processor

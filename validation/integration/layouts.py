@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.parallelize import SCHEDULES
+from nsa.parallelize import ZBV_OVER_GLOO
 from validation import numerics, runs
 from validation.integration import ranks
 
@@ -127,6 +127,7 @@ LAYOUTS = (
     Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2),
     Layout("tp4", "one key and value head in each of four", tp=4, size=DEEP),
     Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, schedule="1F1B"),
+    Layout("pp2-gpipe", "two stages, all forward, then all backward", pp=2, schedule="GPipe", models=("nsa",)),
     Layout("pp2-interleaved", "four stages on two, in turn", pp=2, schedule="Interleaved1F1B"),
     Layout(
         "pp2-izb",
@@ -147,16 +148,23 @@ LAYOUTS = (
     Layout("fsdp2-tp2-compile", "shards of split layers, traced", fsdp=2, tp=2, options=TRACE),
     Layout("fsdp2-compile", "every block compiled", fsdp=2, options=COMPILE, models=("nsa",)),
     Layout("fsdp2-cp2", "rows and chunks of rows", fsdp=2, cp=2),
+    Layout("cp2-compile", "chunks, traced", cp=2, options=(*_balancer("headtail"), *TRACE), models=("nsa",)),
     Layout("tp2-cp2", "heads of chunks", tp=2, cp=2),
     Layout("pp2-fsdp2", "two stages, each sharded", pp=2, fsdp=2, schedule="1F1B"),
     Layout("pp2-tp2", "two stages of split layers", pp=2, tp=2, schedule="1F1B"),
+    Layout("pp2-izb-tp2", "half backward passes", pp=2, tp=2, schedule="InterleavedZeroBubble", models=("nsa",)),
+    Layout("pp2-zbv-fsdp2", "there and back, sharded", pp=2, fsdp=2, schedule="ZBVZeroBubble", models=("nsa",)),
     Layout("pp2-cp2", "two stages of chunks", pp=2, cp=2, schedule="1F1B"),
 )
 
 
+BY_NAME = {layout.name: layout for layout in (ONE, *LAYOUTS)}
+
+
 def has_schedule(name: str) -> pytest.MarkDecorator:
     """Skips a test of a pipeline schedule that this PyTorch has on a GPU alone."""
-    return pytest.mark.skipif(name not in SCHEDULES, reason=f"PyTorch {torch.__version__} has no {name} over gloo")
+    missing = name == "ZBVZeroBubble" and not (ranks.ON_GPUS or ZBV_OVER_GLOO)
+    return pytest.mark.skipif(missing, reason=f"PyTorch {torch.__version__} has no {name} over gloo")
 
 
 def train(layout: Layout, folder: Path, *options: str) -> None:

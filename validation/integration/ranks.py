@@ -44,6 +44,10 @@ if not ON_GPUS:
     _context.set_forkserver_preload(["nsa.train"])
 
 
+on_gpus = pytest.mark.needs_gpu(count=NGPU)
+"""Skips a test where the processes of jobs are not on GPUs."""
+
+
 def needs(processes: int) -> pytest.MarkDecorator:
     """Skips a test where so many are more than `NGPU`."""
     return pytest.mark.skipif(processes > NGPU, reason=f"needs {processes} processes: NGPU is {NGPU}")

@@ -12,9 +12,7 @@ import pytest
 
 from validation import runs
 from validation.integration import ranks
-from validation.integration.layouts import LAYOUTS, ONE, STEPS, TRAINING, assert_same, train
-
-BY_NAME = {layout.name: layout for layout in (ONE, *LAYOUTS)}
+from validation.integration.layouts import BY_NAME, STEPS, TRAINING, assert_same, train
 
 # Each is saved in, and each is what another is resumed in.
 ROUND = ("one", "fsdp4", "tp2", "pp2-1f1b", "fsdp2-tp2", "cp2-headtail", "hsdp2x2", "pp2-zbv", "one")
@@ -65,7 +63,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(before, after, half_way, 
 
 
 @ranks.needs(2)
-@pytest.mark.parametrize("mode", ["async", pytest.param("async_with_pinned_mem", marks=pytest.mark.needs_gpu)])
+@pytest.mark.parametrize("mode", ["async", pytest.param("async_with_pinned_mem", marks=ranks.on_gpus)])
 def test_saving_in_the_background_saves_the_same(mode, one_process, tmp_path):
     # All are kept: which are left when older ones are removed in the background is chance.
     options = (f"--checkpoint.async_mode={mode}", "--checkpoint.interval=3", "--checkpoint.keep_latest_k=0")

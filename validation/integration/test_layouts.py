@@ -6,7 +6,7 @@ import pytest
 
 from validation import numerics, runs
 from validation.integration import ranks
-from validation.integration.layouts import BFLOAT16, LAYOUTS, MODELS, ONE, TRAINING, Layout, assert_same, train
+from validation.integration.layouts import BFLOAT16, BY_NAME, LAYOUTS, MODELS, ONE, TRAINING, Layout, assert_same, train
 
 EAGER = ("--nsa.backend=eager",)
 
@@ -32,7 +32,7 @@ def test_trains_as_one_process(layout, model, one_process, tmp_path):
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(ONE, id=ONE.name, marks=pytest.mark.needs_gpu),  # elsewhere there is one backend to train with
+        pytest.param(ONE, id=ONE.name, marks=ranks.on_gpus),  # elsewhere there is one backend to train with
         *(pytest.param(layout, id=layout.name, marks=layout.marks) for layout in LAYOUTS),
     ],
 )
@@ -55,7 +55,15 @@ def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_pa
     ids=["ours", "torchtitan"],
 )
 def test_torchrun_trains_as_one_process(module, options, one_process, tmp_path):
-    (layout,) = (layout for layout in LAYOUTS if layout.name == "fsdp2")
+    layout = BY_NAME["fsdp2"]
     arguments = (*options, *TRAINING, *layout.arguments)
     runs.train(arguments, tmp_path, module=module, processes=layout.processes)
     assert_same(tmp_path, one_process())
+
+
+@ranks.needs(2)
+def test_every_rank_logs_where_it_is_asked_to(tmp_path):
+    train(BY_NAME["fsdp2"], tmp_path, "--training.steps=2", "--metrics.save_for_all_ranks")
+    first, second = (runs.read_metrics(folder) for folder in (tmp_path, tmp_path / "rank_1"))
+    assert sorted(second[runs.LOSS]) == [1, 2]
+    assert second[runs.LOSS] == first[runs.LOSS]

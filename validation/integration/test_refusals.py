@@ -35,6 +35,10 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             {"degrees": {"dp_replicate": 2}},
             r"parallelism.data_parallel_shard_degree must be at least 2 beside .* \(HSDP\), got 1",
         ),
+        (
+            {"optimizer": {"early_step_in_backward": True}},
+            "optimizer.early_step_in_backward must be false: .*, got True",
+        ),
         ({"parallelism": {"expert_parallel_degree": 2}}, "parallelism.expert_parallel_degree must be 1.*, got 2"),
         (
             {"degrees": {"tp": 2}, "training": {"seq_len": 1022}},
@@ -69,6 +73,10 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             'nsa.attn_mask_type must be "causal" under context parallelism',
         ),
         (
+            {"degrees": {"cp": 2}, "flavor": "100m_hybrid", "compile": {"enable": True}},
+            'compile.components must be without "model" under context parallelism with dense layers, got',
+        ),
+        (
             {"degrees": {"cp": 2}, "training": {"seq_len": 192}},
             r"training.seq_len must be a multiple of nsa.select_block_size in each of 4 chunks \(128\), got 192",
         ),
@@ -87,6 +95,14 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
         (
             {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_schedule": "DualPipeV"}},
             "parallelism.pipeline_parallel_schedule must be one of .*, got 'DualPipeV'",
+        ),
+        (
+            {
+                "degrees": {"pp": 2},
+                "parallelism": {"pipeline_parallel_schedule": "InterleavedZeroBubble"},
+                "compile": {"enable": True},
+            },
+            'compile.components must be without "model" under InterleavedZeroBubble, got',
         ),
         (
             {"degrees": {"pp": 2}, "nsa": {"attn_mask_type": "block_causal"}},
@@ -146,7 +162,10 @@ def test_a_wrong_layout_is_refused(arguments, message):
         {"degrees": {"tp": 4}, "nsa": {"attn_mask_type": "block_causal"}},
         {"degrees": {"cp": 2}, "training": {"seq_len": 128}},
         {"degrees": {"cp": 2}, "flavor": "debug_parallel_dense", "training": {"seq_len": 4}},
-        {"degrees": {"pp": 4}, "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
+        pytest.param(
+            {"degrees": {"pp": 4}, "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
+            marks=has_schedule("ZBVZeroBubble"),
+        ),
         {"degrees": {"pp": 4, "dp_shard": 8, "tp": 2, "cp": 2}, "validation": {"enable": True, "local_batch_size": 8}},
     ],
 )

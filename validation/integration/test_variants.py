@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from validation import runs
-from validation.integration.layouts import GLOBAL_BATCH_SIZE, LAYOUTS, SEQ_LEN, assert_same, train
-
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
+from validation.integration import ranks
+from validation.integration.layouts import BY_NAME, GLOBAL_BATCH_SIZE, SEQ_LEN, assert_same, train
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Variant:
         layouts: where it may matter.
         plain: whether one process does without it, because it is not to change anything.
         metrics: to compare beside loss and gradient norm.
-        gpu: whether only a machine with a GPU can do it.
+        gpu: whether only processes on GPUs can do it.
     """
 
     name: str
@@ -30,7 +29,7 @@ class Variant:
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.needs_gpu] if self.gpu else []
+        return [ranks.on_gpus] if self.gpu else []
 
 
 # Adam divides by the gradient's own size: only below its epsilon does it matter how long a gradient is.

@@ -13,13 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nsa.train_spec import METRICS_FILE
 from validation import runs
-from validation.integration.layouts import LAYOUTS, Layout
+from validation.integration.layouts import BFLOAT16, BY_NAME, Layout
 
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
 ACTIVE_GIB = "memory/max_active(GiB)"
 
-COMMON = ("--checkpoint.no-enable", "--validation.no-enable", "--training.steps=25", "--metrics.log_freq=5")
+COMMON = (
+    *BFLOAT16,
+    "--checkpoint.no-enable",
+    "--validation.no-enable",
+    "--training.steps=25",
+    "--metrics.log_freq=5",
+    "--metrics.save_for_all_ranks",
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,18 @@ RUNS = (
 
 def table(read: Callable[[str], runs.Metrics]) -> list[str]:
     """Rows of Markdown, one a run; of what was logged, the first, in which kernels are compiled, does not count."""
-    rows = ["| layout | tokens a second and GPU | peak memory, active (GiB) |", "|---|---|---|"]
+    rows = ["| layout | tokens a second and GPU | peak memory of a GPU, active (GiB) |", "|---|---|---|"]
     for run in RUNS:
-        metrics = read(run.name)
-        speeds = list(metrics[runs.TOKENS_PER_SECOND].values())[1:]
-        speed, memory = statistics.median(speeds), max(metrics[ACTIVE_GIB].values())
-        rows.append(f"| {run.name} | {speed:,.0f} | {memory:.2f} |")
+        metrics = [read(name) for name in names(run)]
+        speed = statistics.median(list(metrics[0][runs.TOKENS_PER_SECOND].values())[1:])
+        memory = " / ".join(f"{max(of_process[ACTIVE_GIB].values()):.2f}" for of_process in metrics)
+        rows.append(f"| {run.name} | {speed:,.0f} | {memory} |")
     return rows
+
+
+def names(run: Run) -> list[str]:
+    """Of the logs kept: of the process that knows the loss, and of the other."""
+    return [run.name, f"{run.name}-other"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in RUNS:
         folder = parsed.out / run.name
         runs.train((*run.arguments, *parsed.options), folder, processes=run.layout.processes)
-        shutil.copy(folder / "metrics.jsonl", parsed.out / f"{run.name}.jsonl")
+        logs = (folder / METRICS_FILE, *folder.glob(f"rank_*/{METRICS_FILE}"))
+        for name, log in zip(names(run), logs, strict=True):
+            shutil.copy(log, parsed.out / f"{name}.jsonl")
         print(run.name, flush=True)
     print(*table(lambda name: runs.read_log(parsed.out / f"{name}.jsonl")), sep="\n")
 
