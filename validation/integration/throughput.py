@@ -62,7 +62,7 @@ RUNS = (
 
 def table(read: Callable[[str], runs.Metrics]) -> list[str]:
     """Rows of Markdown, one a run; of what was logged, the first, in which kernels are compiled, does not count."""
-    rows = ["| layout | tokens a second and GPU | peak memory of a GPU, active (GiB) |", "|---|---|---|"]
+    rows = ["| layout | tokens a second and GPU | peak memory of each GPU, active (GiB) |", "|---|---|---|"]
     for run in RUNS:
         metrics = [read(name) for name in names(run)]
         speed = statistics.median(list(metrics[0][runs.TOKENS_PER_SECOND].values())[1:])
