@@ -8,7 +8,8 @@ the same dtype (the baseline), both being measured against the float64 oracle:
 
 for the maximum and for the mean, of the whole tensor and of every row (last dimension), with the oracle's magnitude
 taken in the same way. Without a baseline, as for plain PyTorch itself, its error is taken to be
-`UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part.
+`UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part,
+unless it is one that cancels: `shifts`, see `SAVED_ROUNDING`.
 In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale.
 Shapes, and the positions of NaN and of either infinity, are compared first and exactly.
 
@@ -29,6 +30,14 @@ BASELINE_FACTOR = 2.0
 
 UNAIDED_ROUNDINGS = 3.0
 """Roundings to the narrow dtype before the last: a hidden layer, a saved output, the products of a gradient."""
+
+SAVED_ROUNDING = 0.15
+"""Rounding of a saved output times the gradient from above, in epsilons: a uniform one, sqrt(1 / 12), of about a half.
+
+Backward passes subtract the product of output and gradient from the gradient of every score of a query. Exactly, those
+sum to 0 over the keys, so that what moves all keys alike, as a position embedding of compression does, has a
+gradient that nearly cancels. What the output's rounding leaves does not: the root of as many as there are queries.
+"""
 
 CANCELLED_MAGNITUDE = 4.0
 """Size of the terms of sums that may cancel altogether, for inputs of unit scale: products of a few normal numbers."""
@@ -62,6 +71,7 @@ def assert_matches(
     what: str,
     baseline: Tensor | None = None,
     reduction: int = 1,
+    shifts: int = 0,
     logit: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -73,6 +83,7 @@ def assert_matches(
         what: name of the tensor, for the message.
         baseline: plain PyTorch's result in the same dtype; None when `actual` is that itself.
         reduction: length of the longest sum behind an element.
+        shifts: queries all of whose keys are moved alike, where this is the gradient of what moves them.
         logit: magnitude of the log-sum-exp, where that is far above 1.
         dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
     """
@@ -98,22 +109,29 @@ def assert_matches(
         # nothing aside). Which row suffers most is chance, so none is held to less than the baseline's worst row.
         size = torch.maximum(magnitudes[name], _typical(magnitudes[name]))
         typical = None if expected is None else expected[name].max()
-        bound = error_bound(size, dtype, baseline=typical, reduction=reduction, logit=logit)
+        bound = error_bound(size, dtype, baseline=typical, reduction=reduction, shifts=shifts, logit=logit)
         _check(name, error, measured, bound, actual, oracle, what)
 
 
 def error_bound(
-    magnitude: Tensor, dtype: torch.dtype, *, baseline: Tensor | None = None, reduction: int = 1, logit: float = 1.0
+    magnitude: Tensor,
+    dtype: torch.dtype,
+    *,
+    baseline: Tensor | None = None,
+    reduction: int = 1,
+    shifts: int = 0,
+    logit: float = 1.0,
 ) -> Tensor:
     """The most by which something of a magnitude may miss the oracle: the policy above in a narrow dtype.
 
     Args:
         baseline: by how much plain PyTorch misses it; as much as it has a right to, unless given.
-        reduction, logit: as in `assert_matches`.
+        reduction, shifts, logit: as in `assert_matches`.
     """
     typical = UNAIDED_ROUNDINGS * _eps(dtype) * magnitude if baseline is None else baseline
     sums = math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32) * magnitude.clamp(min=CANCELLED_MAGNITUDE)
-    return BASELINE_FACTOR * typical + _eps(dtype) * magnitude + sums
+    saved = SAVED_ROUNDING * _eps(dtype) * math.sqrt(shifts)
+    return BASELINE_FACTOR * (typical + saved) + _eps(dtype) * magnitude + sums
 
 
 def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:

@@ -54,6 +54,8 @@ from nsa.operators import accumulation_dtype, register, sizes_of
 PARTIAL_BYTES = 1 << 30
 """Partial results held at a time where work goes by block, if one KV head does not need more."""
 
+_LARGEST_GRID = 65535  # along any side but the first
+
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "num_keys", "shift", "pairs", "lists", "blocks", "first_list", "first_head")
 
@@ -711,7 +713,7 @@ def _by_query(constants: dict[str, Any], parameters: Launch, packing: _Packing, 
 
 def _shares(heads: int, bytes_a_head: int) -> list[tuple[int, int]]:
     """Runs of heads whose partial results fit the space for them: first and number, none more than the first run's."""
-    step = max(1, PARTIAL_BYTES // max(1, bytes_a_head))
+    step = min(_LARGEST_GRID, max(1, PARTIAL_BYTES // max(1, bytes_a_head)))
     return [(first, min(step, heads - first)) for first in range(0, heads, step)]
 
 

@@ -189,6 +189,10 @@ def _run(rank: int, processes: int, port: int, log: Path, target: Callable[..., 
         TORCHELASTIC_RESTART_COUNT="0",
     )
     target(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As forks end anyway: a thread of PyTorch's that outlives the interpreter of a spawned rank aborts it.
+    os._exit(0)
 
 
 def _die_with_parent() -> None:

@@ -23,7 +23,7 @@ COMPILING = 150  # seconds at most, for all of it
 # About how many seconds of rounds, and how many rounds: a CPU has other things to do in between. Before them, seconds
 # until a GPU's clock is steady.
 SPAN, LEAST, MOST, SETTLING = (0.3, 5, 20, 0.1) if torch.cuda.is_available() else (0.3, 5, 30, 0.0)
-LONG = 300  # ms: three rounds of this are enough
+LONG = 300  # ms: what takes so long does not wait for its host
 FOUND = pytest.StashKey()
 
 
@@ -43,7 +43,10 @@ def compiled(request):
     command = [sys.executable, "-m", "validation.perf.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
     if len(request.session.items) > 20:  # a few kernels are compiled sooner than the processes are up
-        precompile(command, min(14, os.cpu_count() or 1), COMPILING)
+        outcomes = precompile(command, min(14, os.cpu_count() or 1), COMPILING)
+        reporter = request.config.pluginmanager.getplugin("terminalreporter")
+        for line in (f"compiled ahead: {len(outcomes)} jobs", *filter(None, outcomes.values())):
+            reporter.write_line(line)
     gc.freeze()  # what is there now stays: memory is asked for often, and garbage collected before
 
 
@@ -80,7 +83,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
     ahead = torch.cuda.is_available() and case.stage == WHOLE and once < LONG
     host = timing.host_time(calls.timed, rounds=3, warmup=0).median if ahead else None
 
-    rounds = 3 if once > LONG else min(MOST, max(LEAST, int(1e3 * SPAN / once)))
+    rounds = min(MOST, max(LEAST, int(1e3 * SPAN / once)))
     benchmark.group = case.group
     result = benchmark.pedantic(calls.timed, setup=ready.prepare, rounds=rounds)
 

@@ -94,7 +94,9 @@ class Rounds:
         self._beside = None if torch.cuda.is_available() else beside
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self._lead = int(min(1 + 2 * _host_ms(function), _LONGEST_LEAD) * _CYCLES_PER_MS)
+            # Of several, because how long the GPU rests in every round tells on its clock.
+            host = statistics.median(_host_ms(function) for _ in range(3))
+            self._lead = int(min(1 + 2 * host, _LONGEST_LEAD) * _CYCLES_PER_MS)
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             self._cache = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
             torch.cuda.synchronize()

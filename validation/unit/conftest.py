@@ -5,7 +5,7 @@ is to be tried on. A test that has cases of its own parametrises `case` indirect
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def subject(item: pytest.Item) -> Implementation | None:
     return found if isinstance(found, Implementation) else None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Leaves out what is not about the implementations asked for, and what takes one under the interpreter too long."""
     kept, left_out = [], []
     for item in items:
@@ -115,8 +116,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = impl is not None or elsewhere or not config.option.impl
         (kept if wanted and not (impl and impl.interpreted and _long(item)) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    # Those that take turns begin at once: begun last, they would still take turns when all others are done.
-    items[:] = sorted(kept, key=lambda item: "memory_given_back" not in getattr(item, "fixturenames", ()))
+    items[:] = kept
+    yield
+    # Those that take turns begin at once, shuffled or not: the GPU's memory is free then, and begun last they would
+    # still take turns when all others are done.
+    items.sort(key=lambda item: "memory_given_back" not in getattr(item, "fixturenames", ()))
 
 
 def _long(item: pytest.Item) -> bool:

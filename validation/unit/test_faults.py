@@ -84,6 +84,12 @@ REFUSAL = 'raise TypeError(f"scale must be a float or None'
 FAULT = Fault("scale-of-any-type", "takes any scale", "functional.py", REFUSAL, "return 1.0  # ", (QUICK,))
 
 
+@pytest.fixture(autouse=True)
+def _without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried here needs none, and to start one takes seconds."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def test_a_run_without_a_fault_kills_nothing() -> None:
     outcome = trial.run(trial.related(FAULT))
     assert outcome.passed > 1

@@ -1,6 +1,6 @@
 """The harness itself: what its options promise, and that it tells a right implementation from wrong ones.
 
-Every test runs the suite in a process of its own, on the example of docs/validate-your-own.md or on a broken one.
+Nearly every test runs the suite in a process of its own: on the example of docs/validate-your-own.md, or a broken one.
 """
 
 import os
@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from docs.examples.my_nsa import my_nsa
+from validation import seeds
 from validation.implementations import Implementation, Sizes, load
-from validation.unit.cases import BY_ID, fitted
+from validation.unit.cases import BY_ID, draw, draw_cotangent, fitted
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "docs.examples.my_nsa:my_nsa"
@@ -220,6 +222,24 @@ def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path):
     assert names != other_names
     assert sorted(names) == sorted(other_names)
     assert not set(seeds) & set(other_seeds)
+
+
+def test_a_variation_draws_other_inputs_and_cotangents(monkeypatch):
+    case, drawn = BY_ID["small"], []
+    for variation in (None, 1, 1):
+        monkeypatch.setattr(seeds, "variation", variation)
+        x = draw(case)
+        drawn.append({**x, "cotangent": draw_cotangent(case, x["q"], torch.float64)})
+    first, second, again = drawn
+    assert [name for name, x in second.items() if torch.equal(x, first[name])] == []
+    assert [name for name, x in second.items() if not torch.equal(x, again[name])] == []
+
+
+def test_a_cotangent_is_no_input_once_more():
+    """Otherwise whoever confuses the two would be right."""
+    x = draw(BY_ID["small"])
+    cotangent = draw_cotangent(BY_ID["small"], x["q"], torch.float64)
+    assert [name for name, value in x.items() if torch.equal(value, cotangent)] == []
 
 
 def test_a_seed_is_of_the_test_alone(tmp_path):

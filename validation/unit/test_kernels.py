@@ -182,3 +182,9 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     q = torch.randn(1, 64, 2, 16, device="cpu")
     with pytest.raises(ValueError, match=r'backend must be "auto" or "eager" .* got "triton" and tensors on cpu'):
         TRITON.sliding_window_attention(q, q, q, NSAConfig())
+
+
+def test_launches_by_block_fit_a_grid() -> None:
+    shares = selected._shares(200_000, 1)
+    assert max(number for _, number in shares) < 1 << 16
+    assert sum(number for _, number in shares) == 200_000

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def record(name: str = "test_a", ms: float = 1.0, memory: int = 1000, role: str 
 def test_a_figure_that_is_worse_by_more_than_is_allowed_is_named(ms: float, memory: int, what: str | None) -> None:
     found = list(gates.regressions([record(ms=ms, memory=memory)], [record()], BOUNDS))
     assert [line.split()[:2] for line in found] == ([["test_a:", what]] if what else [])
+
+
+@pytest.mark.parametrize(("grown", "found"), [(2**21, 0), (2**21 + 1, 1)])
+def test_what_the_allocator_may_add_is_no_growth(grown: int, found: int) -> None:
+    then, bounds = 10 * 2**20, replace(BOUNDS, mib=2.0)
+    assert len(list(gates.regressions([record(memory=then + grown)], [record(memory=then)], bounds))) == found
 
 
 def test_where_the_clock_is_noisy_time_is_that_over_dense_attention() -> None:

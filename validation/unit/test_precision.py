@@ -1,6 +1,11 @@
 """Rounding: every dtype, mixtures of them and what grows with size, beside plain PyTorch in the same dtype."""
 
+import json
+import os
 from collections.abc import Iterator
+from dataclasses import asdict
+from fcntl import LOCK_EX, flock
+from typing import TextIO
 
 import pytest
 import torch
@@ -47,10 +52,23 @@ def _rounds(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def points(pytestconfig) -> Iterator[list[Point]]:
-    """What the tests measure; in the end it is drawn."""
+    """What the tests measure; in the end it is drawn, with what other processes of the same run have measured."""
     found: list[Point] = []
     yield found
-    plot(found, pytestconfig.rootpath / "out/unit/precision.png")
+    picture = pytestconfig.rootpath / "out/unit/precision.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with picture.with_suffix(".jsonl").open("a+") as log:
+        flock(log, LOCK_EX)
+        log.seek(0)
+        plot(gather(log, found, os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))), picture)
+
+
+def gather(log: TextIO, found: list[Point], run: str) -> list[Point]:
+    """All points of a run, those already in the log and those found since; the log is left with these alone."""
+    points = [Point(**point) for line in log for name, point in [json.loads(line)] if name == run] + found
+    log.truncate(0)
+    log.writelines(json.dumps([run, asdict(point)]) + "\n" for point in points)
+    return points
 
 
 # 1. Every dtype, over head dims, groups and lengths.
@@ -191,3 +209,11 @@ def test_the_picture_shows_every_point(tmp_path) -> None:
     ]
     plot(found, tmp_path / "precision.png")
     assert (tmp_path / "precision.png").stat().st_size > 0
+
+
+def test_processes_of_a_run_gather_their_points(tmp_path) -> None:
+    first, second = (Point("eager", "T", value, "out", "float32", 1e-7, 1e-7, 1e-6) for value in (1, 2))
+    for run, found, known in (("old", second, [second]), ("new", first, [first]), ("new", second, [first, second])):
+        with (tmp_path / "log.jsonl").open("a+") as log:
+            log.seek(0)
+            assert gather(log, [found], run) == known
