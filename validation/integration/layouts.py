@@ -2,7 +2,7 @@
 
 A layout is a way to lay one training out over processes. All of them train the same models on the same rows from the
 same weights, and claim the same: losses and gradient norms of every step and the parameters at the end are those of
-one process: in float32 within `numerics.LAYOUT_BOUND`, in bfloat16 as the policy has it.
+one process: in float32 within `numerics.LAYOUT_BOUND`, in bfloat16 as the policy has it (on CPUs, over two processes).
 """
 
 from dataclasses import dataclass
