@@ -64,9 +64,11 @@ class Compressor(nn.Module):
         super().__init__()
         self.config = config
         length = config.compress_block_size
-        rows = {"position": length, "weight": length * head_dim, "weight_out": head_dim}
-        kept = {"mean": 0, "linear": 2, "mlp": 3}[config.compression]
-        self._rows_of_head = dict(list(rows.items())[:kept])
+        self._rows_of_head: dict[str, int] = {}
+        if config.compression != "mean":
+            self._rows_of_head |= {"position": length, "weight": length * head_dim}
+        if config.compression == "mlp":
+            self._rows_of_head["weight_out"] = head_dim
         for name, number in self._rows_of_head.items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_kv_heads * number, head_dim)))
 

@@ -19,11 +19,12 @@ from nsa.context import ContextParallel
 from nsa.model import ModelArgs, NSAAttention, Transformer, complete_gradient
 from nsa.module import Compressor
 
-SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
-"""Pipeline schedules that give the gradients of one process."""
 
-# Before, a process sends to itself where it has two stages in a row, which gloo cannot.
-ZBV_OVER_GLOO = torch.__version__ >= "2.13"
+def schedules(accelerated: bool) -> tuple[str, ...]:
+    """Pipeline schedules that give the gradients of one process, on accelerators or over gloo."""
+    anywhere = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble")
+    # Before, a process sends to itself where it has two stages in a row, which gloo cannot.
+    return (*anywhere, "ZBVZeroBubble") if accelerated or torch.__version__ >= "2.13" else anywhere
 
 
 def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
@@ -107,7 +108,7 @@ def _check_context_parallel(
 def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     parallelism, training, validation = job_config.parallelism, job_config.training, job_config.validation
     schedule = parallelism.pipeline_parallel_schedule
-    known = SCHEDULES if torch.accelerator.is_available() or ZBV_OVER_GLOO else SCHEDULES[:-1]
+    known = schedules(torch.accelerator.is_available())
     _require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
     if schedule.endswith("ZeroBubble"):
         _require_uncompiled(job_config, schedule)  # whose halves of a backward pass PyTorch takes apart itself

@@ -17,6 +17,7 @@ LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 MEMORY_GIB = "memory/max_reserved(GiB)"
+ACTIVE_GIB = "memory/max_active(GiB)"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Metrics:
     def __getitem__(self, name: str) -> dict[int, float]:
         """One metric by step."""
         return {record["step"]: record[name] for record in self.records if name in record}
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens a second, of all that was logged but the first, in which kernels are compiled."""
+        return list(self[TOKENS_PER_SECOND].values())[1:]
 
 
 def read_metrics(folder: Path) -> Metrics:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.parallelize import ZBV_OVER_GLOO
+from nsa.parallelize import schedules
 from validation import numerics, runs
 from validation.integration import ranks
 
@@ -163,7 +163,7 @@ BY_NAME = {layout.name: layout for layout in (ONE, *LAYOUTS)}
 
 def has_schedule(name: str) -> pytest.MarkDecorator:
     """Skips a test of a pipeline schedule that this PyTorch has on a GPU alone."""
-    missing = name == "ZBVZeroBubble" and not (ranks.ON_GPUS or ZBV_OVER_GLOO)
+    missing = name not in schedules(ranks.ON_GPUS)
     return pytest.mark.skipif(missing, reason=f"PyTorch {torch.__version__} has no {name} over gloo")
 
 

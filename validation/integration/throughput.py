@@ -17,8 +17,6 @@ from nsa.train_spec import METRICS_FILE
 from validation import runs
 from validation.integration.layouts import BFLOAT16, BY_NAME, Layout
 
-ACTIVE_GIB = "memory/max_active(GiB)"
-
 COMMON = (
     *BFLOAT16,
     "--checkpoint.no-enable",
@@ -61,12 +59,12 @@ RUNS = (
 
 
 def table(read: Callable[[str], runs.Metrics]) -> list[str]:
-    """Rows of Markdown, one a run; of what was logged, the first, in which kernels are compiled, does not count."""
+    """Rows of Markdown, one a run."""
     rows = ["| layout | tokens a second and GPU | peak memory of each GPU, active (GiB) |", "|---|---|---|"]
     for run in RUNS:
         metrics = [read(name) for name in names(run)]
-        speed = statistics.median(list(metrics[0][runs.TOKENS_PER_SECOND].values())[1:])
-        memory = " / ".join(f"{max(of_process[ACTIVE_GIB].values()):.2f}" for of_process in metrics)
+        speed = statistics.median(metrics[0].speeds)
+        memory = " / ".join(f"{max(of_process[runs.ACTIVE_GIB].values()):.2f}" for of_process in metrics)
         rows.append(f"| {run.name} | {speed:,.0f} | {memory} |")
     return rows
 

@@ -22,7 +22,7 @@ WHOLE, DENSE = "nsa_attention", "dense (cuDNN)"
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many times a figure of the baseline a figure may be; memory that grew by less than `mib` has not."""
+    """How many times a figure of the baseline a figure may be; memory that grew by no more than `mib` has not."""
 
     time: float
     memory: float
@@ -158,7 +158,7 @@ def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs=2)
-    parser.add_argument("--within", type=float, help="fail where times of ours disagree by more, such as 0.03")
+    parser.add_argument("--within", type=float, help="fail where figures disagree by more than this part, such as 0.03")
     parser.add_argument("--above", type=float, default=0.0, help="leave out figures of less than so many ms")
     options = parser.parse_args()
     a, b = (records.read(file) for file in options.files)
@@ -173,8 +173,10 @@ def main() -> int:
             print(f"  {difference:7.2%}  {name}")
         if options.within and kind == "time":
             over = [name for difference, name in found if difference > options.within]
-            bad = len(ours.intersection(over))
-            print(f"{bad} times of ours and {len(over) - bad} of others disagree by more than {options.within:.1%}")
+            bad = len(over)
+            print(
+                f"{bad} figures disagree by more than {options.within:.1%}, {len(ours.intersection(over))} of them ours"
+            )
     return 1 if bad else 0
 
 

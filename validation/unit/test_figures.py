@@ -11,13 +11,12 @@ import torch
 
 from validation.perf import records
 from validation.perf.report import readme, render
-from validation.runs import LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, read_log
+from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "docs" / "runs"
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-ACTIVE = "memory/max_active(GiB)"
 VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
 ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
@@ -102,7 +101,9 @@ def of_h200(metrics: Metrics) -> dict[str, list[str]]:
         "after 100 steps": [f"{losses[100]:.3f}"],
         "after 200 steps": [f"{losses[200]:.3f}"],
         "training loss, mean of the last 10 logged": [f"{last(metrics):.3f}"],
-        "peak memory, active / reserved (GiB)": [f"{max(metrics[kind].values()):.2f}" for kind in (ACTIVE, MEMORY_GIB)],
+        "peak memory, active / reserved (GiB)": [
+            f"{max(metrics[kind].values()):.2f}" for kind in (ACTIVE_GIB, MEMORY_GIB)
+        ],
     }
 
 
@@ -117,8 +118,8 @@ def beside_eager(step: int) -> list[list[str]]:
 def of_length(length: str) -> dict[str, list[list[str]]]:
     """Speed after the first logged steps, and memory, of both models."""
     runs = [saved(f"{length}-{flavor}") for flavor in ("100m", "100m_dense")]
-    medians = [statistics.median(speeds(f"{length}-{flavor}")) for flavor in ("100m", "100m_dense")]
-    memory = [max(run[ACTIVE].values()) for run in runs]
+    medians = [statistics.median(run.speeds) for run in runs]
+    memory = [max(run[ACTIVE_GIB].values()) for run in runs]
     return {
         f"{length}, tokens/s": [[f"{x:,.0f}"] for x in medians] + [[f"{medians[0] / medians[1]:.2f}"]],
         f"{length}, peak memory, active (GiB)": [[f"{x:.2f}"] for x in memory] + [[f"{memory[0] / memory[1]:.2f}"]],
@@ -164,17 +165,12 @@ def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
         f"{SUMMARY['validation_loss_ratio']:.3f}",
         f"{math.ceil(1e3 * apart) / 1e3}",
         f"{saved('16k-100m-eager')[LOSS][30]:.3f}",
-        f"{statistics.median(speeds('100m-eager')):,.0f} tokens/s",
+        f"{statistics.median(saved('100m-eager').speeds):,.0f} tokens/s",
     }
-    steps = [1e3 * TOKENS_A_STEP / speed for length in ("4k", "16k") for speed in speeds(f"{length}-100m")]
+    steps = [1e3 * TOKENS_A_STEP / speed for length in ("4k", "16k") for speed in saved(f"{length}-100m").speeds]
     between = f"{min(steps):.0f} and {max(steps):.0f} ms"
     assert f"take between {between}" in RESULTS
     assert set(figures(RESULTS.replace(between, ""))) <= known
-
-
-def speeds(name: str) -> list[float]:
-    """Tokens a second, of all that was logged but the first, in which kernels are compiled."""
-    return list(saved(name)[TOKENS_PER_SECOND].values())[1:]
 
 
 def parameters(flavor: str) -> int:
