@@ -4,10 +4,12 @@
     python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json --readme README.md
 
 The second puts the figures of the same runs into the README's table. The same files always give the same page. What
-several of them hold is taken from the first. The pictures are drawn by `validation.perf.plots`.
+several of them hold is taken from the first, and what is compared is always of one run: a peer that only a later one
+measured has a table of its own, with our figures of that run. The pictures are drawn by `validation.perf.plots`.
 """
 
 import argparse
+import itertools
 import operator
 import re
 import shlex
@@ -98,6 +100,13 @@ PROMISES = """## What is promised
 From [`promises.toml`](../validation/perf/promises.toml), for the whole op, forward and backward, against dense
 attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where a promise is broken. A target is what
 the design asks for; nothing fails where it is not reached."""
+BESIDE = """## Beside {peers}
+
+In ms, all in one run, of {date}:
+
+```sh
+{command}
+```"""
 CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
@@ -138,6 +147,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
     for workload in workloads:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results, roofs)]
+    parts += [beside(each, report) for each in reports.values()]
     parts += [choosing(report, workloads), training(report)]
     if report["failures"]:
         parts.append("## What did not run")
@@ -170,6 +180,25 @@ def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> st
             f"{sign} {promise.promise:.2f}", "" if promise.target is None else f"{sign} {promise.target:g}",
         ))  # fmt: skip
     return table(("workload", "tokens", "", "measured", "promised", "target"), rows)
+
+
+def beside(report: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
+    """Every stage beside those peers that the other tables do not show."""
+    others = {r["subject"] for r in shown["results"]}
+    peers = [s for s in dict.fromkeys(r["subject"] for r in report["results"]) if s not in others]
+    names = [report["subject"], *peers]
+    rows = []
+    for workload in dict.fromkeys(r["workload"] for r in report["results"]):
+        results = Results(report, WORKLOADS[workload])
+        for stage, direction, length in itertools.product(TITLES, PASSES, results.lengths):
+            times = [results.get(stage, direction, length, name) for name in names]
+            if any(times[1:]):
+                rows.append((workload, TITLES[stage], direction, _tokens(length), *map(_ms, times)))
+    if not rows:
+        return ""
+    machine = report["machine"]
+    head = BESIDE.format(peers=" and ".join(peers), date=machine["date"], command=shlex.join(machine["command"]))
+    return f"{head}\n\n{table(('workload', 'stage', 'pass', 'tokens', *names), rows)}"
 
 
 def choosing(report: dict[str, Any], workloads: Sequence[Workload]) -> str:
@@ -241,11 +270,16 @@ def readme(reports: Sequence[dict[str, Any]], text: str) -> str:
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first report, with what only the others have."""
-    key = operator.itemgetter("workload", "length", "stage", "subject", "direction")
-    results = {key(record): record for report in reversed(reports) for record in report["results"]}
+    """The first report, with what only the others have: of a stage at a length, what one run measured."""
+    place = operator.itemgetter("workload", "length", "stage")
+    places: dict[Any, list[dict[str, Any]]] = {}
+    for report in reports:
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for record in report["results"]:
+            found.setdefault(place(record), []).append(record)
+        places = {**found, **places}
     failures = [failure for report in reports for failure in report["failures"]]
-    return {**reports[0], "results": list(results.values()), "failures": failures}
+    return {**reports[0], "results": list(itertools.chain.from_iterable(places.values())), "failures": failures}
 
 
 class Results:
