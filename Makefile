@@ -62,8 +62,9 @@ unit: $(READY)  ## is each stage right?
 smoke: $(READY)  ## the few integration tests that show that anything works over NGPU processes
 	NGPU=$(NGPU) $(PYTEST) validation/integration -m smoke $(PYTEST_ARGS)
 
+# Two jobs at a time: while one starts or waits, the other computes.
 integration: $(READY)  ## do the parts work together, across NGPU processes?
-	NGPU=$(NGPU) $(PYTEST) validation/integration $(PYTEST_ARGS)
+	NGPU=$(NGPU) $(PYTEST) -n 2 --dist worksteal validation/integration $(PYTEST_ARGS)
 
 system: $(READY)  ## does it do its job? short training runs against a dense twin
 	$(PYTEST) validation/system $(PYTEST_ARGS)

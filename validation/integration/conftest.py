@@ -1,22 +1,28 @@
 """What one process makes of a training, for all the layouts that are compared with it."""
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from validation.integration.layouts import ONE, train
 
 
 @pytest.fixture(scope="session")
-def one_process(tmp_path_factory) -> Callable[..., Path]:
-    """The folder into which one process has trained with these options, once a session."""
+def one_process(tmp_path_factory, worker_id) -> Callable[..., Path]:
+    """The folder into which one process has trained with these options, once for all that test at the same time."""
+    folders = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
 
     @cache
     def trained(*options: str) -> Path:
-        folder = tmp_path_factory.mktemp("one")
-        train(ONE, folder, *options)
+        folder = folders / f"one-{hashlib.sha256(repr(options).encode()).hexdigest()[:16]}"
+        with FileLock(f"{folder}.lock"):
+            if not (done := folder / "done").exists():
+                train(ONE, folder, *options)
+                done.touch()
         return folder
 
     return trained
