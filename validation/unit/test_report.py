@@ -32,7 +32,8 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
         "failures": failures,
     }
     # What a second run has besides is added, what both have is the first one's; peers stand beside us in one run.
-    later = [record("ours", "forward", 9.0), record("late", "forward", 5.0), record("ours", "forward", 1.0, length=4096)]
+    later = [record(name, "forward", ms) for name, ms in (("ours", 9.0), ("late", 5.0))]
+    later += [record("ours", "forward", 1.0, length=4096)]
     second = {**report, "results": later}
     page = render({"run.json": report, "other.json": {**second, "failures": []}})
     assert "python -m validation.perf.stages --workloads W" in page
@@ -41,7 +42,8 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     combined = next(line for line in page.splitlines() if line.startswith("| combine | forward | 8k |"))
     assert combined.split(" | ")[3] == "0.200"
     assert combined.endswith("| 0.300 (good) |")
-    assert page.count("late") == 2 and "## Beside late\n" in page
+    assert page.count("late") == 2
+    assert "## Beside late\n" in page
     assert "| workload | stage | pass | tokens | ours | late |" in page.splitlines()
     assert "| W | whole op | forward | 8k | 9.000 | 5.000 |" in page
     assert "a \\| b c |" in page
