@@ -106,7 +106,7 @@ def _probabilities(q: Tensor, k: Tensor, ahead: Tensor, scale: float) -> tuple[T
 
     A row that sees nothing gets some probabilities and `-inf`; `_seen` tells it from the others.
     """
-    scores = ((q * scale) @ k.mT).add_(ahead.clamp(0, 1) * _HIDDEN)
+    scores = ((q * scale) @ k.mT).add_(ahead.clamp(0, 1).to(q.dtype) * _HIDDEN)
     if not scores.shape[-1]:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
     peak = scores.amax(-1)
@@ -247,7 +247,7 @@ def _table(x: Tensor, keys: slice, size: int) -> Tensor:
 
 def _gather(table: Tensor, rows: Tensor) -> Tensor:
     """Rows `[B, Hk, c, N]` of a table as keys one after the other: `[B, Hk, c, N l', D]`."""
-    return table.index_select(0, rows.flatten()).view(*rows.shape[:3], -1, table.shape[-1])
+    return table.index_select(0, rows.flatten()).view(*rows.shape[:3], rows.shape[3] * table.shape[1], table.shape[2])
 
 
 def _scatter_add(table: Tensor, rows: Tensor, gathered: Tensor) -> None:
@@ -307,7 +307,8 @@ def _selected_backward(
             _scatter_add(dv_table, rows, tile_dv)
         for total, table in ((dk, dk_table), (dv, dv_table)):
             length = segment.keys.stop - segment.keys.start
-            total[:, :, segment.keys] = table.view(*total.shape[:2], -1, total.shape[-1])[:, :, :length]
+            padded = config.num_selectable(length) * config.select_block_size
+            total[:, :, segment.keys] = table.view(*total.shape[:2], padded, table.shape[2])[:, :, :length]
     return _ungrouped(dq, q.dtype), _token_major(dk, k.dtype), _token_major(dv, v.dtype)
 
 
@@ -420,7 +421,8 @@ def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
         out = torch.einsum("bchi,hif->bchf", rows, params.weight.to(x.dtype))
         if params.weight_out is not None:
             out = torch.einsum("bchf,hfd->bchd", F.silu(out), params.weight_out.to(x.dtype))
-    return out if blocks.filled is None else out * blocks.filled.view(-1, 1, 1)
+    out = out.to(x.dtype)  # which autocast may have changed
+    return out if blocks.filled is None else out.masked_fill(~blocks.filled.view(-1, 1, 1), 0)
 
 
 def compressed_attention(
@@ -506,7 +508,7 @@ def nsa_attention(
 
 def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
     """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]` (paper, equation 5)."""
-    dtype = accumulation_dtype(gates.dtype)
+    dtype = accumulation_dtype(torch.promote_types(branches[0].dtype, gates.dtype))
     compressed, selected, window = (
         out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1), strict=True)
     )

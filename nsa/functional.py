@@ -13,11 +13,14 @@ Errors raised by every function, before any work starts, naming the argument, wh
 dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'` from 16.
 """
 
+import math
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from nsa import eager
 from nsa.config import NSAConfig
@@ -316,6 +319,8 @@ def _scale(scale: float | None, q: Tensor) -> float:
         return float(q.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {scale!r} ({type(scale).__name__})")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 
 
@@ -348,6 +353,9 @@ def _check_tensor(
         raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {x.device}")
     if shape is not None and tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
+    # Operators of PyTorch's own making drop it without a word: the derivative would be 0.
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name} must have no tangent, for want of forward-mode derivatives, got one")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor | None, names: tuple[str, str], length: str) -> None:
@@ -357,7 +365,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor | None, names: tuple[str, s
     for what, got, expected in (("batch", k.shape[0], batch), ("head dim", k.shape[3], dim)):
         if got != expected:
             raise ValueError(f"{names[0]} must have the {what} of q ({expected}), got {got}")
-    if k.shape[2] == 0 or heads % k.shape[2]:
+    if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"q must have a multiple of the heads of {names[0]} ({k.shape[2]}), got {heads}")
     if v is not None:
         layout = f"[B, {length}, Hk, Dv]"
@@ -400,7 +408,7 @@ def _check_packing(
             f"cu_seqlens_k must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
             f"got {lengths_k.tolist()}"
         )
-    return cu_seqlens_q, cu_seqlens_k
+    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
 
 
 def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tensor | None:
@@ -410,13 +418,17 @@ def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tens
         raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
     if len(offsets) == 0:
         raise ValueError(f"{name} must have at least one entry, got none")
-    if torch.compiler.is_compiling() or offsets.device.type == "meta":
+    if not _has_values(offsets):
         return None
     values = offsets.cpu()
     lengths = values.diff()
     if values[0] != 0 or values[-1] != total or bool((lengths < 0).any()):
         raise ValueError(f"{name} must rise from 0 to {total} without falling, got {values.tolist()}")
     return lengths
+
+
+def _has_values(x: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
 def _check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
@@ -427,7 +439,7 @@ def _check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def _check_index_values(indices: Tensor, num_blocks: int) -> None:
-    if torch.compiler.is_compiling() or indices.device.type == "meta" or indices.numel() == 0:
+    if not _has_values(indices) or indices.numel() == 0:
         return
     low, high = indices.aminmax()
     if low < -1 or high >= num_blocks:

@@ -32,15 +32,24 @@ from nsa.config import NSAConfig
 from nsa.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.data import ByteTokenizer
 from nsa.functional import Backend, block_starts
-from nsa.module import INIT_STD, PAPER, NativeSparseAttention, rotate
+from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotate
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer | ByteTokenizer:
-    """The Hugging Face tokenizer in `model.hf_assets_path`, or bytes where there is no such folder."""
-    return build_hf_tokenizer(job_config) if os.path.isdir(job_config.model.hf_assets_path) else ByteTokenizer()
+    """The Hugging Face tokenizer in `model.hf_assets_path`, or bytes where that is nothing, as it is by default.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    folder = job_config.model.hf_assets_path
+    if folder == os.devnull:
+        return ByteTokenizer()
+    if not os.path.isdir(folder):
+        raise ValueError(f"model.hf_assets_path must be a folder, or {os.devnull} for bytes as tokens, got {folder!r}")
+    return build_hf_tokenizer(job_config)
 
 
 @dataclass
@@ -105,15 +114,22 @@ class ModelArgs(TransformerModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and FLOPs a token of a training step, counting the keys that each kind of attention looks at.
 
-        As is the custom for dense attention, causal masking is not discounted.
+        Weights of compressors are gone through once a block, every `d` tokens. As is the custom for dense attention,
+        causal masking is not discounted.
         """
         num_params = sum(p.numel() for p in model.parameters())
-        embedding = sum(p.numel() for m in model.children() if isinstance(m, nn.Embedding) for p in m.parameters())
+        apart = sum(p.numel() for m in model.children() if isinstance(m, nn.Embedding) for p in m.parameters())
+        once_a_block = 0
+        for compressor in (module for module in model.modules() if isinstance(module, Compressor)):
+            for name, parameter in compressor.named_parameters():
+                apart += parameter.numel()
+                once_a_block += parameter.numel() if name != "position" else 0  # those are only added
         config = self.nsa
         selected = min(config.num_selected_blocks * config.select_block_size, seq_len)
         sparse = config.num_compressed(seq_len) + selected + min(config.window_size, seq_len)
         keys = sum(seq_len if kind == "dense" else sparse for kind in self.layer_kinds)
-        return num_params, 6 * (num_params - embedding) + 12 * self.dim * keys
+        products = num_params - apart + once_a_block // config.compress_stride
+        return num_params, 6 * products + 12 * self.dim * keys
 
 
 class NSAAttention(NativeSparseAttention):

@@ -115,7 +115,7 @@ class NativeSparseAttention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
         if head_dim is None:
             if dim % num_heads:
@@ -161,7 +161,8 @@ class NativeSparseAttention(nn.Module):
             `[B, T, dim]`.
 
         Raises:
-            ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`.
+            ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`, or for
+                another `D`.
         """
         return self.wo(self.attend(x, rope, cu_seqlens))
 
@@ -177,7 +178,7 @@ class NativeSparseAttention(nn.Module):
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
             tokens = _positions(x, cu_seqlens)
-            _check_rope(rope, x.shape[1], tokens if cu_seqlens is not None else None)
+            _check_rope(rope, self.head_dim, x.shape[1], tokens if cu_seqlens is not None else None)
             blocks = block_starts(x.shape[1], self.config, cu_seqlens, device=x.device)
             by_token = rope[tokens]
             q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
@@ -204,8 +205,10 @@ class NativeSparseAttention(nn.Module):
         return branches * (3 // self.branches)
 
 
-def _check_rope(rope: Tensor, num_tokens: int, packed: Tensor | None) -> None:
+def _check_rope(rope: Tensor, head_dim: int, num_tokens: int, packed: Tensor | None) -> None:
     """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
+    if rope.shape[1:] != (head_dim // 2, 2):
+        raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {head_dim // 2}, 2), got {tuple(rope.shape)}")
     if len(rope) >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
         return
     longest = num_tokens if packed is None else int(packed.max()) + 1

@@ -40,6 +40,9 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
     early = job_config.optimizer.early_step_in_backward
     must = "be false: no gradient would be left to clip, and each that accumulates would be a step"
     _require(not early, "optimizer.early_step_in_backward", must, early)
+    if not parallel_dims.fsdp_enabled:
+        offload = job_config.training.enable_cpu_offload
+        _require(not offload, "training.enable_cpu_offload", "be false without FSDP, whose it is", offload)
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
         _require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)
@@ -111,7 +114,12 @@ def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_ar
     known = schedules(torch.accelerator.is_available())
     _require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
     if schedule.endswith("ZeroBubble"):
-        _require_uncompiled(job_config, schedule)  # whose halves of a backward pass PyTorch takes apart itself
+        # Halves of a backward pass are taken apart by PyTorch itself, which then goes through parts of it twice.
+        _require(not job_config.compile.enable, "compile.enable", f"be false under {schedule}", True)
+        checkpoint = job_config.activation_checkpoint
+        by_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"
+        must = f"be a number under {schedule}"
+        _require(not by_op, "activation_checkpoint.selective_ac_option", must, checkpoint.selective_ac_option)
     file = parallelism.pipeline_parallel_schedule_csv
     _require(not file, "parallelism.pipeline_parallel_schedule_csv", "be empty", file)
     mask = model_args.attn_mask_type

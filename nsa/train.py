@@ -137,9 +137,12 @@ def complete(arguments: Sequence[str]) -> list[str]:
     given = dict(_options(arguments))
     added = []
     if "job.config_file" not in given:
-        size = given.get("model.flavor", "debug").split("_")[0]
-        if (CONFIGS / f"{size}.toml").exists():
-            added.append(f"--job.config_file={CONFIGS / f'{size}.toml'}")
+        flavor = given.get("model.flavor", "debug")
+        file = CONFIGS / f"{flavor.split('_')[0]}.toml"
+        if file.exists():
+            added.append(f"--job.config_file={file}")
+            if "job.dump_folder" not in given:  # another flavor could not go on from this one's checkpoints
+                added.append(f"--job.dump_folder=./outputs/{flavor}")
     if "job.custom_config_module" not in given:
         added.append("--job.custom_config_module=nsa.train_spec")
     return [*added, *arguments]

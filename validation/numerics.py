@@ -9,7 +9,7 @@ the same dtype (the baseline), both being measured against the float64 oracle:
 for the maximum and for the mean, of the whole tensor and of every row (last dimension), with the oracle's magnitude
 taken in the same way. Without a baseline, as for plain PyTorch itself, its error is taken to be
 `UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part,
-unless it is one that cancels: `shifts`, see `SAVED_ROUNDING`.
+unless it is one that cancels: `shifts`, see `SHIFT_ROUNDING`.
 In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale.
 Shapes, and the positions of NaN and of either infinity, are compared first and exactly.
 
@@ -31,12 +31,15 @@ BASELINE_FACTOR = 2.0
 UNAIDED_ROUNDINGS = 3.0
 """Roundings to the narrow dtype before the last: a hidden layer, a saved output, the products of a gradient."""
 
-SAVED_ROUNDING = 0.15
-"""Rounding of a saved output times the gradient from above, in epsilons: a uniform one, sqrt(1 / 12), of about a half.
+SHIFT_ROUNDING = 0.15
+"""Rounding of one term of a sum that cancels, in epsilons: a uniform one, sqrt(1 / 12), of about a half.
 
-Backward passes subtract the product of output and gradient from the gradient of every score of a query. Exactly, those
-sum to 0 over the keys, so that what moves all keys alike, as a position embedding of compression does, has a
-gradient that nearly cancels. What the output's rounding leaves does not: the root of as many as there are queries.
+A position embedding of compression moves all blocks alike, and its gradient adds up that of every block, rounded to
+the dtype. Those may cancel altogether: a hidden layer of five leaves five numbers to be small by chance. What their
+rounding leaves does not cancel: the root of as many as there are blocks. Through attention, keys that move alike change
+nothing at all: backward passes subtract the product of the saved output and the gradient from above from the gradient
+of every score of a query, exactly what makes those sum to 0, but for the output's rounding, of as many as there are
+queries.
 """
 
 CANCELLED_MAGNITUDE = 4.0
@@ -83,7 +86,7 @@ def assert_matches(
         what: name of the tensor, for the message.
         baseline: plain PyTorch's result in the same dtype; None when `actual` is that itself.
         reduction: length of the longest sum behind an element.
-        shifts: queries all of whose keys are moved alike, where this is the gradient of what moves them.
+        shifts: rounded terms of a sum that may cancel, where this is the gradient of what moves all of something alike.
         logit: magnitude of the log-sum-exp, where that is far above 1.
         dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
     """
@@ -130,8 +133,8 @@ def error_bound(
     """
     typical = UNAIDED_ROUNDINGS * _eps(dtype) * magnitude if baseline is None else baseline
     sums = math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32) * magnitude.clamp(min=CANCELLED_MAGNITUDE)
-    saved = SAVED_ROUNDING * _eps(dtype) * math.sqrt(shifts)
-    return BASELINE_FACTOR * (typical + saved) + _eps(dtype) * magnitude + sums
+    cancelled = SHIFT_ROUNDING * _eps(dtype) * math.sqrt(shifts)
+    return BASELINE_FACTOR * (typical + cancelled) + _eps(dtype) * magnitude + sums
 
 
 def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:

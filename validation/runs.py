@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ def read_log(file: Path) -> Metrics:
 
 def read_parameters(folder: Path, step: int) -> dict[str, Tensor]:
     """All parameters in a checkpoint of the run that dumped into `folder`, whole in any layout."""
-    file = folder / f"step-{step}.pt"
-    dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
+    with tempfile.TemporaryDirectory() as scratch:  # others may read the same run at the same time
+        file = Path(scratch) / "whole.pt"
+        dcp_to_torch_save(folder / "checkpoint" / f"step-{step}", file)
+        content = torch.load(file)
     # Optimizer, data and schedule, where the checkpoint has them, are dictionaries beside the parameters.
-    return {name: value for name, value in torch.load(file).items() if isinstance(value, Tensor)}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def command(

@@ -532,7 +532,7 @@ class _Packing(NamedTuple):
         if cu_seqlens_q is None or cu_seqlens_k is None:
             return None
         keys = cu_seqlens_k if branch.window is not None else block_offsets(cu_seqlens_k, config)
-        return _Packing(*(offsets.contiguous() for offsets in (cu_seqlens_q, cu_seqlens_k, keys)))
+        return _Packing(cu_seqlens_q, cu_seqlens_k, keys)
 
 
 def _rows_tiles(packing: _Packing | None, length: int, group: int, block: int) -> tuple[int, Tensor | None]:

@@ -93,7 +93,7 @@ def _importance_kernel(
     query = first + column % QUERIES
     real = (member < G) & (query < queries)
     query = (query_start + query).to(tl.int64)
-    offsets = query * q_strides[1] + member * q_strides[2]
+    offsets = query * q_strides[1] + member.to(tl.int64) * q_strides[2]
     q += batch * q_strides[0] + head * G * q_strides[2]
     k += batch * k_strides[0] + block_start.to(tl.int64) * k_strides[1] + head * k_strides[2]
     q0 = load_rows(q, offsets, real, 0, K0, DK, True)
@@ -140,12 +140,11 @@ def _importance_kernel(
 @triton.jit(do_not_specialize=_LENGTHS)
 def _best_kernel(
     scores, indices, tiles, cu_queries, cu_tokens, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
-    WANTED: tl.constexpr, SLOTS: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr,
-    PACKED: tl.constexpr,
+    WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The best `WANTED` candidates of `ROWS` queries. `BITS` is an integer as wide as a score, `FORCED` nearly its
-    largest value: above the bits of every number."""
+    """The best `WANTED` candidates of `ROWS` queries, into indices that are -1 so far. `BITS` is an integer as wide as
+    a score, `FORCED` nearly its largest value: above the bits of every number."""
     program = tl.program_id(0)
     local_row = program * ROWS % (num_tiles * QUERIES)
     head = program * ROWS // (num_tiles * QUERIES) % HEADS
@@ -191,9 +190,6 @@ def _best_kernel(
     place = tl.cumsum(chosen.to(tl.int32), 1) - 1
     indices += ((batch * num_queries + query_start + query.to(tl.int64)) * HEADS + head)[:, None] * WANTED
     tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
-    slot = tl.arange(0, SLOTS)[None, :]
-    nothing = tl.full([ROWS, SLOTS], -1, dtype=tl.int32)
-    tl.store(indices + slot, nothing, mask=(slot >= wanted) & (slot < WANTED) & live[:, None])
 
 
 @torch.library.custom_op("nsa_triton::select_blocks", mutates_args=())
@@ -209,7 +205,7 @@ def _select(
 ) -> Tensor:
     config = config_of(sizes)
     (batch, num_queries, query_heads, dim), heads = q.shape, k_cmp.shape[2]
-    indices = q.new_empty((batch, num_queries, heads, config.num_selected_blocks), dtype=torch.int32)
+    indices = q.new_full((batch, num_queries, heads, config.num_selected_blocks), -1, dtype=torch.int32)
     if indices.numel() == 0:
         return indices
     q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.contiguous()
@@ -263,10 +259,10 @@ def _select(
             )  # fmt: skip
             _best_kernel[(programs * (queries // rows),)](
                 scores, indices, tiles, *packing[:2], num_queries, num_keys, first, taken, width, heads,
-                WANTED=config.num_selected_blocks, SLOTS=triton.next_power_of_2(config.num_selected_blocks),
-                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=config.select_block_size,
-                QUERIES=queries, ROWS=rows, CANDIDATES=candidates, BITS=tl.int64 if bits == 64 else tl.int32,
-                FORCED=2 ** (bits - 1) - 2, PACKED=tiles is not None, num_warps=min(16, max(1, candidates // 1024)),
+                WANTED=config.num_selected_blocks, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
+                SIZE=config.select_block_size, QUERIES=queries, ROWS=rows, CANDIDATES=candidates,
+                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2, PACKED=tiles is not None,
+                num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
     return indices
 

@@ -163,7 +163,7 @@ def _forward_kernel(
     k += batch64 * k_strides[0] + head64 * k_strides[2]
     v += batch64 * v_strides[0] + head64 * v_strides[2]
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
-    q0, q1 = _load_chunks(q, row * q_strides[2], live, DK, K0, K1)
+    q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
 
     peak = tl.full([ROWS], float("-inf"), dtype=ACC)
     # Summed up over keys after the loop: a sum across threads at every step would cost more than the room for it.
@@ -220,8 +220,8 @@ def _queries_kernel(
     dout += batch64 * do_strides[0] + query64 * do_strides[1] + head64 * G * do_strides[2]
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
-    q0, q1 = _load_chunks(q, row * q_strides[2], live, DK, K0, K1)
-    do0, do1 = _load_chunks(dout, row * do_strides[2], live, DV, V0, V1)
+    q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
+    do0, do1 = _load_chunks(dout, row.to(tl.int64) * do_strides[2], live, DV, V0, V1)
     correction = tl.load(delta + rows, mask=live, other=0.0)
     log_sum = tl.load(lse + rows, mask=live, other=0.0) * LOG2E
     log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
@@ -378,7 +378,8 @@ def _scatter_kernel(
             live = row < count * G
             member = tl.load(members + begin + row // G, mask=live, other=0)
             query = (member // SLOTS).to(tl.int64)
-            q0, q1 = _load_chunks(q, query * q_strides[1] + row % G * q_strides[2], live, DK, K0, K1)
+            of_group = (row % G).to(tl.int64)
+            q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
             reach = _locate(located, query, shift, live, PACKED) - position
             s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
             s = tl.where(within[None, :] <= reach[:, None], s, float("-inf"))
@@ -403,8 +404,8 @@ def _scatter_kernel(
 def _find_rows(
     located, num_queries, shift, first_head, HEADS, G: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr
 ):
-    """`ROWS` rows (query, head of the group) of one KV head: batch, head, queries, heads of the group, the last block
-    each may see, and which rows there are."""
+    """`ROWS` rows (query, head of the group) of one KV head: batch, head, queries, heads of the group, positions,
+    and which rows there are."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_queries * G
     query = (row // G).to(tl.int64)
@@ -489,10 +490,11 @@ def _keys_kernel(
             member = tl.load(members + begin + row // G, mask=live, other=0)
             query = (member // SLOTS).to(tl.int64)
             reach = _locate(located, query, shift, live, PACKED) - position
-            q0, q1 = _load_chunks(q, query * q_strides[1] + row % G * q_strides[2], live, DK, K0, K1)
-            do0, do1 = _load_chunks(dout, query * do_strides[1] + row % G * do_strides[2], live, DV, V0, V1)
+            of_group = (row % G).to(tl.int64)
+            q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
+            do0, do1 = _load_chunks(dout, query * do_strides[1] + of_group * do_strides[2], live, DV, V0, V1)
             # Rows beyond the list have q and dout of 0, and so no part in either sum.
-            of_row = first_row + query * (HEADS * G) + row % G
+            of_row = first_row + query * (HEADS * G) + of_group
             log_sum = tl.load(lse2 + of_row, mask=live, other=0.0)
             correction = tl.load(delta + of_row, mask=live, other=0.0)
             s = _inner(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
@@ -632,14 +634,12 @@ class _Index(NamedTuple):
     Attributes:
         members: int32, `query * N + slot` of the pairs of one list after the other, each ascending.
         offsets: int32 `[L + 1]`, where lists begin and end among them.
-        pieces: int32 `[L]`, running total of the pieces of `chunk` pairs that lists are cut into; no list has none.
-        chunk: pairs in a piece, on the host.
+        pieces: int32 `[L]`, running total of the pieces that lists are cut into; no list has none.
     """
 
     members: Tensor
     offsets: Tensor
     pieces: Tensor
-    chunk: int
 
 
 def _invert(indices: Tensor, shift: int, packing: _Packing, size: int, chunk: int) -> _Index:
@@ -658,7 +658,7 @@ def _invert(indices: Tensor, shift: int, packing: _Packing, size: int, chunk: in
     bounds = torch.arange(lists + 1, device=indices.device, dtype=lists_of.dtype)
     offsets = torch.searchsorted(lists_of, bounds, out_int32=True)
     pieces = ((offsets.diff() + (chunk - 1)) // chunk).clamp_(min=1).cumsum(0, dtype=torch.int32)
-    return _Index(members, offsets, pieces, chunk)
+    return _Index(members, offsets, pieces)
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, size: int, packing: _Packing) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What one process makes of a training, for all the layouts that are compared with it."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ def one_process(tmp_path_factory, worker_id) -> Callable[..., Path]:
         folder = folders / f"one-{hashlib.sha256(repr(options).encode()).hexdigest()[:16]}"
         with FileLock(f"{folder}.lock"):
             if not (done := folder / "done").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a training left that failed would be taken up
                 train(ONE, folder, *options)
                 done.touch()
         return folder

@@ -146,6 +146,9 @@ def test_the_future_changes_nothing():
 def test_flops_count_the_keys_each_layer_looks_at():
     model = make("dense,nsa")
     weights = sum(p.numel() for p in model.parameters())
+    compressors = {name: p.numel() for name, p in model.named_parameters() if ".compress_" in name}
+    a_block = sum(size for name, size in compressors.items() if not name.endswith("position"))
+    a_token = weights - model.tok_embeddings.weight.numel() - sum(compressors.values())
     keys = 64 + (15 + 64 + 20)  # a dense layer; 15 compressed keys, 4 blocks of 16 and a window of 20 in the other
     size, flops = model.model_args.get_nparams_and_flops(model, 64)
-    assert (size, flops) == (weights, 6 * (weights - model.tok_embeddings.weight.numel()) + 12 * 32 * keys)
+    assert (size, flops) == (weights, 6 * (a_token + a_block // 4) + 12 * 32 * keys)  # blocks are 4 tokens apart

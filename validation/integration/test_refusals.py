@@ -102,7 +102,19 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
                 "parallelism": {"pipeline_parallel_schedule": "InterleavedZeroBubble"},
                 "compile": {"enable": True},
             },
-            'compile.components must be without "model" under InterleavedZeroBubble, got',
+            "compile.enable must be false under InterleavedZeroBubble, got",
+        ),
+        (
+            {
+                "degrees": {"pp": 2},
+                "parallelism": {"pipeline_parallel_schedule": "InterleavedZeroBubble"},
+                "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
+            },
+            "activation_checkpoint.selective_ac_option must be a number under InterleavedZeroBubble, got 'op'",
+        ),
+        (
+            {"degrees": {"tp": 2}, "training": {"enable_cpu_offload": True}},
+            "training.enable_cpu_offload must be false without FSDP, whose it is, got True",
         ),
         (
             {"degrees": {"pp": 2}, "nsa": {"attn_mask_type": "block_causal"}},
@@ -161,6 +173,12 @@ def test_a_wrong_layout_is_refused(arguments, message):
         {"degrees": {"dp_replicate": 2, "cp": 2}},
         {"degrees": {"tp": 4}, "nsa": {"attn_mask_type": "block_causal"}},
         {"degrees": {"cp": 2}, "training": {"seq_len": 128}},
+        {"degrees": {"cp": 2}, "training": {"enable_cpu_offload": True}},
+        {
+            "degrees": {"pp": 2},
+            "parallelism": {"pipeline_parallel_schedule": "InterleavedZeroBubble"},
+            "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
+        },
         {"degrees": {"cp": 2}, "flavor": "debug_parallel_dense", "training": {"seq_len": 4}},
         pytest.param(
             {"degrees": {"pp": 4}, "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},

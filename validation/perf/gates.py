@@ -4,6 +4,7 @@ python -m validation.perf.gates A.json B.json    # by how much two runs of one m
 """
 
 import argparse
+import math
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ class Promise:
         return f"{self.workload} at {self.length // K}k: {self.kind}"
 
     def broken(self, figure: float) -> bool:
-        return figure < self.promise if KINDS[self.kind] else figure > self.promise
+        return not (figure >= self.promise if KINDS[self.kind] else figure <= self.promise)  # NaN keeps none
 
 
 KINDS = {"times as fast as dense": True, "times the memory of dense": False}
@@ -91,17 +92,32 @@ def regressions(run: Sequence[Record], baseline: Sequence[Record], bounds: Bound
     """Figures of ours that are worse than those of the same name in the baseline, by more than is allowed."""
     before = {record["fullname"]: record for record in baseline}
     for record in run:
-        old = before.get(record["fullname"])
-        if record["role"] != "ours" or old is None:
+        name, old = record["fullname"], before.get(record["fullname"])
+        if old is None or "ours" not in (record["role"], old["role"]):
+            continue
+        if record["role"] != old["role"] or ("relative" in record) != ("relative" in old):
+            yield f"{name}: not of the kind that it is in the baseline"
             continue
         for kind, bound in (("time", bounds.time), ("memory", bounds.memory)):
             now, then = figure(record, kind), figure(old, kind)
+            if now is None and then is None:
+                continue
+            if not (_measured(now, kind) and _measured(then, kind)):
+                yield f"{name}: {kind} {now} against {then} in the baseline, which cannot be compared"
+                continue
+            assert now is not None
+            assert then is not None
             least = bounds.mib * 2**20 if kind == "memory" else 0.0
-            if now is not None and then and now > max(bound * then, then + least):
+            if now > max(bound * then, then + least):
+                growth = f"{now / then - 1:+.1%}" if then else "from nothing"
                 yield (
-                    f"{record['fullname']}: {kind} {now:.4g} against {then:.4g} in the baseline, "
-                    f"{now / then - 1:+.1%}, allowed {bound - 1:+.0%}"
+                    f"{name}: {kind} {now:.4g} against {then:.4g} in the baseline, {growth}, allowed {bound - 1:+.0%}"
                 )
+
+
+def _measured(value: float | None, kind: str) -> bool:
+    """Whether a figure can be one: memory may be 0, time cannot."""
+    return value is not None and math.isfinite(value) and (value > 0 or (kind == "memory" and value == 0))
 
 
 def differences(
@@ -143,7 +159,7 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
     if promise.kind == "times the memory of dense":
         return found[True, "backward"]["memory"] / found[False, "backward"]["memory"]
     dense, ours = (sum(found[side, d]["median"] for d in ("forward", "backward")) for side in (False, True))
-    return dense / ours
+    return dense / ours if ours else math.nan
 
 
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:

@@ -76,17 +76,20 @@ class Gatekeeper:
         self.failed: set[str] = set()
         self.skipped: dict[str, str] = {}
         self.content: dict[str, Any] | None = None
-        if config.getoption("perf_baseline") and self.partial:
+        self.deselected = False
+        chosen = any(getattr(config.option, name, None) for name in ("keyword", "markexpr", "deselect", "lf"))
+        if config.getoption("perf_baseline") and (chosen or self.partial):
             raise pytest.UsageError("--perf-baseline needs a whole run: leave out -k, -m, --deselect and single tests")
         if config.getoption("perf_baseline"):
             config.option.benchmark_autosave = config.option.benchmark_autosave or "baseline"
 
     @property
     def partial(self) -> bool:
-        """Whether the user chose some of the benchmarks. Nothing else excuses one that is missing."""
-        option = self.config.option
-        chosen = option.keyword or option.markexpr or option.deselect or getattr(option, "lf", False)
-        return bool(chosen) or any("::" in argument for argument in self.config.args)
+        """Whether the user left out some of the benchmarks. Nothing else excuses one that is missing."""
+        return self.deselected or any("::" in argument for argument in self.config.args)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.deselected = self.deselected or bool(items)
 
     # What to compare with.
 

@@ -137,10 +137,10 @@ def _long(item: pytest.Item) -> bool:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     reports: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    names = [impl.name for impl in chosen(config)]
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):
-            properties = dict(getattr(report, "user_properties", ()))  # a file that cannot be collected has none
-            reports[properties.get("implementation", "")][outcome].append(report)
+            reports[_owner(report, names)][outcome].append(report)
     if reports.keys() <= {""}:
         return
     subjects = [impl for impl in chosen(config) if impl.name in reports]
@@ -151,6 +151,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for impl in subjects:
         good = not any(reports[impl.name][outcome] for outcome in ("failed", "error", "xpassed"))
         terminalreporter.write_line(verdict(impl, reports[impl.name]), green=good, red=not good)
+
+
+def _owner(report: Any, names: list[str]) -> str:
+    """The implementation that a report is about; of a process that crashed there is but the id of its test."""
+    properties = dict(getattr(report, "user_properties", ()))
+    if properties:
+        return properties.get("implementation", "")
+    parameters = f"-{report.nodeid.partition('[')[2].rstrip(']')}-"
+    return next((name for name in names if f"-{name}-" in parameters), "")
 
 
 def table(subjects: list[Implementation]) -> list[str]:

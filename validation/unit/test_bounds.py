@@ -10,22 +10,25 @@ from torch import Tensor
 from nsa import kernels
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import STAGES, Case, Tensors, config, draw, select_blocks, whole
+from validation.unit.cases import STAGES, Case, Tensors, config, draw, draw_cotangent, select_blocks, whole
+from validation.unit.ways import SELECTED, WAYS, launched
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
 TRITON = load("triton")
 BLOCKS = config((16, 8, 16), 3, 12, num_local_blocks=1, compression="mean")
+# With blocks enough to choose the wrong one.
+CHOICE = config((16, 8, 16), 2, 12, num_initial_blocks=0, num_local_blocks=1, compression="mean")
 SUBJECTS = [*STAGES, "select_blocks"]
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS)
 
 
-def results(subject: str, case: Case, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+def results(subject: str, case: Case, tensors: Tensors, dtype: torch.dtype, cotangent: Tensor | None = None) -> Tensors:
     """All that a stage gives, gradients included."""
     if subject == "select_blocks":
         return {"indices": select_blocks(TRITON, case, tensors)}
-    return dict(STAGES[subject].results(TRITON, case, tensors, dtype))
+    return dict(STAGES[subject].results(TRITON, case, tensors, dtype, cotangent=cotangent))
 
 
 # 1. Writing.
@@ -51,7 +54,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
     for owner, name in (
         (torch, "empty"), (torch, "zeros"), (torch, "empty_like"), (torch, "zeros_like"),
-        (Tensor, "new_empty"), (Tensor, "new_zeros"),
+        (Tensor, "new_empty"), (Tensor, "new_zeros"), (Tensor, "new_full"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, surrounded(getattr(owner, name)))
     return found
@@ -75,7 +78,7 @@ def test_nothing_is_written_beside_a_result(
 # 2. Offsets that need 64 bits.
 
 FAR = 2**30
-"""Elements between rows of a batch: the third begins at 2**31, or in 32 bits at -2**31."""
+"""Elements between rows of a batch, or between heads: the third begins at 2**31, or in 32 bits at -2**31."""
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +91,38 @@ def expanse() -> Tensor:
     return torch.empty(4 * FAR + 2**20, dtype=torch.float16, device=device)
 
 
-def spread(tensors: Tensors, expanse: Tensor) -> Tensors:
-    """The same values, rows of the batch `FAR` apart."""
+def spread(tensors: Tensors, expanse: Tensor, dim: int) -> Tensors:
+    """The same values, `FAR` apart along a dimension."""
     first, views = 2 * FAR, {}
     for name, x in tensors.items():
-        views[name] = expanse.as_strided(x.shape, (FAR, *x.stride()[1:]), first).copy_(x)
-        first += x[0].numel()
+        near = x.transpose(0, dim).contiguous()
+        far = expanse.as_strided(near.shape, (FAR, *near.stride()[1:]), first).copy_(near)
+        views[name] = far.transpose(0, dim)
+        first += near[0].numel()
     assert first + 2 * FAR <= len(expanse)
     return views
 
 
 @each_subject
 def test_rows_of_a_batch_may_be_far_apart(subject: str, expanse: Tensor) -> None:
-    case = Case("far", whole(18), BLOCKS, batch=3, kv_heads=1, key_dim=16, value_dim=16)
+    case = Case("far", whole(40), CHOICE, batch=3, kv_heads=1, key_dim=16, value_dim=16)
     tensors = draw(case, torch.float16)
     near = {name: x for name, x in tensors.items() if x.dtype == torch.float16}
-    actual = results(subject, case, {**tensors, **spread(near, expanse)}, torch.float16)
+    actual = results(subject, case, {**tensors, **spread(near, expanse, 0)}, torch.float16)
     for name, x in results(subject, case, tensors, torch.float16).items():
         assert_equal(actual[name], x, what=f"{name} of rows far apart")
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if not name.startswith("compress_")])
+def test_heads_of_a_group_may_be_far_apart(subject: str, way: dict[str, Any], expanse: Tensor) -> None:
+    case = Case("far", whole(40), CHOICE, kv_heads=1, group=3, key_dim=16, value_dim=16)
+    tensors = draw(case, torch.float16)
+    near = {"q": tensors["q"], "above": draw_cotangent(case, tensors["q"], torch.float16)}
+    far = spread(near, expanse, 2)
+    with launched(SELECTED, **way):
+        actual, expected = (
+            results(subject, case, {**tensors, "q": x["q"]}, torch.float16, x["above"]) for x in (far, near)
+        )
+    for name, x in expected.items():
+        assert_equal(actual[name], x, what=f"{name} of heads far apart")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -151,6 +152,14 @@ def test_operators_promise_what_they_give(qualified: str) -> None:
     namespace, name = qualified.split("::")
     inputs = OPERATORS[qualified](name, namespace, draw(CASE, torch.bfloat16))
     torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, inputs, test_utils="test_faketensor")
+
+
+@each_packing
+def test_shapes_are_known_without_values(packed: bool) -> None:
+    layer, x = make_layer(ALL_BLOCKS), torch.randn(1, 24, DIM)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        out = layer(fakes.from_tensor(x), None, fakes.from_tensor(cumulative(PACKED[0])) if packed else None)
+    assert out.shape == x.shape
 
 
 # 3. Recomputation in the backward pass.

@@ -293,6 +293,25 @@ def test_scale_of_another_type(stage: str, scale: Any) -> None:
     refused(TypeError, stage, "scale", "float", type(scale).__name__, scale=scale)
 
 
+@each_attention
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_that_is_no_number(stage: str, scale: float) -> None:
+    refused(ValueError, stage, "scale", "finite", str(scale), scale=scale)
+
+
+@each_attention
+def test_no_heads(stage: str) -> None:
+    refused(ValueError, stage, "q", "multiple of the heads", "0", q=lambda x: x[:, :, :0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch.func.jvp itself
+@each_stage
+def test_forward_mode_derivatives_are_refused(stage: str) -> None:
+    name = ARGUMENTS[stage][0]
+    with pytest.raises(ValueError, match=f"{name} must have no tangent"):
+        torch.func.jvp(lambda x: call(stage, **{name: lambda _: x}), (VALUES[name],), (VALUES[name],))
+
+
 @pytest.mark.parametrize("stage", ["compressed_attention", "select_blocks"])
 def test_num_keys_of_another_type(stage: str) -> None:
     refused(TypeError, stage, "num_keys", "int", "float", num_keys=12.0)

@@ -4,19 +4,15 @@ What they share with every implementation is tested in test_stages.py and its ne
 interpreter shows that the algebra is right, and compiled kernels are held to the policy in their own dtypes.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
-
 import pytest
 import torch
 
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
-from nsa.kernels import select, selected, tuning
+from nsa.kernels import select, selected
 from validation import oracle
 from validation.implementations import load
-from validation.numerics import assert_matches, assert_selection_matches
+from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 from validation.unit.cases import (
     BY_ID,
     DIFFERENTIATED,
@@ -27,12 +23,14 @@ from validation.unit.cases import (
     compare,
     config,
     draw,
+    draw_inputs,
     fitted,
     importance,
     select_blocks,
     whole,
 )
 from validation.unit.conftest import tried
+from validation.unit.ways import SELECTED, WAYS, launched
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -43,13 +41,9 @@ FITTED = {name: fitted(TRITON, case) for name, case in BY_ID.items()}
 FEW = [FITTED[name] for name in ("last_queries", "packed_last_queries", "many_blocks", "group_16")]
 WIDEST = "float64" if kernels.INTERPRETED else "float32"
 
-# Selected attention goes by query or by block. Whatever is the faster, both must be right, and so must the sums over a
-# block's queries where these come in several pieces, as in long sequences.
-SELECTED = ("selected_forward", "selected_scatter", "selected_queries", "selected_keys")
 CONTIGUOUS = tuple(
     f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
 )
-WAYS = {"by_query": {"SCATTER": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"SCATTER": True, "CHUNK": 8}}
 
 # In test_stages.py all cases go the way that is theirs, in every dtype; the other is compiled for one.
 each_case = pytest.mark.parametrize(
@@ -66,15 +60,6 @@ each_branch = pytest.mark.parametrize(
     "stage", [STAGES[name] for name in ("compressed_attention", "selected_attention", "sliding_window_attention")],
     ids=lambda stage: stage.name,
 )  # fmt: skip
-
-
-@contextmanager
-def launched(names: tuple[str, ...], **parameters: Any) -> Iterator[None]:
-    """The kernels of those names are launched with these parameters."""
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(tuning.override(name, **parameters))
-        yield
 
 
 def check(stage: Stage, case: Case, dtype_name: str) -> None:
@@ -111,6 +96,16 @@ def test_partial_results_of_one_head_at_a_time(monkeypatch):
     monkeypatch.setattr(selected, "PARTIAL_BYTES", 1)
     with launched(SELECTED, **WAYS["by_block"]):
         check(STAGES["selected_attention"], FITTED["scrambled_last_queries"], WIDEST)
+
+
+def test_more_slots_than_a_tile_holds():
+    case = Case("slots", whole(70), config((16, 8, 16), 2**21, 20), kv_heads=1, group=1, key_dim=16, value_dim=16)
+    tensors = draw_inputs(case, torch.float32)
+    lse = TRITON.compressed_attention(tensors["q"], tensors["k_cmp"], tensors["v_cmp"], case.config)[1]
+    indices = TRITON.select_blocks(tensors["q"], tensors["k_cmp"], lse, case.config)
+    own = torch.arange(70)[:, None] // 16
+    assert_equal(indices[0, :, 0, :5], torch.arange(5).where(torch.arange(5) <= own, -1).int(), what="indices")
+    assert (indices[..., 5:] == -1).all()
 
 
 def test_importance_of_one_tile_of_queries_at_a_time(monkeypatch):

@@ -108,6 +108,7 @@ def test_parameters_are_cast_to_the_dtype_of_the_keys():
     ("arguments", "message"),
     [
         ({"num_heads": 6, "num_kv_heads": 4}, r"num_heads must be a multiple of num_kv_heads \(4\), got 6"),
+        ({"num_heads": 0, "num_kv_heads": 1}, r"num_heads must be a multiple of num_kv_heads \(1\), got 0"),
         ({"num_heads": 5}, r"dim must be a multiple of num_heads \(5\) without a head_dim, got 24"),
     ],
 )
@@ -121,6 +122,11 @@ def test_a_rope_table_that_is_too_short_is_refused(bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
     with pytest.raises(ValueError, match="rope must have a row for each of the"):
         make(SMALL)(torch.randn(1, 40, 24, dtype=torch.float64), rope_table(30, 8), cu_seqlens)
+
+
+def test_a_rope_table_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"rope must have shape \[L, D / 2, 2\] = \(L, 4, 2\), got \(40, 1, 2\)"):
+        make(SMALL)(torch.randn(1, 40, 24, dtype=torch.float64), rope_table(40, 2))
 
 
 IMPORT_ALONE = """

@@ -141,6 +141,19 @@ def test_autocast_does_not_reach_inside_a_stage(impl: Implementation, stage: Sta
 
 
 @each_half
+@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_autocast_leaves_compression_the_dtype_of_its_input(
+    impl: Implementation, compression: str, packed: bool, dtype: torch.dtype
+) -> None:
+    settings = config((16, 8, 16), 3, 20, compression=compression)
+    case = Case("autocast", whole(*((60, 40) if packed else (100,))), settings, key_dim=16, value_dim=16)
+    with torch.autocast(torch.get_default_device().type, dtype):
+        out = STAGES["compress_keys"].run(impl, case, draw(case, torch.float32))["out"]
+    assert out.dtype == torch.float32
+
+
+@each_half
 def test_autocast_does_not_reach_inside_the_selection(impl: Implementation, dtype: torch.dtype) -> None:
     case = Case("autocast", whole(300), config((16, 8, 16), 4, 20), key_dim=32, value_dim=16)
     x = draw(case, dtype)

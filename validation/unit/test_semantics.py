@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa.functional import block_starts
 from validation import oracle
 from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches
@@ -21,8 +22,10 @@ from validation.unit.cases import (
     STAGES,
     Case,
     Stage,
+    compare,
     config,
     draw,
+    draw_cotangent,
     fitted,
     importance,
     pooled,
@@ -64,12 +67,23 @@ def run(stage: str, impl: Implementation, case: Case, tensors: Mapping[str, Any]
 # 1. Packing.
 
 
-def test_keys_are_packed_like_queries_unless_told(impl: Implementation) -> None:
-    case = fitted(impl, BY_ID["packed"], BY_ID["pooled_packed"])
-    tensors = draw(case, impl.widest)
-    expected = run("sliding_window_attention", impl, case, tensors)
-    alone = {"cu_seqlens_q": case.cu_seqlens["cu_seqlens_q"]}
-    out = impl.sliding_window_attention(tensors["q"], tensors["k"], tensors["v"], case.config, **alone)
+class OffsetsOfQueries(Case):
+    """Its keys are packed like its queries, and nothing says so."""
+
+    @property
+    def cu_seqlens(self) -> dict[str, Tensor]:
+        return {"cu_seqlens_q": super().cu_seqlens["cu_seqlens_q"]}
+
+
+@pytest.mark.parametrize("stage", [*ATTENTION, "select_blocks"])
+def test_keys_are_packed_like_queries_unless_told(impl: Implementation, stage: str) -> None:
+    functions = ATTENTION[stage].functions if stage in ATTENTION else (stage,)
+    case = fitted(impl, BY_ID["packed"], BY_ID["pooled_packed"], stages=functions)
+    tensors, alone = draw(case, impl.widest), OffsetsOfQueries(**vars(case))
+    if stage == "select_blocks":
+        out, expected = (select_blocks(impl, each, tensors) for each in (alone, case))
+    else:
+        out, expected = (run(stage, impl, each, tensors) for each in (alone, case))
     assert_equal(out, expected, what="output without cu_seqlens_k")
 
 
@@ -157,9 +171,42 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides_do_not_matter(impl: Implementation, stage: Stage, layout: str) -> None:
     case = fitted(impl, *SCRAMBLED, stages=stage.functions)
     tensors = draw(case, impl.widest)
-    strided = {name: LAYOUTS[layout](x) if x.dim() == 4 else x for name, x in tensors.items()}
+    strided = {name: lay_out(x, layout) for name, x in tensors.items()}
     assert not strided["q"].is_contiguous()
     assert_all_match(stage.run(impl, case, strided), stage.run(impl, case, tensors), case, f"layout {layout}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.sparing(layout=("inside_a_larger_tensor",))
+def test_strides_do_not_matter_to_a_selection(impl: Implementation, layout: str) -> None:
+    case = fitted(impl, *SCRAMBLED, stages=("select_blocks",))
+    tensors = draw(case, impl.widest)
+    strided = {name: lay_out(x, layout) for name, x in tensors.items()}
+    assert_equal(select_blocks(impl, case, strided), select_blocks(impl, case, tensors), what=f"indices, {layout}")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values; of parameters and of a log-sum-exp, every other element of something larger."""
+    return LAYOUTS[layout if x.dim() == 4 else "every_other_element"](x)
+
+
+class OffsetsInAColumn(Case):
+    """Its offsets of sequences have other numbers between them."""
+
+    @property
+    def cu_seqlens(self) -> dict[str, Tensor]:
+        return {name: torch.stack((x, x + 1), 1)[:, 0] for name, x in super().cu_seqlens.items()}
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "select_blocks"])
+def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: str) -> None:
+    case = fitted(impl, *PACKED_PAPER, stages=STAGES[stage].functions if stage in STAGES else (stage,))
+    tensors, strided = draw(case, impl.widest), OffsetsInAColumn(**vars(case))
+    if stage == "select_blocks":
+        assert_equal(select_blocks(impl, strided, tensors), select_blocks(impl, case, tensors), what="indices")
+        return
+    expected = dict(STAGES[stage].results(impl, case, tensors))
+    assert_all_match(dict(STAGES[stage].results(impl, strided, tensors)), expected, case, "offsets in a column")
 
 
 @each_attention
@@ -170,6 +217,59 @@ def test_expanded_cotangents_are_read_right(impl: Implementation, stage: Stage) 
     one = torch.ones((), dtype=impl.widest).expand(*tensors["q"].shape[:3], case.value_dim)
     expanded, dense = (dict(stage.results(impl, case, tensors, cotangent=x)) for x in (one, one.contiguous()))
     assert_all_match(expanded, dense, case, "an expanded against a dense cotangent")
+
+
+@each_stage
+def test_the_default_dtype_does_not_matter(impl: Implementation, stage: Stage) -> None:
+    case = fitted(impl, *SMALL, stages=stage.functions)
+    tensors = draw(case, impl.widest)
+    expected = dict(stage.results(impl, case, tensors))
+    torch.set_default_dtype(torch.float16)
+    try:
+        results = dict(stage.results(impl, case, tensors))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, x in results.items():
+        assert_equal(x, expected[name], what=f"{name} where floats are float16 unless told")
+
+
+def test_gates_may_be_narrower_than_what_they_weigh(impl: Implementation) -> None:
+    case = fitted(impl, *SMALL, stages=STAGES["nsa_attention"].functions)
+    tensors = draw(case, impl.widest)
+    gates = tensors["gates"].half()
+    narrow, wide = (run("nsa_attention", impl, case, {**tensors, "gates": x}) for x in (gates, gates.to(impl.widest)))
+    assert_equal(narrow, wide, what="output under gates in float16")
+
+
+def test_room_for_blocks_that_packed_sequences_lack_is_zero(impl: Implementation) -> None:
+    case = fitted(impl, *PACKED_PAPER, stages=("compress",))
+    tensors = draw(case, impl.widest)
+    tensors["v"][:, 0] = torch.nan  # which nothing may reach that holds no token of the first sequence
+    out = run("compress_values", impl, case, tensors)
+    filled = block_starts(case.num_keys, case.config, case.cu_seqlens["cu_seqlens_k"]).filled
+    assert not filled.all(), "no room is left: this test would show nothing"
+    beyond = out[:, ~filled]
+    assert_equal(beyond, torch.zeros_like(beyond), what="room beyond the blocks")
+
+
+@each_stage
+def test_gradients_do_not_depend_on_which_are_asked_for(impl: Implementation, stage: Stage) -> None:
+    case = fitted(impl, *SMALL, stages=stage.functions)
+    tensors = draw(case, impl.widest)
+    together = dict(stage.results(impl, case, tensors))
+    for name in stage.leaves(tensors):
+        leaf = tensors[name].detach().requires_grad_()
+        out = stage.run(impl, case, {**tensors, name: leaf})["out"]
+        (alone,) = torch.autograd.grad(out, leaf, draw_cotangent(case, out, impl.widest))
+        assert_same(alone, together[f"gradient of {name}"], case, f"gradient of {name} alone")
+
+
+@each_attention
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.sparing(stage=(*BRANCHES, "nsa_attention"), scale=(-0.7,))
+def test_logits_may_be_scaled_by_any_number(impl: Implementation, stage: Stage, scale: float) -> None:
+    case = replace(fitted(impl, *SMALL, stages=stage.functions), scale=scale)
+    compare(impl, stage, case, draw(case, impl.widest), impl.widest)
 
 
 # 5. Arithmetic at its edges. Small integers make the scores exact, so that only the softmax is under test.

@@ -114,6 +114,11 @@ def test_returned_indices_are_those_of_the_selection(impl: Implementation, case:
     names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
     _, indices = impl.nsa_attention(*(tensors[n] for n in names), case.config, return_indices=True, **case.call)
     assert_equal(indices, expected, what="returned indices")
+    given = tensors["indices"]
+    _, indices = impl.nsa_attention(
+        *(tensors[n] for n in names), case.config, indices=given, return_indices=True, **case.call
+    )
+    assert_equal(indices, given, what="returned indices where they were given")
 
 
 # 4. Exact ties: equal keys make every whole block equally important, and the lower index must win.
