@@ -58,8 +58,8 @@ from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python
 {commands}
 ```
 
-`make perf` measures this machine and compares it with its baseline, `make perf-baseline` makes a new one (and, on a
-GPU, this page). A peer is anybody's implementation of the stages, as an object for
+`make perf` measures this machine and compares it with its baseline, `make perf-baseline` makes a new one, and
+`make perf-docs` this page. A peer is anybody's implementation of the stages, as an object for
 [`--peer`](../validation/implementations.py).
 
 ## How to read this

@@ -35,6 +35,17 @@ def one_more_token() -> Implementation:
     return replace(my_nsa, name="wrong", sliding_window_attention=window)
 
 
+def crashes() -> Implementation:
+    """Ends its process in the middle of a call."""
+
+    def window(q, *rest, **options):
+        if q.shape[1] == BY_ID["window_1"].num_queries:
+            os._exit(139)
+        return my_nsa.sliding_window_attention(q, *rest, **options)
+
+    return replace(my_nsa, name="wrong", sliding_window_attention=window)
+
+
 def packs() -> Implementation:
     """What it declares and has not."""
     return replace(my_nsa, name="wrong", packed=True)
@@ -69,6 +80,13 @@ def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
     properties = ElementTree.parse(report).getroot().findall("./testsuite/properties/property")
     counts = {x.get("name"): x.get("value") for x in properties}
     assert int(counts["skipped: my_nsa lacks packed sequences"]) > 0
+
+
+def test_whoever_ends_the_process_has_failed():
+    chosen = "test_matches and sliding and float32 and (small or window_1)"
+    status, output = run(STAGES, "-k", chosen, "-n", "1", impl=own("crashes"))
+    assert status == 1
+    assert "wrong: failed 1" in output
 
 
 @pytest.mark.parametrize(
