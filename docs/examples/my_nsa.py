@@ -47,7 +47,8 @@ def nsa_attention(q, *others, indices=None, return_indices=False, scale=None):
     *tensors, config = others  # compressed, selected and window keys and values, gates
     chosen, num_keys = None if indices is None else indices.transpose(1, 2), tensors[2].shape[1]
     out, chosen = somebody.nsa(*theirs(config, num_keys, q, *tensors), chosen, scale)
-    return (out.transpose(1, 2), as_indices(chosen, config)) if return_indices else out.transpose(1, 2)
+    used = as_indices(chosen, config) if indices is None else indices
+    return (out.transpose(1, 2), used) if return_indices else out.transpose(1, 2)
 
 
 my_nsa = Implementation(

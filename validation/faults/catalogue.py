@@ -125,8 +125,8 @@ _FUNCTIONS = [
         "offsets-of-keys-ignored",
         "cu_seqlens_k is checked, then that of the queries used in its place",
         "functional.py",
-        "return cu_seqlens_q, cu_seqlens_k\n\n\ndef _check_cu_seqlens",
-        "return cu_seqlens_q, cu_seqlens_q\n\n\ndef _check_cu_seqlens",
+        "return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()\n\n\ndef _check_cu_seqlens",
+        "return cu_seqlens_q.contiguous(), cu_seqlens_q.contiguous()\n\n\ndef _check_cu_seqlens",
         (_eager("packed_last_queries", "sliding_window_attention"),),
     ),
     Fault(

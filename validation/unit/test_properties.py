@@ -449,8 +449,8 @@ def test_output_is_the_gated_sum_of_the_branches(impl: Implementation, case: Cas
     # "any": of either sign, and not only what a sigmoid gives. Otherwise one is 1, or all, or none is.
     chosen = torch.tensor([gates in ("open", branch) for branch in BRANCHES]).expand_as(x["gates"]).to(x["gates"])
     x["gates"] = torch.randn_like(x["gates"]) if gates == "any" else chosen
-    expected = results(gated(impl), "nsa_attention", case, x)
-    assert_same(results(impl, "nsa_attention", case, x), expected, case, f"gates: {gates}")
+    actual = results(impl, "nsa_attention", case, x)
+    assert_same(actual, results(gated(impl), "nsa_attention", case, x), case, f"gates: {gates}")
 
 
 # 6. Heads of a group share their keys, values and blocks.
