@@ -421,7 +421,6 @@ def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
         out = torch.einsum("bchi,hif->bchf", rows, params.weight.to(x.dtype))
         if params.weight_out is not None:
             out = torch.einsum("bchf,hfd->bchd", F.silu(out), params.weight_out.to(x.dtype))
-    out = out.to(x.dtype)  # which autocast may have changed
     return out if blocks.filled is None else out.masked_fill(~blocks.filled.view(-1, 1, 1), 0)
 
 

@@ -106,7 +106,8 @@ def compress(
     if cu_seqlens is not None:
         _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
     blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
-    return _load(backend, config, x).compress(x, params, config, blocks)
+    # Under autocast products come in another dtype than the keys that they stand beside.
+    return _load(backend, config, x).compress(x, params, config, blocks).to(x.dtype)
 
 
 def compressed_attention(

@@ -173,5 +173,4 @@ def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
         out = _first_layer(x, position, weight, config, count)
     if params.weight_out is not None:
         out = torch.einsum("bchf,hfd->bchd", F.silu(out), params.weight_out.to(x.dtype))
-    out = out.to(x.dtype)  # which autocast may have changed
     return out.masked_fill(~blocks.filled.view(-1, 1, 1), 0) if packed else out

@@ -145,6 +145,22 @@ _FUNCTIONS = [
         "if bool(repeated.all()):",
         ("test_errors.py::test_a_block_listed_twice",),
     ),
+    Fault(
+        "scale-of-zero-ignored",
+        "a scale of 0 is taken for none",
+        "functional.py",
+        "    if scale is None:\n        return float(",
+        "    if not scale:\n        return float(",
+        ("test_semantics.py::test_logits_may_be_scaled_by_any_number[eager-0.0-compressed_attention]",),
+    ),
+    Fault(
+        "triton-offsets-strides-ignored",
+        "offsets of packed sequences are read as if they were contiguous",
+        "functional.py",
+        "return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()",
+        "return cu_seqlens_q, cu_seqlens_k",
+        ("test_semantics.py::test_strides_of_offsets_do_not_matter[triton-select_blocks]",),
+    ),
 ]
 
 _MODULE = [
@@ -206,6 +222,14 @@ _OPERATORS = [
         "lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))",
         "lse = q.new_empty(q.shape[:-1])",
         ("test_compile.py::test_operators_promise_what_they_give[nsa_eager::compressed_attention]",),
+    ),
+    Fault(
+        "gradients-all-or-none",
+        "gradients are 0 unless queries, keys and values all want theirs",
+        "operators.py",
+        "        return (*op_backward(",
+        "        if not all(ctx.needs_input_grad[:3]):\n            return (None,) * 9\n        return (*op_backward(",
+        ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",),
     ),
 ]
 
@@ -326,46 +350,6 @@ _EAGER = [
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)",
         "z.view_as(lse[:, :, rows])\n    return _ungrouped(out, q.dtype), _ungrouped(lse, q.dtype)",
         ("test_stages.py::test_outputs_and_gradients_keep_the_dtype[eager-bfloat16-compressed_attention]",),
-    ),
-    Fault(
-        "gradients-all-or-none",
-        "gradients are 0 unless queries, keys and values all want theirs",
-        "operators.py",
-        "        return (*op_backward(",
-        "        if not all(ctx.needs_input_grad[:3]):\n            return (None,) * 9\n        return (*op_backward(",
-        ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",),
-    ),
-    Fault(
-        "scale-of-zero-ignored",
-        "a scale of 0 is taken for none",
-        "functional.py",
-        "    if scale is None:\n        return float(",
-        "    if not scale:\n        return float(",
-        ("test_semantics.py::test_logits_may_be_scaled_by_any_number[eager-0.0-compressed_attention]",),
-    ),
-    Fault(
-        "triton-log-sum-exp-strides-ignored",
-        "the selection reads the log-sum-exp as if it were contiguous",
-        "kernels/select.py",
-        "rows_contiguous(k_cmp), lse.contiguous()",
-        "rows_contiguous(k_cmp), lse",
-        ("test_semantics.py::test_strides_do_not_matter_to_a_selection[triton-inside_a_larger_tensor]",),
-    ),
-    Fault(
-        "triton-offsets-strides-ignored",
-        "offsets of packed sequences are read as if they were contiguous",
-        "functional.py",
-        "return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()",
-        "return cu_seqlens_q, cu_seqlens_k",
-        ("test_semantics.py::test_strides_of_offsets_do_not_matter[triton-select_blocks]",),
-    ),
-    Fault(
-        "triton-heads-32-bits",
-        "offsets of the heads of a group are computed in 32 bits",
-        "kernels/selected.py",
-        "row.to(tl.int64) * q_strides[2], live, DK, K0, K1)\n\n    peak",
-        "row * q_strides[2], live, DK, K0, K1)\n\n    peak",
-        ("test_bounds.py::test_heads_of_a_group_may_be_far_apart[selected_attention-by_query]",),
     ),
     Fault(
         "eager-importance-shifted",
@@ -537,6 +521,14 @@ _SELECTION_KERNELS = [
         "rank = tl.where(candidate & (rank > 0), rank, -1)",
         ("test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
         models=4,
+    ),
+    Fault(
+        "triton-log-sum-exp-strides-ignored",
+        "the selection reads the log-sum-exp as if it were contiguous",
+        "kernels/select.py",
+        "rows_contiguous(k_cmp), lse.contiguous()",
+        "rows_contiguous(k_cmp), lse",
+        ("test_semantics.py::test_strides_do_not_matter_to_a_selection[triton-inside_a_larger_tensor]",),
     ),
 ]
 
@@ -816,6 +808,14 @@ _SELECTED_KERNELS = [
         "ROWS=tile, ADD=add,",
         "ROWS=tile, ADD=False,",
         (_oracle("small", "nsa_attention"),),
+    ),
+    Fault(
+        "triton-heads-32-bits",
+        "offsets of the heads of a group are computed in 32 bits",
+        "kernels/selected.py",
+        "row.to(tl.int64) * q_strides[2], live, DK, K0, K1)\n\n    peak",
+        "row * q_strides[2], live, DK, K0, K1)\n\n    peak",
+        ("test_bounds.py::test_heads_of_a_group_may_be_far_apart[selected_attention-by_query]",),
     ),
 ]
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from validation.perf import records
 from validation.perf.records import Record
@@ -105,8 +105,6 @@ def regressions(run: Sequence[Record], baseline: Sequence[Record], bounds: Bound
             if not (_measured(now, kind) and _measured(then, kind)):
                 yield f"{name}: {kind} {now} against {then} in the baseline, which cannot be compared"
                 continue
-            assert now is not None
-            assert then is not None
             least = bounds.mib * 2**20 if kind == "memory" else 0.0
             if now > max(bound * then, then + least):
                 growth = f"{now / then - 1:+.1%}" if then else "from nothing"
@@ -115,7 +113,7 @@ def regressions(run: Sequence[Record], baseline: Sequence[Record], bounds: Bound
                 )
 
 
-def _measured(value: float | None, kind: str) -> bool:
+def _measured(value: float | None, kind: str) -> TypeGuard[float]:
     """Whether a figure can be one: memory may be 0, time cannot."""
     return value is not None and math.isfinite(value) and (value > 0 or (kind == "memory" and value == 0))
 
