@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.attention.bias import causal_lower_right
 
 from nsa.config import NSAConfig
@@ -55,7 +55,8 @@ class ContextParallel:
         """The parts `[B, t, ...]` of all processes as whole sequences `[B, T, ...]`; gradients are summed."""
         size = self.mesh.size()
         ranks = DTensor.from_local(x.contiguous(), self.mesh, [Shard(0)], run_check=False)
-        parts = ranks.full_tensor(grad_placements=[Partial()]).chunk(size)
+        # `full_tensor` is short for this, and does not compile in PyTorch 2.11.
+        parts = ranks.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]).chunk(size)
         held = [chunk for rank in range(size) for chunk in self.chunks(rank)]
         pieces = [piece for part in parts for piece in part.chunk(len(held) // size, 1)]
         return torch.cat([pieces[held.index(chunk)] for chunk in range(self.num_chunks)], 1)

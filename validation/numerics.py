@@ -10,10 +10,11 @@ for the maximum and for the mean, of the whole tensor and of every row (last dim
 taken in the same way. Without a baseline, as for plain PyTorch itself, its error is taken to be
 `UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part,
 unless it is one that cancels: `shifts`, see `SHIFT_ROUNDING`.
-In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale.
+In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale, and of `logit`.
 Shapes, and the positions of NaN and of either infinity, are compared first and exactly.
 
-`logit` is the largest log-sum-exp where logits are far above 1: an exponential makes relative error of absolute one.
+`logit` is how large logits are where that is above 1: an exponential makes relative error of absolute one, and what
+makes a logit large, keys or the scale, multiplies what is left of a gradient of probabilities that cancels.
 
 Selections. Forced blocks are compared exactly, free ones by the oracle's importance, see `assert_selection_matches`.
 """
@@ -87,7 +88,7 @@ def assert_matches(
         baseline: plain PyTorch's result in the same dtype; None when `actual` is that itself.
         reduction: length of the longest sum behind an element.
         shifts: rounded terms of a sum that may cancel, where this is the gradient of what moves all of something alike.
-        logit: magnitude of the log-sum-exp, where that is far above 1.
+        logit: magnitude of the logits, where that is above 1.
         dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
     """
     if oracle.dtype != torch.float64:
@@ -102,7 +103,7 @@ def assert_matches(
         _assert_same_structure(baseline.detach().to(oracle.device), oracle, f"plain PyTorch's {what}")
     error, magnitude = _error(actual, oracle), _finite(oracle.abs())
     if dtype == torch.float64:
-        bound = FLOAT64_BOUND * max(magnitude.max().item(), 1.0)
+        bound = FLOAT64_BOUND * max(magnitude.max().item(), 1.0) * max(logit, 1.0)
         _check("maximum", error, error.max(), torch.tensor(bound), actual, oracle, what)
         return
     expected = None if baseline is None else _measures(_error(baseline.detach().to(oracle.device), oracle))

@@ -175,7 +175,8 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 def _peak_on_the_host(function: Callable[[], Any]) -> int:
     """What PyTorch allocates and gives back on the host, which only its profiler counts."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Without `acc_events` some releases of PyTorch warn that events end with a cycle, of which there is one.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     found = profiler.profiler.kineto_results.events()
     events = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")

@@ -68,6 +68,11 @@ class Case:
         return {"cu_seqlens_q": cumulative(queries), "cu_seqlens_k": cumulative(keys)}
 
     @property
+    def logit(self) -> float:
+        """How large logits of normal inputs are: 1 unless the scale says otherwise."""
+        return 1.0 if self.scale is None else abs(self.scale) * self.key_dim**0.5
+
+    @property
     def call(self) -> dict[str, Any]:
         """Keyword arguments every attention stage takes."""
         return {**self.cu_seqlens, "scale": self.scale}

@@ -33,16 +33,14 @@ BLOCKS: list[Blocks] = [
 ]
 """Small ones, the simplest first; like the shapes below, of every kind: equal, disjoint, overlapping."""
 
-COMPILED_SHAPES: list[Shape] = [
-    ((16, 8, 16), 2, 16, 16),
-    ((16, 16, 16), 16, 16, 16),
-    ((16, 16, 32), 1, 24, 16),
-    ((32, 16, 64), 3, 48, 80),
-]
-"""For those who take no smaller ones: they are constants of kernels, which are compiled for each."""
-
-COMPILED_COUNTS = [(0, 0, 1), (1, 2, 2), (2, 1, 0)]
-"""Blocks that are initial, local and free: constants too."""
+COMPILED_SHAPES: dict[Shape, tuple[int, int, int]] = {
+    ((16, 8, 16), 2, 16, 16): (0, 0, 1),
+    ((16, 16, 16), 16, 16, 16): (1, 2, 2),
+    ((16, 16, 32), 1, 24, 16): (2, 1, 0),
+    ((32, 16, 64), 3, 48, 80): (1, 2, 2),
+}
+"""For those who take no smaller ones, with how many blocks are initial, local and free: constants of kernels, which are
+compiled for each."""
 
 FRESH_EXAMPLES = 10
 """As many at a time: then Hypothesis would turn to varying those it has, which shows less than others do."""
@@ -100,7 +98,8 @@ def _cases(
     settings: Mapping[str, Any],
     fixed: Mapping[str, Any],
 ) -> Case:
-    blocks, group, key_dim, value_dim = draw(st.sampled_from(shapes))
+    shape = draw(st.sampled_from(shapes))
+    blocks, group, key_dim, value_dim = shape
     small = blocks in BLOCKS
     if small:
         group, key_dim, value_dim = draw(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
@@ -108,7 +107,7 @@ def _cases(
     drawn = {
         "id": str(draw(st.integers(0, 999))),
         "lengths": draw(_lengths(impl, blocks, packed, partial and impl.partial_queries)),
-        "config": config(blocks, **{**draw(_settings(impl, blocks)), **settings}),
+        "config": config(blocks, **{**draw(_settings(impl, shape)), **settings}),
         "batch": 1 if packed else draw(several),
         "kv_heads": draw(several) if small else 1 if impl.interpreted or group >= 4 else 2,
         "group": group,
@@ -161,16 +160,21 @@ def _lengths(draw: DrawFn, impl: Implementation, blocks: Blocks, packed: bool, p
 
 
 @st.composite
-def _settings(draw: DrawFn, impl: Implementation, blocks: Blocks) -> dict[str, Any]:
+def _settings(draw: DrawFn, impl: Implementation, shape: Shape) -> dict[str, Any]:
     """The rest of a configuration, as `cases.config` takes it."""
+    blocks = shape[0]
     free = 1 if impl.interpreted else 4  # of its tokens there are no more blocks
+    tried = product(range(3), range(3), range(free + 1))
     constants = blocks not in BLOCKS and not impl.interpreted
+    if constants:  # the shape's own, or else those of another
+        tried = sorted(COMPILED_SHAPES.values(), key=lambda counts: counts != COMPILED_SHAPES[shape])
     counts = [
         {"selected": max(1, initial + local + free), "num_initial_blocks": initial, "num_local_blocks": local}
-        for initial, local, free in (COMPILED_COUNTS if constants else product(range(3), range(3), range(free + 1)))
+        for initial, local, free in tried
     ]
+    taken = [count for count in counts if impl.config(config(blocks, **count))]
     return {
-        **draw(st.sampled_from([count for count in counts if impl.config(config(blocks, **count))])),
+        **draw(st.sampled_from(taken[:1] if constants else taken)),
         "window": draw(st.integers(1, 3 * blocks[2])),
         "compression": draw(st.sampled_from(_compressions(impl))),
     }
