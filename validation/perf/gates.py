@@ -29,6 +29,11 @@ class Bounds:
     memory: float
     mib: float = 0.0
 
+    def exceeded(self, kind: str, now: float, then: float) -> bool:
+        """Whether a figure, of time or of memory, has grown beyond what is allowed."""
+        least = self.mib * 2**20 if kind == "memory" else 0.0
+        return now > max(getattr(self, kind) * then, then + least)
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -98,19 +103,17 @@ def regressions(run: Sequence[Record], baseline: Sequence[Record], bounds: Bound
         if record["role"] != old["role"] or ("relative" in record) != ("relative" in old):
             yield f"{name}: not of the kind that it is in the baseline"
             continue
-        for kind, bound in (("time", bounds.time), ("memory", bounds.memory)):
+        for kind in ("time", "memory"):
             now, then = figure(record, kind), figure(old, kind)
             if now is None and then is None:
                 continue
             if not (_measured(now, kind) and _measured(then, kind)):
                 yield f"{name}: {kind} {now} against {then} in the baseline, which cannot be compared"
                 continue
-            least = bounds.mib * 2**20 if kind == "memory" else 0.0
-            if now > max(bound * then, then + least):
+            if bounds.exceeded(kind, now, then):
                 growth = f"{now / then - 1:+.1%}" if then else "from nothing"
-                yield (
-                    f"{name}: {kind} {now:.4g} against {then:.4g} in the baseline, {growth}, allowed {bound - 1:+.0%}"
-                )
+                allowed = f"allowed {getattr(bounds, kind) - 1:+.0%}"
+                yield f"{name}: {kind} {now:.4g} against {then:.4g} in the baseline, {growth}, {allowed}"
 
 
 def _measured(value: float | None, kind: str) -> TypeGuard[float]:
@@ -119,9 +122,16 @@ def _measured(value: float | None, kind: str) -> TypeGuard[float]:
 
 
 def differences(
-    run: Sequence[Record], baseline: Sequence[Record], skipped: Mapping[str, str], partial: bool
+    run: Sequence[Record],
+    baseline: Sequence[Record],
+    skipped: Mapping[str, str],
+    partial: bool,
+    failures: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[str]:
-    """Benchmarks that only one of the two has; peers may be there or not. Of a partial run nobody expects them all."""
+    """Benchmarks that only one of the two has; peers may be there or not. Of a partial run nobody expects them all, and
+    what a rival could not do when the baseline was made, one of its `failures`, it may do now."""
+    could_not = {_who(failure) for failure in failures}
+    run = [record for record in run if record["role"] == "ours" or _who(record) not in could_not]
     names, before = ({r["fullname"] for r in records if r["role"] != "peer"} for records in (run, baseline))
     if not names & before:
         yield "nothing was compared: this run and the baseline have no benchmark in common"
@@ -130,6 +140,11 @@ def differences(
         yield f"{name}: in the baseline, not in this run ({why})"
     for name in sorted(names - before):
         yield f"{name}: in this run, not in the baseline (new or renamed? a new baseline is made by make perf-baseline)"
+
+
+def _who(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whose time for what, of a record or a failure."""
+    return tuple(record.get(name) for name in ("workload", "length", "stage", "direction", "subject"))
 
 
 def promised(run: Sequence[Record], promises: Sequence[Promise], partial: bool) -> Iterator[tuple[Promise, str | None]]:

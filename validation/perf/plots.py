@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, merge
+from validation.perf.report import TITLES, Results, merge, newcomers
 from validation.perf.stages import WHOLE
 from validation.perf.timing import machine_name
 from validation.perf.workloads import PARTS, WORKLOADS, Roofs
@@ -87,11 +87,13 @@ def _look(results: Results, subject: str) -> dict[str, Any]:
     return OTHERS[[s for s in results.rivals if s != results.dense].index(subject) % len(OTHERS)]
 
 
-def _panels(count: int, title: str, report: Report, height: float = 3.9, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def _panels(
+    count: int, title: str, report: Report, height: float = 3.9, columns: int = 3, width: float = 4.3
+) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns)
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(max(5.6, 4.3 * columns), height * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(max(5.6, width * columns), height * rows), layout="constrained", squeeze=False
     )
     figure.suptitle(title, fontsize=12, fontweight="bold")
     machine = report["machine"]
@@ -196,7 +198,7 @@ def stages(report: Report) -> Figure | None:
     ]  # fmt: skip
     if not found:
         return None
-    figure, panels = _panels(2 * len(found), "Where the time goes", report, columns=2)
+    figure, panels = _panels(2 * len(found), "Where the time goes", report, columns=2, width=5.6)
     for (results, direction), axes in zip([(r, d) for r in found for d in PASSES], panels, strict=False):
         lengths = [n for n in results.lengths if results.get(PARTS[0], direction, n, results.subject) is not None]
         places, bottom = range(len(lengths)), [0.0] * len(lengths)
@@ -209,12 +211,13 @@ def stages(report: Report) -> Figure | None:
                 bars = axes.bar(
                     places, height, 0.62, bottom, color=COLOURS[part], label=TITLES[part], edgecolor="white"
                 )
-                labels = [f"{x:.3g}" if h > 0.06 else "" for x, h in zip(ms, height, strict=True)]
+                labels = [f"{x:.{2 if x < 1 else 3}g}" if h > 0.06 else "" for x, h in zip(ms, height, strict=True)]
                 ink = "white" if part in ("compressed_attention", "sliding_window_attention") else "black"
                 axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
                 bottom = [b + h for b, h in zip(bottom, height, strict=True)]
         axes.axhline(1, color=BLACK, linewidth=1, label="the whole op in one call")
-        axes.set_xticks(places, [f"{size(n)}\n{w:.3g} ms" for n, w in zip(lengths, whole, strict=True)])
+        names = [f"{size(n)}\n{w:.3g} ms" for n, w in zip(lengths, whole, strict=True)]
+        axes.set_xticks(places, names, fontsize=8)
         axes.set_xlabel("tokens, and time of the whole op")
         axes.set_ylabel("part of that time (in the bars: ms)")
         axes.set_ylim(0, 1.15 * max([1, *bottom]))
@@ -311,7 +314,7 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
     figure, panels = _panels(len(stages), f"Gated {kind} over saved runs, against the first", runs[-1], 3.3)
     for ax in panels[len(stages) :]:
         ax.set_visible(False)
-    bound = getattr(gates.read_table().bounds_of(runs[0]["machine"]["name"]), kind)
+    bounds = gates.read_table().bounds_of(runs[0]["machine"]["name"])
     names = [f"{run['date'][5:16].replace('T', ' ')}\n{run['commit'][:7]}" for run in runs]
     every = max(1, -(-len(runs) // 6))
     for stage, axes in zip(stages, panels, strict=False):
@@ -322,7 +325,7 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
             ratios = [x / figures[0] for x in figures]
             axes.plot([i for i, _ in found], ratios, color=COLOURS.get(stage, BLUE), alpha=0.55, linewidth=1)
             for (i, r), now, then, ratio in zip(found[1:], figures[1:], figures, ratios[1:], strict=False):
-                if now > bound * then:
+                if bounds.exceeded(kind, now, then):
                     axes.plot(i, ratio, "X", color=RED, markersize=7, zorder=6)
                     worst.append((now / then, i, ratio, "-".join((r["workload"], size(r["length"]), r["direction"]))))
         for rise, i, ratio, name in sorted(worst, reverse=True)[:2]:
@@ -339,7 +342,10 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.8), max(high, 1.2))  # a few percent are to look like a few percent
         axes.set_title(TITLES.get(stage, stage), fontsize=10)
-    figure.text(0.01, 0, f"X: more than {bound - 1:.0%} above the run before", fontsize=8, color=RED, va="bottom")
+    above = f"X: more than {getattr(bounds, kind) - 1:.0%} above the run before"
+    if kind == "memory" and bounds.mib:
+        above += f", and by more than {bounds.mib:g} MiB"
+    figure.text(0.01, 0, above, fontsize=8, color=RED, va="bottom")
     return figure
 
 
@@ -380,6 +386,7 @@ def main() -> int:
     with plt.rc_context(STYLE):
         report = merge(runs)
         pictures = list(draw(report).items())
+        pictures += [(f"beside-{i}", time(run)) for i, run in enumerate(runs) if newcomers(run, runs[0])]
         if options.history:
             name = report["machine"]["name"]
             files = [*options.files, *records.BASELINES.glob(f"{name}.json")]

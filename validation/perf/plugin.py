@@ -213,8 +213,9 @@ class Gatekeeper:
         if never:
             self.problems.append(f"{len(never)} benchmarks never ran, {never[0]} the first of them: interrupted?")
         if self.baseline:
-            before, bounds = records.figures(json.loads(self.baseline.read_text())["benchmarks"]), table.bounds_of(name)
-            different = list(gates.differences(run, before, self.skipped, self.partial))
+            content, bounds = json.loads(self.baseline.read_text()), table.bounds_of(name)
+            before = records.figures(content["benchmarks"])
+            different = list(gates.differences(run, before, self.skipped, self.partial, content.get("failures", ())))
             worse = list(gates.regressions(run, before, bounds))
             common = {r["fullname"] for r in before} & {r["fullname"] for r in run if r["role"] == "ours"}
             self.problems += different + worse

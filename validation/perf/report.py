@@ -1,11 +1,12 @@
 """docs/performance.md, from saved runs of one machine, of `make perf-baseline` or of `validation.perf.stages`:
 
-    python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json > docs/performance.md
-    python -m validation.perf.report docs/runs/stages_h200.json docs/runs/whole_h200.json --readme README.md
+    python -m validation.perf.report BASELINE docs/runs/stages_h200.json > docs/performance.md
+    python -m validation.perf.report BASELINE docs/runs/stages_h200.json --readme README.md
 
-The second puts the figures of the same runs into the README's table. The same files always give the same page. What
-several of them hold is taken from the first, and what is compared is always of one run: a peer that only a later one
-measured has a table of its own, with our figures of that run. The pictures are drawn by `validation.perf.plots`.
+`BASELINE` is a file of `validation/perf/baselines`. The second puts the figures of the same runs into the README's
+table. The same files always give the same page. What several of them hold is taken from the first, and what is compared
+is always of one run: a peer that only a later one measured has a table of its own, with our figures of that run. The
+pictures are drawn by `validation.perf.plots`.
 """
 
 import argparse
@@ -106,7 +107,9 @@ In ms, all in one run, of {date}:
 
 ```sh
 {command}
-```"""
+```
+
+![Time of forward and backward pass against length, in that run](img/perf-{picture}.png)"""
 CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
@@ -124,7 +127,7 @@ ADVICE = """- `d`, the stride of compression, is the only one that costs the squ
 
 def render(reports: Mapping[str, dict[str, Any]]) -> str:
     """The page for reports, by the paths of their files in the repository."""
-    report = merge(list(reports.values()))
+    first, report = next(iter(reports.values())), merge(list(reports.values()))
     machine, roofs = report["machine"], Roofs(**report["roofs"])
     found = {record["workload"] for record in report["results"]}
     workloads = [workload for workload in WORKLOADS.values() if workload.name in found]
@@ -147,7 +150,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
     for workload in workloads:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results, roofs)]
-    parts += [beside(each, report) for each in reports.values()]
+    parts += [beside(each, first, number) for number, each in enumerate(reports.values())]
     parts += [choosing(report, workloads), training(report)]
     if report["failures"]:
         parts.append("## What did not run")
@@ -182,22 +185,32 @@ def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> st
     return table(("workload", "tokens", "", "measured", "promised", "target"), rows)
 
 
-def beside(report: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
-    """Every stage beside those peers that the other tables do not show."""
-    others = {r["subject"] for r in shown["results"]}
-    peers = [s for s in dict.fromkeys(r["subject"] for r in report["results"]) if s not in others]
+def newcomers(report: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
+    """Those who are not in the first run, with which they are not compared."""
+    others = {r["subject"] for r in first["results"]}
+    return [s for s in dict.fromkeys(r["subject"] for r in report["results"]) if s not in others]
+
+
+def beside(report: Mapping[str, Any], first: Mapping[str, Any], number: int) -> str:
+    """Every stage beside newcomers, in their own run, of which `plots` draws a picture by its number."""
+    peers = newcomers(report, first)
     names = [report["subject"], *peers]
     rows = []
-    for workload in dict.fromkeys(r["workload"] for r in report["results"]):
-        results = Results(report, WORKLOADS[workload])
+    for workload in WORKLOADS.values():
+        results = Results(report, workload)
         for stage, direction, length in itertools.product(TITLES, PASSES, results.lengths):
             times = [results.get(stage, direction, length, name) for name in names]
             if any(times[1:]):
-                rows.append((workload, TITLES[stage], direction, _tokens(length), *map(_ms, times)))
+                rows.append((workload.name, TITLES[stage], direction, _tokens(length), *map(_ms, times)))
     if not rows:
         return ""
     machine = report["machine"]
-    head = BESIDE.format(peers=" and ".join(peers), date=machine["date"], command=shlex.join(machine["command"]))
+    head = BESIDE.format(
+        peers=" and ".join(peers),
+        date=machine["date"],
+        command=shlex.join(machine["command"]),
+        picture=f"beside-{number}",
+    )
     return f"{head}\n\n{table(('workload', 'stage', 'pass', 'tokens', *names), rows)}"
 
 

@@ -11,8 +11,8 @@ from matplotlib.colors import to_hex
 from validation.perf import plots, records
 from validation.perf.report import merge
 
-RUNS = Path(__file__).parents[2] / "docs" / "runs"
-REPORT = merge([records.read(RUNS / f"{name}_h200.json") for name in ("stages", "whole")])
+PEERS = records.read(Path(__file__).parents[2] / "docs" / "runs" / "stages_h200.json")
+REPORT = merge([records.read(records.BASELINES / "nvidia-h200.json"), PEERS])
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_a_picture_names_its_axes_its_machine_and_its_lines(name: str) -> None:
 
 
 def test_time_is_that_of_both_passes_of_all_beside_the_floor() -> None:
-    figure = plots.time(REPORT)
+    figure = plots.time(PEERS)
     assert figure is not None
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
@@ -51,7 +51,7 @@ def test_time_is_that_of_both_passes_of_all_beside_the_floor() -> None:
     ours = dict(zip(*lines["triton"].get_data(), strict=True))
     found = {
         r["direction"]: r["median"]
-        for r in REPORT["results"]
+        for r in PEERS["results"]
         if (r["workload"], r["length"], r["stage"], r["subject"]) == ("W", 8192, "nsa_attention", "triton")
     }
     assert ours[8192] == pytest.approx(sum(found.values()))
