@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from validation.integration import throughput
 from validation.perf import records
 from validation.perf.report import readme, render
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
@@ -154,6 +155,11 @@ def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
 def test_speeds_by_length_are_those_of_their_runs() -> None:
     made = of_length("4k") | of_length("16k") | of_length("32k")
     assert table_after(RESULTS, "## Tokens a second") == made
+
+
+def test_speeds_of_layouts_are_those_of_their_runs() -> None:
+    made = throughput.table(lambda name: read_log(RUNS / f"h200x2-{name}.jsonl"))
+    assert "\n".join(["", *made, ""]) in RESULTS
 
 
 def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
