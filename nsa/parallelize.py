@@ -1,10 +1,12 @@
 """What NSA adds to TorchTitan's plan for llama3, which does the rest: FSDP2, HSDP, checkpointing, compilation."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
@@ -27,6 +29,19 @@ def schedules(accelerated: bool) -> tuple[str, ...]:
     return (*anywhere, "ZBVZeroBubble") if accelerated or torch.__version__ >= "2.13" else anywhere
 
 
+def stages_again() -> bool:
+    """Whether PyTorch can stage a second checkpoint: 2.11 takes its stager apart after the first
+    (pytorch/pytorch#183413)."""
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+    )
+    with suppress(KeyError):
+        return all(stager.stage({}) == {} for _ in range(2))
+    return False
+
+
 def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     """Refuses a layout that would fail later, or train something else without a word.
 
@@ -43,6 +58,10 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
     if not parallel_dims.fsdp_enabled:
         offload = job_config.training.enable_cpu_offload
         _require(not offload, "training.enable_cpu_offload", "be false without FSDP, whose it is", offload)
+    checkpoint = job_config.checkpoint
+    if checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
+        must = 'be "async" with this release of PyTorch, which fails at the second checkpoint'
+        _require(stages_again(), "checkpoint.async_mode", must, checkpoint.async_mode)
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
         _require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)

@@ -1,10 +1,12 @@
 """Layouts that would fail later, or train something else, are refused by the option to change; those around are not."""
 
 import pytest
+import torch
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 
-from nsa.parallelize import check_layout
+from nsa import parallelize
+from nsa.parallelize import check_layout, stages_again
 from nsa.train_spec import JobConfig, NSAOptions
 from validation import runs
 from validation.integration import ranks
@@ -189,6 +191,15 @@ def test_a_wrong_layout_is_refused(arguments, message):
 )
 def test_a_right_one_is_not(arguments):
     check(**arguments)
+
+
+def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypatch):
+    assert stages_again() or torch.__version__ < "2.13"
+    monkeypatch.setattr(parallelize, "stages_again", lambda: False)
+    with pytest.raises(ValueError, match=r'checkpoint.async_mode must be "async" .*, got .async_with_pinned_mem.'):
+        check(checkpoint={"enable": True, "async_mode": "async_with_pinned_mem"})
+    check(checkpoint={"enable": True, "async_mode": "async"})
+    check(checkpoint={"enable": False, "async_mode": "async_with_pinned_mem"})
 
 
 @ranks.needs(2)
