@@ -342,7 +342,7 @@ class Stage:
         *,
         cotangent: Tensor | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Outputs, then the gradient of every differentiable input under a cotangent.
+        """Outputs, then, unless they are indices, the gradient of every differentiable input under a cotangent.
 
         Unless given, that is a fixed one, drawn in `dtype` or else that of the inputs.
         """
@@ -350,6 +350,8 @@ class Stage:
         leaves = self.leaves(tensors)
         outputs = self.run(subject, case, {**tensors, **leaves})
         yield from outputs.items()
+        if "indices" in outputs:
+            return
         require(subject, case, self.functions, dtype, backward=True)
         out = outputs["out"]
         if cotangent is None:
@@ -419,10 +421,17 @@ def _compressed_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Ten
     return {"out": out, "lse": lse}
 
 
+def _select_blocks(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
+    return {"indices": subject.select_blocks(x["q"], x["k_cmp"], x["lse"], case.config, **_behind(case))}
+
+
+SELECTION = Stage("select_blocks", ("select_blocks",), ("q", "k_cmp"), _select_blocks, lambda case: case.key_dim)
+"""Not among `STAGES`: it has indices instead of an output, no gradients and a comparison of its own."""
+
+
 def select_blocks(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensor:
-    """The selection stage on a case; not a `Stage`, since it has no gradients and a comparison of its own."""
-    require(subject, case, ("select_blocks",), x["q"].dtype)
-    return subject.select_blocks(x["q"], x["k_cmp"], x["lse"], case.config, **_behind(case))
+    """Indices of the selection on a case."""
+    return SELECTION.run(subject, case, x)["indices"]
 
 
 def importance(case: Case, x: Mapping[str, Any]) -> Tensor:
@@ -500,6 +509,9 @@ STAGES = {
         ),
     )
 }
+
+EVERY = {**STAGES, SELECTION.name: SELECTION}
+"""Stages with gradients and the one without."""
 
 SHARED = Stage(
     "nsa_attention_from_shared_keys",

@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa import kernels
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import STAGES, Case, Tensors, config, draw, draw_cotangent, select_blocks, whole
+from validation.unit.cases import EVERY, Case, Tensors, config, draw, draw_cotangent, whole
 from validation.unit.ways import SELECTED, WAYS, launched
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -19,16 +19,13 @@ TRITON = load("triton")
 BLOCKS = config((16, 8, 16), 3, 12, num_local_blocks=1, compression="mean")
 # With blocks enough to choose the wrong one.
 CHOICE = config((16, 8, 16), 2, 12, num_initial_blocks=0, num_local_blocks=1, compression="mean")
-SUBJECTS = [*STAGES, "select_blocks"]
 
-each_subject = pytest.mark.parametrize("subject", SUBJECTS)
+each_subject = pytest.mark.parametrize("subject", EVERY)
 
 
 def results(subject: str, case: Case, tensors: Tensors, dtype: torch.dtype, cotangent: Tensor | None = None) -> Tensors:
     """All that a stage gives, gradients included."""
-    if subject == "select_blocks":
-        return {"indices": select_blocks(TRITON, case, tensors)}
-    return dict(STAGES[subject].results(TRITON, case, tensors, dtype, cotangent=cotangent))
+    return dict(EVERY[subject].results(TRITON, case, tensors, dtype, cotangent=cotangent))
 
 
 # 1. Writing.
@@ -114,7 +111,7 @@ def test_rows_of_a_batch_may_be_far_apart(subject: str, expanse: Tensor) -> None
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("subject", [name for name in SUBJECTS if not name.startswith("compress_")])
+@pytest.mark.parametrize("subject", [name for name in EVERY if not name.startswith("compress_")])
 def test_heads_of_a_group_may_be_far_apart(subject: str, way: dict[str, Any], expanse: Tensor) -> None:
     case = Case("far", whole(40), CHOICE, kv_heads=1, group=3, key_dim=16, value_dim=16)
     tensors = draw(case, torch.float16)

@@ -22,6 +22,8 @@ from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 from validation.unit.cases import (
     BY_ID,
+    EVERY,
+    SELECTION,
     SHARED,
     STAGES,
     Case,
@@ -36,7 +38,6 @@ from validation.unit.strategies import cases, for_all, relations
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-SELECTION = "select_blocks"
 ATTENTION = [name for name in STAGES if not name.startswith("compress_")]
 
 
@@ -59,16 +60,13 @@ def each(*subjects: str) -> Callable[[Any], Any]:
 
 
 each_attention = each(*ATTENTION)
-each_query_subject = each(*ATTENTION, SELECTION)
-each_subject = each(*STAGES, SELECTION)
-each_subject_and_the_whole = each(*STAGES, SELECTION, WHOLE.name)
+each_query_subject = each(*ATTENTION, SELECTION.name)
+each_subject = each(*EVERY)
+each_subject_and_the_whole = each(*EVERY, WHOLE.name)
 
 whole_cases = partial(cases, partial=False)
 packed_cases = partial(cases, packed=True)
 unpacked_cases = partial(cases, packed=False)
-
-
-# What follows is the same for stages with gradients and for the selection, which has none.
 
 
 def tensors_of(impl: Implementation, case: Case) -> Tensors:
@@ -79,20 +77,18 @@ def results(
     impl: Implementation, subject: str, case: Case, tensors: Mapping[str, Any], cotangent: Tensor | None = None
 ) -> dict[str, Tensor]:
     """All that a subject gives, gradients included where there are any."""
-    if subject == SELECTION or impl.lacks(case, backward=True):
+    if impl.lacks(case, backward=True):
         return outputs(impl, subject, case, tensors)
     return dict(_stage(impl, subject).results(impl, case, _given(subject, tensors), cotangent=cotangent))
 
 
 def outputs(impl: Implementation, subject: str, case: Case, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a subject gives, without gradients."""
-    if subject == SELECTION:
-        return {"indices": select_blocks(impl, case, tensors)}
     return _stage(impl, subject).run(impl, case, _given(subject, tensors))
 
 
 def _stage(impl: Implementation, subject: str) -> Stage:
-    return STAGES[subject] if subject != WHOLE.name else WHOLE if impl.own_keys else SHARED
+    return EVERY[subject] if subject != WHOLE.name else WHOLE if impl.own_keys else SHARED
 
 
 def _given(subject: str, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -195,7 +191,7 @@ def assert_unreached(impl: Implementation, subject: str, case: Case, region: Reg
     mine, others = tensors_of(impl, case), tensors_of(impl, replace(case, id=f"{case.id}, others"))
     mixed = {name: x.where(inside(name, x), others[name]) for name, x in mine.items()}
     cotangent = None
-    if subject != SELECTION:
+    if subject != SELECTION.name:
         out = outputs(impl, subject, case, mine)["out"]
         cotangent = torch.randn_like(out) * inside("out", out)
     expected = results(impl, subject, case, mine, cotangent)
@@ -407,7 +403,7 @@ def test_a_constant_added_to_all_logits_of_a_query_changes_nothing(
     shifted["q"][..., -1] += 4 * torch.randn_like(x["q"][..., -1])
     shifted["lse"] = with_selection(case, shifted)["lse"]
     actual = outputs(impl, subject, case, shifted)
-    if subject == SELECTION:
+    if subject == SELECTION.name:
         bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
         scores = importance(case, x)
         assert_selection_matches(actual["indices"], x["indices"], scores, case.config, x["q"].dtype, **bound)
@@ -512,7 +508,7 @@ def test_importance_is_probability_shared_out_among_tokens(case: Case) -> None:
 def test_the_most_important_blocks_are_selected(impl: Implementation, case: Case) -> None:
     x = tensors_of(impl, case)
     bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
-    indices = outputs(impl, SELECTION, case, x)["indices"]
+    indices = outputs(impl, SELECTION.name, case, x)["indices"]
     assert_selection_matches(indices, x["indices"], spread(case, x), case.config, x["q"].dtype, **bound)
 
 
@@ -520,7 +516,7 @@ def test_the_most_important_blocks_are_selected(impl: Implementation, case: Case
 def test_a_larger_selection_contains_the_smaller(impl: Implementation, case: Case) -> None:
     larger = replace(case, config=replace(case.config, num_selected_blocks=case.config.num_selected_blocks + 1))
     x = tensors_of(impl, case)
-    few, more = (outputs(impl, SELECTION, c, x)["indices"] for c in (case, larger))
+    few, more = (outputs(impl, SELECTION.name, c, x)["indices"] for c in (case, larger))
     kept = (few[..., None] == more[..., None, :]).any(-1)
     assert_equal(kept, torch.ones_like(kept), what="whether a block stays selected where there is room for more")
     candidates = (case.positions // case.config.select_block_size + 1)[:, None].expand(few.shape[:3])
@@ -552,4 +548,4 @@ def test_ties_go_to_the_lower_index(impl: Implementation, case: Case) -> None:
 
                 best = sorted(sorted(range(own + 1), key=order)[: c.num_selected_blocks])
                 expected[:, query, head, : len(best)] = torch.tensor(best, dtype=torch.int32)
-    assert_equal(outputs(impl, SELECTION, case, x)["indices"], expected, what="indices under ties")
+    assert_equal(outputs(impl, SELECTION.name, case, x)["indices"], expected, what="indices under ties")

@@ -14,7 +14,7 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import STAGES, Case, Tensors, config, draw, select_blocks, whole
+from validation.unit.cases import EVERY, Case, Tensors, config, draw, whole
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -40,8 +40,7 @@ else:
         Case("group_4_short", whole(1003), PAPER, **GROUP_4),
     ]
 
-# A stage without gradients is a stage like any other here.
-SUBJECTS = [name for name in STAGES if not (kernels.INTERPRETED and name == "nsa_attention")] + ["select_blocks"]
+SUBJECTS = [name for name in EVERY if not (kernels.INTERPRETED and name == "nsa_attention")]
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS)
 each_long = pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
@@ -50,9 +49,7 @@ each_short = pytest.mark.parametrize("case", SHORT, ids=lambda case: case.id)
 
 def results(subject: str, case: Case, tensors: Tensors, cotangent: Tensor | None = None) -> Tensors:
     """All that a stage gives, gradients included."""
-    if subject == "select_blocks":
-        return {"indices": select_blocks(TRITON, case, tensors)}
-    return dict(STAGES[subject].results(TRITON, case, tensors, DTYPE, cotangent=cotangent))
+    return dict(EVERY[subject].results(TRITON, case, tensors, DTYPE, cotangent=cotangent))
 
 
 def assert_same(actual: Tensors, expected: Tensors, what: str) -> None:

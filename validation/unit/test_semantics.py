@@ -19,6 +19,8 @@ from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import (
     BY_ID,
+    EVERY,
+    SELECTION,
     STAGES,
     Case,
     Stage,
@@ -57,7 +59,10 @@ def assert_same(actual: Tensor, expected: Tensor, case: Case, what: str, dtype: 
 
 def assert_all_match(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: Case, what: str) -> None:
     for name, tensor in actual.items():
-        assert_same(tensor, expected[name], case, f"{what}: {name}", actual["out"].dtype)
+        if tensor.is_floating_point():
+            assert_same(tensor, expected[name], case, f"{what}: {name}", actual["out"].dtype)
+        else:
+            assert_equal(tensor, expected[name], what=f"{what}: {name}")
 
 
 def run(stage: str, impl: Implementation, case: Case, tensors: Mapping[str, Any]) -> Tensor:
@@ -75,16 +80,13 @@ class OffsetsOfQueries(Case):
         return {"cu_seqlens_q": super().cu_seqlens["cu_seqlens_q"]}
 
 
-@pytest.mark.parametrize("stage", [*ATTENTION, "select_blocks"])
-def test_keys_are_packed_like_queries_unless_told(impl: Implementation, stage: str) -> None:
-    functions = ATTENTION[stage].functions if stage in ATTENTION else (stage,)
-    case = fitted(impl, BY_ID["packed"], BY_ID["pooled_packed"], stages=functions)
+@pytest.mark.parametrize("stage", [*ATTENTION.values(), SELECTION], ids=lambda stage: stage.name)
+def test_keys_are_packed_like_queries_unless_told(impl: Implementation, stage: Stage) -> None:
+    case = fitted(impl, BY_ID["packed"], BY_ID["pooled_packed"], stages=stage.functions)
     tensors, alone = draw(case, impl.widest), OffsetsOfQueries(**vars(case))
-    if stage == "select_blocks":
-        out, expected = (select_blocks(impl, each, tensors) for each in (alone, case))
-    else:
-        out, expected = (run(stage, impl, each, tensors) for each in (alone, case))
-    assert_equal(out, expected, what="output without cu_seqlens_k")
+    expected = stage.run(impl, case, tensors)
+    for name, x in stage.run(impl, alone, tensors).items():
+        assert_equal(x, expected[name], what=f"{name} without cu_seqlens_k")
 
 
 EMPTY = (Case("empty", whole(0, 0)), pooled("empty_pooled", whole(0, 0), 4))
@@ -198,15 +200,12 @@ class OffsetsInAColumn(Case):
         return {name: torch.stack((x, x + 1), 1)[:, 0] for name, x in super().cu_seqlens.items()}
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "select_blocks"])
-def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: str) -> None:
-    case = fitted(impl, *PACKED_PAPER, stages=STAGES[stage].functions if stage in STAGES else (stage,))
+@pytest.mark.parametrize("stage", EVERY.values(), ids=EVERY.keys())
+def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: Stage) -> None:
+    case = fitted(impl, *PACKED_PAPER, stages=stage.functions)
     tensors, strided = draw(case, impl.widest), OffsetsInAColumn(**vars(case))
-    if stage == "select_blocks":
-        assert_equal(select_blocks(impl, strided, tensors), select_blocks(impl, case, tensors), what="indices")
-        return
-    expected = dict(STAGES[stage].results(impl, case, tensors))
-    assert_all_match(dict(STAGES[stage].results(impl, strided, tensors)), expected, case, "offsets in a column")
+    expected = dict(stage.results(impl, case, tensors))
+    assert_all_match(dict(stage.results(impl, strided, tensors)), expected, case, "offsets in a column")
 
 
 @each_attention
