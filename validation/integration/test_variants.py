@@ -40,7 +40,7 @@ ROUGH = ("--optimizer.eps=1e-3",)
 VALIDATED = ("--validation.enable", "--validation.freq=5", "--validation.steps=2", f"--validation.seq_len={SEQ_LEN}")
 DECAYED = ("--lr_scheduler.decay_ratio=0.8", "--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0")
 SELECTIVE = ("--activation_checkpoint.mode=selective",)
-# These tests, which begin with short files: in the library of some releases of Python the first is longer than all steps.
+# These tests, which begin with short files: of some releases of Python the first is longer than all steps.
 SHORT = (f"--training.dataset_path={Path(__file__).parent}",)
 
 VARIANTS = (
