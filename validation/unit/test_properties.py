@@ -412,7 +412,7 @@ def test_a_constant_added_to_all_logits_of_a_query_changes_nothing(
 
 
 @each_query_subject
-@for_all(case=cases, exponent=lambda impl: st.integers(-3, 3))
+@for_all(case=cases, exponent=lambda impl: st.integers(-3, 1))  # beyond, probabilities underflow, and bits are lost
 def test_scaling_logits_is_scaling_queries(impl: Implementation, subject: str, case: Case, exponent: int) -> None:
     # A power of two: to the bit.
     factor, scale = 2.0**exponent, case.scale or case.key_dim**-0.5
