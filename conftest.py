@@ -203,7 +203,8 @@ def _nothing_ran(config) -> bool:
 def _skips(config) -> Counter:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter else []
-    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    # Hypothesis writes its example below a reason.
+    return Counter(report.longrepr[2].removeprefix("Skipped: ").partition("\n")[0] for report in reports)
 
 
 def _account(config) -> None:

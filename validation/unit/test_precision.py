@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fcntl import LOCK_EX, flock
 from typing import TextIO
 
@@ -15,7 +15,19 @@ from validation import oracle
 from validation.implementations import Implementation
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 from validation.precision import AXES, NARROW, SHOWN, Point, measure, plot
-from validation.unit.cases import STAGES, Case, Stage, compare, config, draw, importance, select_blocks, whole
+from validation.unit.cases import (
+    BY_ID,
+    STAGES,
+    Case,
+    Stage,
+    compare,
+    config,
+    draw,
+    importance,
+    scaled,
+    select_blocks,
+    whole,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -25,9 +37,11 @@ SHAPES = [
     Case("head_dim_64", whole(200), PAPER, group=16, kv_heads=1, key_dim=64, value_dim=64),
     Case("head_dim_128", ((57, 300),), PAPER, group=4, kv_heads=1, key_dim=128, value_dim=128),
     Case("head_dim_256", whole(70), PAPER, group=4, kv_heads=1, key_dim=256, value_dim=256),
+    replace(scaled(BY_ID["latent_head_dims"], 4, 4), id="head_dims_192_128"),
+    BY_ID["packed_paper"],
 ]
-"""Common head dims and groups, and the largest, from one token to many blocks. Narrow, odd and unequal ones, and packed
-sequences, are among the cases of every stage, which are tried in every dtype as well."""
+"""Common head dims and groups, the largest, and unequal ones, from nothing to many blocks. The last two are cases of
+every stage too, for which the same kernels are compiled."""
 
 PARAMETERS = ("gates", "_position", "_weight", "_weight_out")
 
