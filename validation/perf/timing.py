@@ -11,9 +11,11 @@ finds them. Three things would otherwise be measured with it:
   that waits for the device itself, say to read a size, cannot be got ahead of, and is measured with its waiting.
 
 On a CPU nothing runs ahead, and the clock is that of the process, which stands still while another one has the core:
-with one thread, as everything here is measured, it shows what a machine with nothing else to do would take.
+with one thread, as everything here is measured, it shows what a machine with nothing else to do would take. Memory of
+the system is asked for once: `keep_memory`.
 """
 
+import ctypes
 import gc
 import platform
 import re
@@ -38,6 +40,10 @@ from validation.perf.workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
 """Of a device's clock, rather too many: a sleep that is too long costs time, one too short its purpose."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of `mallopt`: free memory at the top that is given back, allocations outside the heap at a time."""
 
 
 _LONGEST_LEAD = 200
@@ -157,6 +163,18 @@ def _host_ms(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)
+
+
+def keep_memory() -> None:
+    """Has this process keep what memory the system once gave it, where the C library can be told to.
+
+    Otherwise large tensors go back to the system at every release, or do not, depending on what was released before,
+    and the next ones cost a fault a page: seen to double the time of a call.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory(function: Callable[[], Any]) -> int:

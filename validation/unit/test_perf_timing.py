@@ -1,12 +1,18 @@
 """What is timed and how: the plan of every machine, company on a CPU, peak memory."""
 
+import ctypes
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from validation.implementations import Implementation, load
 from validation.perf import benchmarks, timing
+
+ROOT = Path(__file__).parents[2]
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the clock and the memory are the GPU's")
 
@@ -115,3 +121,29 @@ def test_every_kernel_of_a_plan_is_compiled_beforehand(monkeypatch: pytest.Monke
     assert lengths.pop("select_blocks") == {b.length for b in found if b.stage == "select_blocks"}
     del lengths["training"]
     assert max(map(max, lengths.values())) == 32768
+
+
+FAULTS = """
+import resource, torch
+from validation.perf.timing import keep_memory
+
+keep_memory()
+
+def call():
+    x = torch.ones(2**21)  # 8 MiB, and more than that of temporaries
+    return (2 * x + 1).sum()
+
+call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_memory_that_is_kept_costs_no_more_faults() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert int(printed) < 2048  # pages of one such tensor, of the twenty and more that are made
