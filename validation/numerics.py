@@ -10,7 +10,7 @@ for the maximum and for the mean, of the whole tensor and of every row (last dim
 taken in the same way. Without a baseline, as for plain PyTorch itself, its error is taken to be
 `UNAIDED_ROUNDINGS * eps(dtype) * magnitude`; roundings of the terms of a sum average out, so its length plays no part,
 unless it is one that cancels: `shifts`, see `SHIFT_ROUNDING`.
-In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale, and of `logit`.
+In float64 every element is held to `FLOAT64_BOUND` of the tensor's scale and the same sums.
 Shapes, and the positions of NaN and of either infinity, are compared first and exactly.
 
 `logit` is how large logits are where that is above 1: an exponential makes relative error of absolute one, and what
@@ -103,8 +103,9 @@ def assert_matches(
         _assert_same_structure(baseline.detach().to(oracle.device), oracle, f"plain PyTorch's {what}")
     error, magnitude = _error(actual, oracle), _finite(oracle.abs())
     if dtype == torch.float64:
-        bound = FLOAT64_BOUND * max(magnitude.max().item(), 1.0) * max(logit, 1.0)
-        _check("maximum", error, error.max(), torch.tensor(bound), actual, oracle, what)
+        size = magnitude.max()
+        bound = FLOAT64_BOUND * size.clamp(min=1.0) + _sums(size, dtype, reduction, logit)
+        _check("maximum", error, error.max(), bound, actual, oracle, what)
         return
     expected = None if baseline is None else _measures(_error(baseline.detach().to(oracle.device), oracle))
     magnitudes = _measures(magnitude)
@@ -133,9 +134,13 @@ def error_bound(
         reduction, shifts, logit: as in `assert_matches`.
     """
     typical = UNAIDED_ROUNDINGS * _eps(dtype) * magnitude if baseline is None else baseline
-    sums = math.sqrt(reduction) * max(logit, 1.0) * _eps(torch.float32) * magnitude.clamp(min=CANCELLED_MAGNITUDE)
+    sums = _sums(magnitude, torch.float32, reduction, logit)
     cancelled = SHIFT_ROUNDING * _eps(dtype) * math.sqrt(shifts)
     return BASELINE_FACTOR * (typical + cancelled) + _eps(dtype) * magnitude + sums
+
+
+def _sums(magnitude: Tensor, accumulator: torch.dtype, reduction: int, logit: float) -> Tensor:
+    return math.sqrt(reduction) * max(logit, 1.0) * _eps(accumulator) * magnitude.clamp(min=CANCELLED_MAGNITUDE)
 
 
 def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:
@@ -178,7 +183,7 @@ def assert_selection_matches(
         positions: of the queries in their own sequence, `[Tq]`.
         group: query heads a KV head, over which importance is summed.
         reduction: length of the sum behind a score, the key head dim.
-        logit: magnitude of the log-sum-exp, where that is far above 1.
+        logit: magnitude of the logits, where that is above 1.
     """
     if indices.dtype != torch.int32 or indices.shape != oracle_indices.shape:
         raise AssertionError(

@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, merge, newcomers
+from validation.perf.report import TITLES, Results, pictured
 from validation.perf.stages import WHOLE
 from validation.perf.timing import machine_name
 from validation.perf.workloads import PARTS, WORKLOADS, Roofs
@@ -71,8 +71,7 @@ def draw(report: Report) -> dict[str, Figure]:
 
 def _workloads(report: Report) -> list[Results]:
     """Those of which there is the whole op at several lengths."""
-    found = [Results(report, workload) for workload in WORKLOADS.values()]
-    return [r for r in found if sum(r.both(length, r.subject) is not None for length in r.lengths) > 1]
+    return [results for results in (Results(report, w) for w in WORKLOADS.values()) if results.is_a_curve]
 
 
 def _subjects(results: Results) -> list[str]:
@@ -315,7 +314,9 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
     for ax in panels[len(stages) :]:
         ax.set_visible(False)
     bounds = gates.read_table().bounds_of(runs[0]["machine"]["name"])
-    names = [f"{run['date'][5:16].replace('T', ' ')}\n{run['commit'][:7]}" for run in runs]
+    names = [
+        "\n".join(filter(None, (run["date"][5:16].replace("T", " "), run["commit"][:7], _reached(run)))) for run in runs
+    ]
     every = max(1, -(-len(runs) // 6))
     for stage, axes in zip(stages, panels, strict=False):
         worst: list[tuple[float, int, float, str]] = []
@@ -337,7 +338,7 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
         axes.axhline(1, **FLOOR)
         axes.set_xticks(range(0, len(runs), every), names[::every], fontsize=7)
         axes.set_xlim(-0.3, len(runs) - 0.7)
-        axes.set_xlabel("run: when, and of which commit")
+        axes.set_xlabel("run: when, commit, rate of a product")
         axes.set_ylabel("times the first run")
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.8), max(high, 1.2))  # a few percent are to look like a few percent
@@ -347,6 +348,11 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
         above += f", and by more than {bounds.mib:g} MiB"
     figure.text(0.01, 0, above, fontsize=8, color=RED, va="bottom")
     return figure
+
+
+def _reached(run: Report) -> str:
+    """The rate of a large product: cards of a kind differ."""
+    return f"{run['roofs']['flops'] / 1e12:.3g} TFLOP/s" if run.get("roofs") else ""
 
 
 def _of(run: Report, stage: str) -> list[Record]:
@@ -368,7 +374,7 @@ def save(figures: Iterable[tuple[str, Figure | None]], folder: Path, prefix: str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="saved runs")
+    parser.add_argument("files", type=Path, nargs="*", help="saved runs: the first, and what peers did in others")
     parser.add_argument("--latest", action="store_true", help="the last run that was saved here on this machine")
     parser.add_argument("--history", action="store_true", help="also of all saved runs")
     parser.add_argument("--storage", type=Path, default=records.STORAGE)
@@ -384,9 +390,9 @@ def main() -> int:
     if not runs:
         parser.error("name a run, or --latest")
     with plt.rc_context(STYLE):
-        report = merge(runs)
+        report = runs[0]
         pictures = list(draw(report).items())
-        pictures += [(f"beside-{i}", time(run)) for i, run in enumerate(runs) if newcomers(run, runs[0])]
+        pictures += [(f"beside-{i}", time(run)) for i, run in enumerate(runs) if pictured(run, report)]
         if options.history:
             name = report["machine"]["name"]
             files = [*options.files, *records.BASELINES.glob(f"{name}.json")]

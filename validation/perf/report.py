@@ -73,8 +73,8 @@ that this machine reached in the same run, each operation and each byte counted 
 the peak of forward and backward pass beyond the inputs and the gradient from above. All workloads have batch 1 and are
 in bfloat16:
 
-| workload | query heads | KV heads | head dims of keys, values |
-|---|---|---|---|
+| workload | query heads | KV heads | head dims of keys, values | `l`, `d`, `l'` | `n` | `w` | compression |
+|---|---|---|---|---|---|---|---|
 {workloads}
 
 In pictures, lines that go down to the right of others have won; the dotted one is the floor. Both axes are logarithmic:
@@ -90,7 +90,8 @@ dense attention, whose time grows with the square of the length, is twice as ste
 
 ![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
 
-Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked:
+Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked. Runs may be of two
+cards of a kind, which differ: the rate that a large product reached stands below each.
 
 ![Time over saved runs, against the first](img/perf-history.png)
 
@@ -107,9 +108,7 @@ In ms, all in one run, of {date}:
 
 ```sh
 {command}
-```
-
-![Time of forward and backward pass against length, in that run](img/perf-{picture}.png)"""
+```"""
 CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
@@ -140,7 +139,10 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         flops=roofs.flops / 1e12,
         bytes=roofs.bytes / 1e12,
         workloads="\n".join(
-            f"| {w.name} | {w.query_heads} | {w.kv_heads} | {w.key_dim}, {w.value_dim} |" for w in workloads
+            f"| {w.name} | {w.query_heads} | {w.kv_heads} | {w.key_dim}, {w.value_dim} "
+            f"| {w.config.compress_block_size}, {w.config.compress_stride}, {w.config.select_block_size} "
+            f"| {w.config.num_selected_blocks} | {w.config.window_size} | {w.config.compression} |"
+            for w in workloads
         ),
     )
     parts = [head]
@@ -149,19 +151,20 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         parts += [PROMISES, promised(report, promises)]
     for workload in workloads:
         results = Results(report, workload)
-        parts += [f"## {workload.name}", whole_op(results), stages(results, roofs)]
+        parts += [f"## {workload.name}", whole_op(results), stages(results)]
     parts += [beside(each, first, number) for number, each in enumerate(reports.values())]
     parts += [choosing(report, workloads), training(report)]
     if report["failures"]:
         parts.append("## What did not run")
         parts.append(
             table(
-                ("workload", "length", "stage", "subject", "error"),
+                ("workload", "tokens", "stage", "pass", "subject", "error"),
                 (
                     (
                         f["workload"],
-                        f["length"],
+                        _tokens(f["length"]),
                         TITLES.get(f["stage"], f["stage"]),
+                        f.get("direction", ""),
                         f["subject"],
                         _one_line(f["error"]),
                     )
@@ -186,31 +189,43 @@ def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> st
 
 
 def newcomers(report: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
-    """Those who are not in the first run, with which they are not compared."""
-    others = {r["subject"] for r in first["results"]}
-    return [s for s in dict.fromkeys(r["subject"] for r in report["results"]) if s not in others]
+    """Those who have figures that the first run has not, ours aside: they are not compared with it."""
+    shown = {_which(r) for r in first["results"]}
+    found = dict.fromkeys(r["subject"] for r in report["results"] if _which(r) not in shown)
+    return [subject for subject in found if subject != report["subject"] and not subject.startswith(DENSE)]
+
+
+def pictured(report: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether any of them has the whole op at lengths of which a picture can be drawn."""
+    drawn = [results for results in (Results(report, w) for w in WORKLOADS.values()) if results.is_a_curve]
+    return any(results.both(n, s) for results in drawn for n in results.lengths for s in newcomers(report, first))
+
+
+def _which(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*records.KEY(record), record["subject"])
 
 
 def beside(report: Mapping[str, Any], first: Mapping[str, Any], number: int) -> str:
     """Every stage beside newcomers, in their own run, of which `plots` draws a picture by its number."""
-    peers = newcomers(report, first)
+    shown, peers = {_which(r) for r in first["results"]}, newcomers(report, first)
     names = [report["subject"], *peers]
     rows = []
     for workload in WORKLOADS.values():
         results = Results(report, workload)
         for stage, direction, length in itertools.product(TITLES, PASSES, results.lengths):
             times = [results.get(stage, direction, length, name) for name in names]
-            if any(times[1:]):
+            if any(
+                ms and (workload.name, length, stage, direction, s) not in shown
+                for s, ms in zip(peers, times[1:], strict=True)
+            ):
                 rows.append((workload.name, TITLES[stage], direction, _tokens(length), *map(_ms, times)))
     if not rows:
         return ""
     machine = report["machine"]
-    head = BESIDE.format(
-        peers=" and ".join(peers),
-        date=machine["date"],
-        command=shlex.join(machine["command"]),
-        picture=f"beside-{number}",
-    )
+    listed = " and ".join(filter(None, (", ".join(peers[:-1]), peers[-1])))
+    head = BESIDE.format(peers=listed, date=machine["date"], command=shlex.join(machine["command"]))
+    if pictured(report, first):
+        head += f"\n\n![Time of forward and backward pass against length, in that run](img/perf-beside-{number}.png)"
     return f"{head}\n\n{table(('workload', 'stage', 'pass', 'tokens', *names), rows)}"
 
 
@@ -283,13 +298,15 @@ def readme(reports: Sequence[dict[str, Any]], text: str) -> str:
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first report, with what only the others have: of a stage at a length, what one run measured."""
+    """The first report, with what only the others have: of a stage at a length, what one run measured, with the `roofs`
+    of that run and, of all but the first, its `date`."""
     place = operator.itemgetter("workload", "length", "stage")
     places: dict[Any, list[dict[str, Any]]] = {}
     for report in reports:
         found: dict[Any, list[dict[str, Any]]] = {}
+        of_run = {"roofs": report["roofs"]} | ({} if report is reports[0] else {"date": report["machine"]["date"][:10]})
         for record in report["results"]:
-            found.setdefault(place(record), []).append(record)
+            found.setdefault(place(record), []).append({**record, **of_run})
         places = {**found, **places}
     failures = [failure for report in reports for failure in report["failures"]]
     return {**reports[0], "results": list(itertools.chain.from_iterable(places.values())), "failures": failures}
@@ -317,6 +334,11 @@ class Results:
         """Forward and backward pass of the whole op."""
         times = [self.get(WHOLE, direction, length, subject) for direction in PASSES]
         return None if None in times else sum(times)  # type: ignore[arg-type]
+
+    @property
+    def is_a_curve(self) -> bool:
+        """Whether there is the whole op of ours at several lengths."""
+        return sum(self.both(length, self.subject) is not None for length in self.lengths) > 1
 
     def total(self, stage: str, length: int) -> float | None:
         """All passes that a stage of ours has."""
@@ -350,7 +372,7 @@ def whole_op(results: Results) -> str:
     return table(("ms", *(_tokens(length) for length in results.lengths)), rows)
 
 
-def stages(results: Results, roofs: Roofs) -> str:
+def stages(results: Results) -> str:
     """Every stage at some lengths: what it reaches, its floor, and the best of its rivals."""
     rows: list[Sequence[Any]] = []
     for stage, title in TITLES.items():
@@ -360,11 +382,13 @@ def stages(results: Results, roofs: Roofs) -> str:
                 if ms is None:
                     continue
                 cost = results.workload.costs(length)[stage, direction]
-                floor = results.workload.floor(stage, direction, length, roofs)
+                record = results.records[stage, direction, length, results.subject]
+                floor = results.workload.floor(stage, direction, length, Roofs(**record["roofs"]))
+                later = f" (of {record['date']})" if "date" in record else ""
                 others = {s: results.get(stage, direction, length, s) for s in results.rivals if DENSE not in s}
                 best = min(((t, s) for s, t in others.items() if t is not None), default=None)
                 rows.append((
-                    title, direction, _tokens(length), _ms(ms), f"{cost.flops / ms / 1e9:.0f}",
+                    title, direction, _tokens(length) + later, _ms(ms), f"{cost.flops / ms / 1e9:.0f}",
                     f"{cost.bytes / ms / 1e9:.2f}", _ms(floor), _over(ms, floor),
                     f"{_ms(best[0])} ({best[1]})" if best else "",
                 ))  # fmt: skip

@@ -27,7 +27,7 @@ from nsa.functional import CompressionParams
 from validation.implementations import Implementation, load
 from validation.perf.precompile import OPTION, precompile, take_jobs
 from validation.perf.rivals import RIVALS
-from validation.perf.timing import describe_machine, host_time, measure, measure_roofs, peak_memory
+from validation.perf.timing import describe_machine, host_time, keep_memory, measure, measure_roofs, peak_memory
 from validation.perf.workloads import WORKLOADS, Inputs, Workload
 
 PRECOMPILE_SECONDS = 240
@@ -171,6 +171,8 @@ def main() -> int:
     parser.add_argument(OPTION, dest="jobs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)  # on a CPU a pool of threads measures what else the machine is doing
+    if not on_gpu:
+        keep_memory()
 
     default = ("8192" if options.quick else "4096,8192,16384,32768,65536") if on_gpu else "256,1024"
     lengths = sorted(map(int, (options.lengths or default).split(",")))

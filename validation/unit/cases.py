@@ -73,6 +73,11 @@ class Case:
         return 1.0 if self.scale is None else abs(self.scale) * self.key_dim**0.5
 
     @property
+    def selection(self) -> dict[str, Any]:
+        """Keyword arguments of `assert_selection_matches`: a score is a sum over `Dk`."""
+        return {"positions": self.positions, "group": self.group, "reduction": self.key_dim, "logit": self.logit}
+
+    @property
     def call(self) -> dict[str, Any]:
         """Keyword arguments every attention stage takes."""
         return {**self.cu_seqlens, "scale": self.scale}

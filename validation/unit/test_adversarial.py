@@ -144,12 +144,7 @@ def test_matches_the_oracle(stage: Stage, case: Case, adversity, dtype: torch.dt
 @each_case
 def test_selection(case: Case, adversity, dtype: torch.dtype) -> None:
     tensors = adverse(case, dtype, adversity)
-    bound = {
-        "positions": case.positions,
-        "group": case.group,
-        "reduction": case.key_dim,
-        "logit": largest_logit(tensors),
-    }
+    bound = {**case.selection, "logit": largest_logit(tensors)}
     indices, scores = select_blocks(TRITON, case, tensors), importance(case, tensors)
     assert_selection_matches(indices, tensors["indices"], scores, case.config, dtype, **bound)
 

@@ -113,8 +113,7 @@ def test_importance_of_one_tile_of_queries_at_a_time(monkeypatch):
     for case in (FITTED["packed"], FITTED["batch"]):
         tensors, dtype = draw(case, getattr(torch, WIDEST)), getattr(torch, WIDEST)
         indices, expected = select_blocks(TRITON, case, tensors), select_blocks(oracle, case, tensors)
-        bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
-        assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **bound)
+        assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **case.selection)
 
 
 @each_branch

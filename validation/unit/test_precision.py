@@ -38,9 +38,10 @@ SHAPES = [
     Case("head_dim_128", ((57, 300),), PAPER, group=4, kv_heads=1, key_dim=128, value_dim=128),
     Case("head_dim_256", whole(70), PAPER, group=4, kv_heads=1, key_dim=256, value_dim=256),
     replace(scaled(BY_ID["latent_head_dims"], 4, 4), id="head_dims_192_128"),
+    replace(scaled(BY_ID["odd_head_dims"], 4, 4), id="head_dims_96_80"),
     BY_ID["packed_paper"],
 ]
-"""Common head dims and groups, the largest, and unequal ones, from nothing to many blocks. The last two are cases of
+"""Common head dims and groups, the largest, and unequal ones, from nothing to many blocks. The last three are cases of
 every stage too, for which the same kernels are compiled."""
 
 PARAMETERS = ("gates", "_position", "_weight", "_weight_out")
@@ -99,9 +100,8 @@ def test_stages_are_about_as_good_as_plain_pytorch(
 @each_shape
 def test_selections_are_about_as_good_as_exact_ones(impl: Implementation, case: Case, dtype: torch.dtype) -> None:
     x = draw(case, dtype)
-    bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
     indices = select_blocks(impl, case, x)
-    assert_selection_matches(indices, x["indices"], importance(case, x), case.config, dtype, **bound)
+    assert_selection_matches(indices, x["indices"], importance(case, x), case.config, dtype, **case.selection)
 
 
 @each_half

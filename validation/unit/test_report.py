@@ -1,6 +1,6 @@
 """The page of measurements: made from a saved run, and from nothing else."""
 
-from validation.perf.report import render
+from validation.perf.report import PASSES, newcomers, render
 
 MACHINE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -47,3 +47,20 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     assert "| workload | stage | pass | tokens | ours | late |" in page.splitlines()
     assert "| W | whole op | forward | 8k | 9.000 | 5.000 |" in page
     assert "a \\| b c |" in page
+
+
+def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it():
+    first = [record(s, "forward", ms, "combine") for s, ms in (("ours", 0.2), ("rival", 0.3))]
+    first += [record("ours", "backward", 0.2, "combine")]
+    second = [record(s, d, 0.4, "combine") for s in ("theirs", "rival") for d in ("forward", "backward")]
+    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
+    a, b = {**report, "results": first}, {**report, "subject": "theirs", "results": second}
+    assert newcomers(b, a) == ["rival"]
+    page = render({"a.json": a, "b.json": b})
+    # Forward passes of both are in the first run already; a picture takes the whole op, at several lengths.
+    assert "## Beside rival\n" in page
+    assert "| W | combine | backward | 8k | 0.400 | 0.400 |" in page
+    assert "| W | combine | forward | 8k | 0.400 | 0.400 |" not in page
+    assert "beside-1" not in page
+    b["results"] += [record(s, d, 1.0, length=n) for s in ("theirs", "rival") for d in PASSES for n in (1024, 2048)]
+    assert "img/perf-beside-1.png" in render({"a.json": a, "b.json": b})

@@ -170,7 +170,7 @@ def assert_selection_sampled(case: Case, dtype: torch.dtype, queries: list[int])
     for query in queries:
         one, inputs = alone(case, tensors, query)
         expected, scores = select_blocks(oracle, one, inputs), importance(one, inputs)
-        bound = {"positions": torch.tensor([query]), "group": case.group, "reduction": case.key_dim}
+        bound = {**case.selection, "positions": torch.tensor([query])}
         what = f"indices of query {query}"
         assert_selection_matches(inputs["indices"], expected, scores, case.config, dtype, **bound, what=what)
 

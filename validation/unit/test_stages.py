@@ -55,8 +55,7 @@ def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
 
 def check_selection(case: Case, tensors: Tensors, indices: Tensor, dtype: torch.dtype) -> None:
     expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
-    bound = {"positions": case.positions, "group": case.group, "reduction": case.key_dim}
-    assert_selection_matches(indices, expected, scores, case.config, dtype, **bound)
+    assert_selection_matches(indices, expected, scores, case.config, dtype, **case.selection)
 
 
 @pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
