@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 IMPL ?=
 FRESH ?=
 # The first that has a figure is believed.
-RUNS ?= validation/perf/baselines/nvidia-h200.json docs/runs/stages_h200.json
+RUNS ?= validation/perf/baselines/nvidia-h200.json docs/runs/again_h200.json docs/runs/stages_h200.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -90,8 +90,8 @@ dense attention, whose time grows with the square of the length, is twice as ste
 
 ![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
 
-Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked. Runs may be of two
-cards of a kind, which differ: the rate that a large product reached stands below each.
+Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked. Two cards of a kind
+may differ: below each run stands the rate that a large product reached.
 
 ![Time over saved runs, against the first](img/perf-history.png)
 
@@ -104,7 +104,8 @@ attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where
 the design asks for; nothing fails where it is not reached."""
 BESIDE = """## Beside {peers}
 
-In ms, all in one run, of {date}:
+In ms, all in one run, of {date}: a few rounds each, without waiting until the clock of a GPU at
+heavy work is steady, and so not to be compared with what is above:
 
 ```sh
 {command}
