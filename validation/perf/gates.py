@@ -130,8 +130,8 @@ def differences(
 ) -> Iterator[str]:
     """Benchmarks that only one of the two has; peers may be there or not. Of a partial run nobody expects them all, and
     what a rival could not do when the baseline was made, one of its `failures`, it may do now."""
-    could_not = {_who(failure) for failure in failures}
-    run = [record for record in run if record["role"] == "ours" or _who(record) not in could_not]
+    could_not = {records.which(failure) for failure in failures}
+    run = [record for record in run if record["role"] == "ours" or records.which(record) not in could_not]
     names, before = ({r["fullname"] for r in records if r["role"] != "peer"} for records in (run, baseline))
     if not names & before:
         yield "nothing was compared: this run and the baseline have no benchmark in common"
@@ -140,11 +140,6 @@ def differences(
         yield f"{name}: in the baseline, not in this run ({why})"
     for name in sorted(names - before):
         yield f"{name}: in this run, not in the baseline (new or renamed? a new baseline is made by make perf-baseline)"
-
-
-def _who(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Whose time for what, of a record or a failure."""
-    return tuple(record.get(name) for name in ("workload", "length", "stage", "direction", "subject"))
 
 
 def promised(run: Sequence[Record], promises: Sequence[Promise], partial: bool) -> Iterator[tuple[Promise, str | None]]:

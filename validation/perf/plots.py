@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, pictured
+from validation.perf.report import TITLES, Results, curves, pictured
 from validation.perf.stages import WHOLE
 from validation.perf.timing import machine_name
 from validation.perf.workloads import PARTS, WORKLOADS, Roofs
@@ -67,11 +67,6 @@ def draw(report: Report) -> dict[str, Figure]:
     """The pictures of one run, by name."""
     drawn = {name: draw(report) for name, draw in PICTURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _workloads(report: Report) -> list[Results]:
-    """Those of which there is the whole op at several lengths."""
-    return [results for results in (Results(report, w) for w in WORKLOADS.values()) if results.is_a_curve]
 
 
 def _subjects(results: Results) -> list[str]:
@@ -134,7 +129,7 @@ def _line(axes: Axes, results: Results, subject: str, value: Callable[[int], flo
 
 def time(report: Report) -> Figure | None:
     """Both passes of the whole op against length."""
-    found = _workloads(report)
+    found = curves(report)
     if not found:
         return None
     figure, panels = _panels(len(found), "Time of forward and backward pass", report)
@@ -159,7 +154,7 @@ def _title(results: Results) -> str:
 
 def speedup(report: Report) -> Figure | None:
     """How many times as fast as dense attention, with what is promised and what is aimed at."""
-    found = [results for results in _workloads(report) if results.dense]
+    found = [results for results in curves(report) if results.dense]
     if not found:
         return None
     figure, panels = _panels(len(found), "Times as fast as dense attention, forward and backward", report)
@@ -192,7 +187,7 @@ def speedup(report: Report) -> Figure | None:
 def stages(report: Report) -> Figure | None:
     """What the whole op is made of, as parts of its own time."""
     found = [
-        r for r in _workloads(report)
+        r for r in curves(report)
         if any(r.get(PARTS[0], "forward", length, r.subject) is not None for length in r.lengths)
     ]  # fmt: skip
     if not found:
@@ -269,7 +264,7 @@ def roofline(report: Report) -> Figure | None:
 
 def memory(report: Report) -> Figure | None:
     """Peak memory of both passes against length."""
-    found = _workloads(report)
+    found = curves(report)
     if not found:
         return None
     figure, panels = _panels(len(found), "Peak memory of forward and backward pass, beyond the inputs", report)

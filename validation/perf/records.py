@@ -22,6 +22,11 @@ STORAGE = Path(".benchmarks")
 KEY = operator.itemgetter("workload", "length", "stage", "direction")
 
 
+def which(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whose time for what, of a record or of a failure: the same in every run."""
+    return tuple(record.get(name) for name in ("workload", "length", "stage", "direction", "subject"))
+
+
 def read(file: Path) -> Report:
     """The report in a file of either kind."""
     return report(json.loads(file.read_text()))
@@ -33,7 +38,7 @@ def report(content: Mapping[str, Any]) -> Report:
         results = [
             {
                 "role": _role(record["subject"], content["subject"]),
-                "fullname": " ".join(map(str, (*KEY(record), record["subject"]))),
+                "fullname": " ".join(map(str, which(record))),
                 **record,
             }
             for record in content["results"]

@@ -191,35 +191,29 @@ def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> st
 
 def newcomers(report: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
     """Those who have figures that the first run has not, ours aside: they are not compared with it."""
-    shown = {_which(r) for r in first["results"]}
-    found = dict.fromkeys(r["subject"] for r in report["results"] if _which(r) not in shown)
+    shown = set(map(records.which, first["results"]))
+    found = dict.fromkeys(r["subject"] for r in report["results"] if records.which(r) not in shown)
     return [subject for subject in found if subject != report["subject"] and not subject.startswith(DENSE)]
 
 
 def pictured(report: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
     """Whether any of them has the whole op at lengths of which a picture can be drawn."""
-    drawn = [results for results in (Results(report, w) for w in WORKLOADS.values()) if results.is_a_curve]
-    return any(results.both(n, s) for results in drawn for n in results.lengths for s in newcomers(report, first))
-
-
-def _which(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*records.KEY(record), record["subject"])
+    peers = newcomers(report, first)
+    return any(results.both(n, peer) for results in curves(report) for n in results.lengths for peer in peers)
 
 
 def beside(report: Mapping[str, Any], first: Mapping[str, Any], number: int) -> str:
     """Every stage beside newcomers, in their own run, of which `plots` draws a picture by its number."""
-    shown, peers = {_which(r) for r in first["results"]}, newcomers(report, first)
+    peers = newcomers(report, first)
     names = [report["subject"], *peers]
     rows = []
     for workload in WORKLOADS.values():
-        results = Results(report, workload)
-        for stage, direction, length in itertools.product(TITLES, PASSES, results.lengths):
-            times = [results.get(stage, direction, length, name) for name in names]
-            if any(
-                ms and (workload.name, length, stage, direction, s) not in shown
-                for s, ms in zip(peers, times[1:], strict=True)
-            ):
-                rows.append((workload.name, TITLES[stage], direction, _tokens(length), *map(_ms, times)))
+        results, shown = Results(report, workload), Results(first, workload)
+        for place in itertools.product(TITLES, PASSES, results.lengths):
+            if any(results.get(*place, peer) and not shown.get(*place, peer) for peer in peers):
+                stage, direction, length = place
+                times = (_ms(results.get(*place, name)) for name in names)
+                rows.append((workload.name, TITLES[stage], direction, _tokens(length), *times))
     if not rows:
         return ""
     machine = report["machine"]
@@ -303,20 +297,22 @@ def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     of that run and, of all but the first, its `date`."""
     place = operator.itemgetter("workload", "length", "stage")
     places: dict[Any, list[dict[str, Any]]] = {}
+    failures: dict[Any, dict[str, Any]] = {}
     for report in reports:
         found: dict[Any, list[dict[str, Any]]] = {}
         of_run = {"roofs": report["roofs"]} | ({} if report is reports[0] else {"date": report["machine"]["date"][:10]})
         for record in report["results"]:
             found.setdefault(place(record), []).append({**record, **of_run})
         places = {**found, **places}
-    failures = [failure for report in reports for failure in report["failures"]]
-    return {**reports[0], "results": list(itertools.chain.from_iterable(places.values())), "failures": failures}
+        failures = {records.which(failure): failure for failure in report["failures"]} | failures
+    results = list(itertools.chain.from_iterable(places.values()))
+    return {**reports[0], "results": results, "failures": list(failures.values())}
 
 
 class Results:
     """The records of one workload, by `(stage, direction, length, subject)`."""
 
-    def __init__(self, report: dict[str, Any], workload: Workload) -> None:
+    def __init__(self, report: Mapping[str, Any], workload: Workload) -> None:
         self.workload, self.subject = workload, report["subject"]
         self.records = {
             (r["stage"], r["direction"], r["length"], r["subject"]): r
@@ -336,15 +332,16 @@ class Results:
         times = [self.get(WHOLE, direction, length, subject) for direction in PASSES]
         return None if None in times else sum(times)  # type: ignore[arg-type]
 
-    @property
-    def is_a_curve(self) -> bool:
-        """Whether there is the whole op of ours at several lengths."""
-        return sum(self.both(length, self.subject) is not None for length in self.lengths) > 1
-
     def total(self, stage: str, length: int) -> float | None:
         """All passes that a stage of ours has."""
         times = [self.get(stage, direction, length, self.subject) for direction in PASSES]
         return sum(ms for ms in times if ms is not None) or None
+
+
+def curves(report: Mapping[str, Any]) -> list[Results]:
+    """Workloads of which there is the whole op of ours at several lengths."""
+    found = [Results(report, workload) for workload in WORKLOADS.values()]
+    return [r for r in found if sum(r.both(length, r.subject) is not None for length in r.lengths) > 1]
 
 
 def whole_op(results: Results) -> str:

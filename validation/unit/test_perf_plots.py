@@ -9,10 +9,9 @@ import pytest
 from matplotlib.colors import to_hex
 
 from validation.perf import plots, records
-from validation.perf.report import merge
 
 PEERS = records.read(Path(__file__).parents[2] / "docs" / "runs" / "stages_h200.json")
-REPORT = merge([records.read(records.BASELINES / "nvidia-h200.json"), PEERS])
+REPORT = records.read(records.BASELINES / "nvidia-h200.json")
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     later = [record(name, "forward", ms) for name, ms in (("ours", 9.0), ("late", 5.0))]
     later += [record("ours", "forward", 1.0, length=4096)]
     second = {**report, "results": later}
-    page = render({"run.json": report, "other.json": {**second, "failures": []}})
+    page = render({"run.json": report, "other.json": second})
     assert "python -m validation.perf.stages --workloads W" in page
     assert "| ours, forward | 1.000 | 2.000 |" in page
     assert "| **dense (cuDNN) / ours**, both passes |  | **1.50** |" in page
@@ -46,7 +46,7 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     assert "## Beside late\n" in page
     assert "| workload | stage | pass | tokens | ours | late |" in page.splitlines()
     assert "| W | whole op | forward | 8k | 9.000 | 5.000 |" in page
-    assert "a \\| b c |" in page
+    assert page.count("a \\| b c |") == 1  # what neither run could do is said once
 
 
 def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it():
