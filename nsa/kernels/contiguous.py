@@ -58,8 +58,9 @@ from nsa.kernels.common import (
 from nsa.kernels.tuning import chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
 
-# Lengths change with every batch; kernels compiled for a length divisible by 16 would gain nothing by it.
-_LENGTHS = ["num_queries", "num_tokens", "num_keys", "window", "shares"]
+# Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
+# nothing by it.
+_LENGTHS = ["num_queries", "num_tokens", "num_keys", "window", "shares", "lse_stride"]
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def _logits(a0, a1, b0, b1, K1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.c
 @triton.jit(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
-    lse_strides, tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale_log2,
+    lse_stride, tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
@@ -209,14 +210,14 @@ def _forward_kernel(
     store_rows(out, out_offsets, inside, acc0 / z[:, None], 0, V0, DV)
     if V1:
         store_rows(out, out_offsets, inside, acc1 / z[:, None], V0, V1, DV)
-    lse += batch64 * lse_strides[0] + token * lse_strides[1] + query_head
+    lse += batch64 * lse_stride + token * (tl.num_programs(1) * G) + query_head
     tl.store(lse, tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2), mask=inside)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _queries_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, dgate, dq,
-    q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, row_strides, dq_strides, tiles,
+    q_strides, k_strides, v_strides, out_strides, dout_strides, lse_stride, row_strides, dq_strides, tiles,
     cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
@@ -255,7 +256,7 @@ def _queries_kernel(
     if V1:
         do1 = load_rows(dout, dout_offsets, inside, V0, V1, DV, True)
         delta += tl.sum(do1.to(ACC) * load_rows(out, out_offsets, inside, V0, V1, DV, True).to(ACC), 1)
-    of_row = batch64 * lse_strides[0] + token * lse_strides[1] + query_head
+    of_row = batch64 * lse_stride + token * (tl.num_programs(1) * G) + query_head
     lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
     row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
@@ -607,7 +608,7 @@ def _forward(
         _forward_kernel[(tiles, heads, batch)](
             q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
             *descriptors(v, options["BLOCK_N"], options["TMA"]), out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
-            lse.stride()[:2], table, *(packing or (None, None, None)), num_queries, num_tokens, num_keys,
+            lse.stride(0), table, *(packing or (None, None, None)), num_queries, num_tokens, num_keys,
             branch.window or 0, scale * LOG2E.value, **_constants(q, k, v, branch, packing), **options,
         )  # fmt: skip
     return out, lse
@@ -645,7 +646,8 @@ def _backward(
     constants = _constants(q, k, v, branch, packing)
     lengths = (*(packing or (None, None, None)), num_queries, num_tokens, num_keys, branch.window or 0)
     lse = lse.contiguous()
-    lse2, delta = lse.new_empty(2, batch, query_heads, num_queries)
+    # Rows begin at whole 64 bytes, however long: kernels are compiled for strides that do and others that do not.
+    lse2, delta = lse.new_empty(2, batch, query_heads, triton.cdiv(num_queries, 16) * 16)
 
     with torch.cuda.device_of(q):
         options, _ = _parameters(branch, "queries", q, k, v)
@@ -654,7 +656,7 @@ def _backward(
         _queries_kernel[(tiles, heads, batch)](
             q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
             *descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, gate, lse, lse2, delta, dgate, dq,
-            *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride()[:2], delta.stride()[:2], dq.stride()[:3],
+            *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride(0), delta.stride()[:2], dq.stride()[:3],
             table, *lengths, scale, scale * LOG2E.value, ADD=add, **constants, **options,
         )  # fmt: skip
 

@@ -57,7 +57,7 @@ PARTIAL_BYTES = 1 << 30
 _LARGEST_GRID = 65535  # along any side but the first
 
 # Sizes that change from call to call and are no reason to compile again.
-_LENGTHS = ("num_queries", "num_keys", "shift", "pairs", "lists", "blocks", "first_list", "first_head")
+_LENGTHS = ("num_queries", "num_keys", "shift", "rows", "pairs", "lists", "blocks", "first_list", "first_head")
 
 
 # Tiles. Head dimensions come in one or two chunks; where there is one, the second is something of no meaning.
@@ -314,17 +314,17 @@ def _members_kernel(order, members, num_queries, pairs, HEADS, SLOTS: tl.constex
 
 
 @triton.jit
-def _find_piece(offsets, pieces, first_list, lists, CHUNK: tl.constexpr, STEPS: tl.constexpr):
+def _find_piece(offsets, pieces, first_list, lists, CHUNK: tl.constexpr):
     """The piece this program has, of those of `lists` lists: its list (-1 if there are fewer pieces), its number in the
     list and how many that has, its first pair and its number of pairs. `pieces` are running totals."""
     item = tl.program_id(0) + tl.load(pieces + first_list - 1, mask=first_list > 0, other=0)
     exists = item < tl.load(pieces + first_list + lists - 1)
     low = first_list
     high = first_list + lists - 1
-    for _ in range(STEPS):
+    while low < high:
         middle = (low + high) // 2
         after = tl.load(pieces + middle) <= item
-        low = tl.where(after, tl.minimum(middle + 1, high), low)
+        low = tl.where(after, middle + 1, low)
         high = tl.where(after, high, middle)
     before = tl.load(pieces + low - 1, mask=low > 0, other=0)
     begin = tl.load(offsets + low) + (item - before) * CHUNK
@@ -355,11 +355,11 @@ def _scatter_kernel(
     num_queries, num_keys, shift, lists, blocks, first_list, first_head, scale, HEADS, SLOTS: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr,
     K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Attention to `KEYS` keys alone of the queries of one piece: `[heads, Tq, N * l' / KEYS, G]` rows and their
     log-sum-exp, base 2."""
-    owner, _, _, begin, count = _find_piece(offsets, pieces, first_list, lists, CHUNK, STEPS)
+    owner, _, _, begin, count = _find_piece(offsets, pieces, first_list, lists, CHUNK)
     if owner >= 0:
         part = tl.program_id(1)
         start, position, length = _find_block(spans, owner % blocks, num_keys, BLOCK, PACKED)
@@ -461,11 +461,11 @@ def _keys_kernel(
     first_list, first_head, scale, HEADS, SLOTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
-    STEPS: tl.constexpr, SCATTER: tl.constexpr, WEIGHTED: tl.constexpr,
+    SCATTER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of `KEYS` keys of a block from one piece of its list; tiles are `[KEYS, ROWS]`. With SCATTER also
     each pair's part of `dq`, laid out as `_scatter_kernel` does. `shared` counts the pieces with partial sums."""
-    owner, piece, siblings, begin, count = _find_piece(offsets, pieces, first_list, lists, CHUNK, STEPS)
+    owner, piece, siblings, begin, count = _find_piece(offsets, pieces, first_list, lists, CHUNK)
     if owner >= 0:
         start, position, length = _find_block(spans, owner % blocks, num_keys, BLOCK, PACKED)
         head = (owner // blocks % HEADS).to(tl.int64)
@@ -776,7 +776,7 @@ def _forward_by_block(
         _scatter_kernel[(lists + count * num_queries * slots // chunk, parts)](
             q, k, v, *index[:3], partial, partial_lse, packing.located, packing.spans, *strides, num_queries, num_keys,
             shift, lists, packing.blocks, first * packing.blocks, first, scale, heads, ROWS=parameters["BLOCK_M"],
-            CHUNK=chunk, STEPS=lists.bit_length(), **constants, **_compiled(parameters),
+            CHUNK=chunk, **constants, **_compiled(parameters),
         )  # fmt: skip
         tile = 16 if triton.knobs.runtime.interpret else 32
         _gather_kernel[(triton.cdiv(num_queries * group, tile), count)](
@@ -851,7 +851,7 @@ def backward(
                 q, k, v, dout, lse2, delta, *index[:3], shared, dk, dv, partial_dk, partial_dv, partial_dq,
                 packing.located, packing.spans, *strides, num_queries, num_keys, shift, lists, packing.blocks,
                 first * packing.blocks, first, scale, heads, ROWS=by_block["BLOCK_M"], CHUNK=chunk,
-                STEPS=lists.bit_length(), SCATTER=scatter, WEIGHTED=gate is not None, **constants,
+                SCATTER=scatter, WEIGHTED=gate is not None, **constants,
                 **_compiled(by_block),
             )  # fmt: skip
             if scatter:

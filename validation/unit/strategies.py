@@ -36,7 +36,6 @@ BLOCKS: list[Blocks] = [
 COMPILED_SHAPES: dict[Shape, tuple[int, int, int]] = {
     ((16, 8, 16), 2, 16, 16): (0, 0, 1),
     ((16, 16, 16), 16, 16, 16): (1, 2, 2),
-    ((16, 16, 32), 1, 24, 16): (2, 1, 0),
     ((32, 16, 64), 3, 48, 80): (1, 2, 2),
 }
 """For those who take no smaller ones, with how many blocks are initial, local and free: constants of kernels, which are

@@ -149,6 +149,7 @@ def test_import_needs_neither_torchtitan_nor_a_gpu():
 MEMORY = """
 import resource, torch
 from nsa import NSAConfig, nsa_attention
+torch.set_num_threads(1)  # as conftest.py has it for tests
 T, H, D, config = 16384, 4, 64, NSAConfig()
 def draw(tokens): return torch.randn(1, tokens, H, D, requires_grad=True)
 C = config.num_compressed(T)
