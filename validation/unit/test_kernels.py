@@ -45,8 +45,8 @@ CONTIGUOUS = tuple(
     f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
 )
 
-# In test_stages.py all cases go the way that is theirs, in every dtype; compiled, the other is tried in one dtype on one
-# case of each kind.
+# In test_stages.py all cases go the way that is theirs, in every dtype; the other is compiled for one case of each kind
+# in one dtype.
 each_case = pytest.mark.parametrize(
     ("case", "dtype_name"),
     [
