@@ -30,7 +30,7 @@ from nsa.kernels.select import select_blocks
 from nsa.operators import accumulation_dtype, config_of, sizes_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _combine_kernel(
     compressed, selected, window, gates, out, count, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ACC: tl.constexpr,

@@ -6,10 +6,11 @@ interpreter shows that the algebra is right, and compiled kernels are held to th
 
 import pytest
 import torch
+import triton
 
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
-from nsa.kernels import select, selected
+from nsa.kernels import attention, contiguous, select, selected
 from validation import oracle
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
@@ -139,9 +140,9 @@ def test_the_layer_is_the_same_on_both_backends(dtype_name):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype_name == "bfloat16"):
             out = layer(x, rope)
         results.append([out, *torch.autograd.grad(out.float().sum(), list(layer.parameters()))])
-    for name, eager, triton in zip(["output", *dict(layers[0].named_parameters())], *results, strict=True):
+    for name, expected, actual in zip(["output", *dict(layers[0].named_parameters())], *results, strict=True):
         dtype = getattr(torch, dtype_name)
-        assert_matches(triton, eager.double(), what=name, reduction=longest_sum, dtype=dtype)
+        assert_matches(actual, expected.double(), what=name, reduction=longest_sum, dtype=dtype)
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="float64 kernels exist under the interpreter only")
@@ -183,3 +184,25 @@ def test_launches_by_block_fit_a_grid() -> None:
     shares = selected._shares(200_000, 1)
     assert max(number for _, number in shares) < 1 << 16
     assert sum(number for _, number in shares) == 200_000
+
+
+@pytest.mark.needs_gpu
+def test_another_length_is_no_reason_to_compile(monkeypatch):
+    """Neither that it is no multiple of 16 nor how many blocks it has."""
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    for module in (attention, contiguous, select, selected):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()  # what other tests have compiled
+
+    def kernels_of(tokens):
+        case = Case("lengths", whole(tokens), NSAConfig(), kv_heads=4, group=4, key_dim=128, value_dim=128)
+        x = {**draw_inputs(case, torch.bfloat16), "indices": None}
+        dict(STAGES["nsa_attention"].results(TRITON, case, x))
+        found = compiled.copy()
+        compiled.clear()
+        return found
+
+    assert kernels_of(1104), "nothing was compiled: this test would show nothing"
+    assert kernels_of(1101) == kernels_of(1999) == []
