@@ -40,7 +40,8 @@ the dtype. Those may cancel altogether: a hidden layer of five leaves five numbe
 rounding leaves does not cancel: the root of as many as there are blocks. Through attention, keys that move alike change
 nothing at all: backward passes subtract the product of the saved output and the gradient from above from the gradient
 of every score of a query, exactly what makes those sum to 0, but for the output's rounding, of as many as there are
-queries.
+queries. The weights of compression see the position in every block: that part of their gradient is the position's, as
+many times as large as the position is.
 """
 
 CANCELLED_MAGNITUDE = 4.0
@@ -75,7 +76,7 @@ def assert_matches(
     what: str,
     baseline: Tensor | None = None,
     reduction: int = 1,
-    shifts: int = 0,
+    shifts: float = 0,
     logit: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -87,7 +88,8 @@ def assert_matches(
         what: name of the tensor, for the message.
         baseline: plain PyTorch's result in the same dtype; None when `actual` is that itself.
         reduction: length of the longest sum behind an element.
-        shifts: rounded terms of a sum that may cancel, where this is the gradient of what moves all of something alike.
+        shifts: rounded terms of a sum that may cancel, where this is the gradient of what moves all of something alike;
+            times the square of what that sum is multiplied by.
         logit: magnitude of the logits, where that is above 1.
         dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
     """
@@ -124,7 +126,7 @@ def error_bound(
     *,
     baseline: Tensor | None = None,
     reduction: int = 1,
-    shifts: int = 0,
+    shifts: float = 0,
     logit: float = 1.0,
 ) -> Tensor:
     """The most by which something of a magnitude may miss the oracle: the policy above in a narrow dtype.

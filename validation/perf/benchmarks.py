@@ -302,8 +302,10 @@ def _training_step(flavor: str, length: int) -> Calls:
     return Calls(call, call)
 
 
-def jobs(benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
+def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[list[Benchmark]]:
     """What has to be called for every kernel to have been: of each kind the shortest and a long one.
+
+    Of `wanted`, ids of benchmarks, if there are any, for every kernel of theirs.
 
     Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
     FlexAttention's, which take the longest to compile, for every length. The layer has no kernels of its own, nor has
@@ -316,7 +318,11 @@ def jobs(benchmarks: Sequence[Benchmark]) -> list[list[Benchmark]]:
         elif b.stage != "layer" and not b.subject.startswith("dense"):
             kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
     # The number of candidates is a constant of the selection's kernel, and grows with the length.
-    found = [[b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)] for kind in kinds.values()]
+    found = [
+        [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
+        for kind in kinds.values()
+        if not wanted or any(b.id in wanted for b in kind)
+    ]
     return sorted(found, key=lambda job: job[0].stage not in (WHOLE, "training"))
 
 
@@ -337,10 +343,11 @@ def main() -> int:
     parser.add_argument("--impl")
     parser.add_argument("--peer", action="append", default=[])
     parser.add_argument(OPTION, dest="jobs", type=Path, required=True)
+    parser.add_argument("--only", action="append", default=[], metavar="ID", help="a benchmark, instead of all")
     options = parser.parse_args()
     global DRAWS, LAYERS
     DRAWS = LAYERS = 1  # memory is shared by all copies
-    take_jobs(jobs(collect(options.impl, options.peer)), options.jobs, _call_once)
+    take_jobs(jobs(collect(options.impl, options.peer), options.only), options.jobs, _call_once)
     return 0
 
 

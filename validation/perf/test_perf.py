@@ -36,13 +36,15 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """Everything that needs compiling has been: while the GPU would wait, by as many processes as there are cores."""
+    """All that this run needs compiled has been: while the GPU would wait, by as many processes as there are cores."""
     if not torch.cuda.is_available():
         return
     option = request.config.option
     command = [sys.executable, "-m", "validation.perf.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
-    if len(request.session.items) > 20:  # a few kernels are compiled sooner than the processes are up
+    wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_speed"]
+    command += [f"--only={name}" for name in wanted]
+    if len(wanted) > 20:  # a few kernels are compiled sooner than the processes are up
         outcomes = precompile(command, min(14, os.cpu_count() or 1), COMPILING)
         reporter = request.config.pluginmanager.getplugin("terminalreporter")
         for line in (f"compiled ahead: {len(outcomes)} jobs", *filter(None, outcomes.values())):

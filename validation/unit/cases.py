@@ -388,12 +388,14 @@ def compare(
             nearest = dict(stage.results(oracle, case, tensors, dtype))
     for name, actual in stage.results(impl, case, tensors, dtype):
         what = f"{stage.name}, case {case.id}, {name}"
-        # A gradient of keys sums over queries, whatever the stage sums over.
-        reduction = max(stage.reduction(case), case.num_queries * case.group)
-        shifts = 0
-        if name.endswith("_position"):  # a position of keys moves all those of a query, any other the blocks alone
-            keys = stage is SHARED and name == "gradient of k_position"
-            shifts = case.num_queries * case.group if keys else case.batch * case.config.num_compressed(case.num_keys)
+        queries, blocks = case.num_queries * case.group, case.batch * case.config.num_compressed(case.num_keys)
+        # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
+        compressing = name.endswith(("_position", "_weight", "_weight_out"))
+        reduction = max(stage.reduction(case), queries * blocks if stage is SHARED and compressing else queries)
+        shifts = blocks if name.endswith("_position") else 0
+        if stage is SHARED and name.startswith("gradient of k_"):  # all keys of a query have the position in common
+            largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
+            shifts = queries * largest**2
         # Inputs are exact for the oracle, too: what is kept in a wider dtype is held to that.
         kept = actual.dtype if name == "lse" else dtype
         bound = {"baseline": nearest.get(name), "reduction": reduction, "logit": max(logit, case.logit), "dtype": kept}

@@ -110,18 +110,30 @@ def test_a_peer_is_timed_in_what_it_can_do_and_says_it_can(monkeypatch: pytest.M
     }
 
 
-def test_every_kernel_of_a_plan_is_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[benchmarks.Benchmark]:
+    """What a GPU would run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
-    found = benchmarks.collect("triton")
-    kinds = {(b.workload, b.stage, b.direction) for b in found if b.role == "ours" and b.stage != "layer"}
-    jobs = benchmarks.jobs(found)
+    return benchmarks.collect("triton")
+
+
+def test_every_kernel_of_a_plan_is_compiled_beforehand(planned: list[benchmarks.Benchmark]) -> None:
+    kinds = {(b.workload, b.stage, b.direction) for b in planned if b.role == "ours" and b.stage != "layer"}
+    jobs = benchmarks.jobs(planned)
     assert {(b.workload, b.stage, b.direction) for job in jobs for b in job if b.role == "ours"} == kinds
     lengths = {stage: {b.length for job in jobs for b in job if b.stage == stage} for _, stage, _ in kinds}
     # Whose kernel is another one for every length.
-    assert lengths.pop("select_blocks") == {b.length for b in found if b.stage == "select_blocks"}
+    assert lengths.pop("select_blocks") == {b.length for b in planned if b.stage == "select_blocks"}
     del lengths["training"]
     assert max(map(max, lengths.values())) == 32768
+
+
+def test_no_kernel_is_compiled_beforehand_that_nobody_wants(planned: list[benchmarks.Benchmark]) -> None:
+    wanted = ["W-64k-sliding_window_attention-backward-triton", "W-8k-sliding_window_attention-forward-FlexAttention"]
+    assert set(wanted) < {b.id for b in planned}
+    kinds = {(b.workload, b.stage, b.subject) for job in benchmarks.jobs(planned, wanted) for b in job}
+    assert kinds == {("W", "sliding_window_attention", subject) for subject in ("triton", "FlexAttention")}
 
 
 FAULTS = """
