@@ -1,4 +1,4 @@
-"""Triton's interpreter, made fast enough for a CPU to put every kernel through every case.
+"""Triton's interpreter, made fast enough for a CPU to put every kernel through every case, and to round as GPUs do.
 
 Of the time an operation takes under the interpreter, NumPy has a small part. Most goes into finding out again, for
 each operation of each program, what does not change. `accelerate` sees to five such places; results stay the same, bit
@@ -16,6 +16,9 @@ for bit:
 Kernels of other people that tune themselves at the first call find no clock there: they get the first configuration.
 
 Together they are worth a factor of about four. Triton 3.6 to 3.7.1 have these places.
+
+`round_to_nearest` does change results. Where a GPU rounds a float32 to the nearest bfloat16, the interpreter cuts it
+off: twice as far from it on average, and always towards zero, so that errors add up which else cancel.
 """
 
 import sys
@@ -24,6 +27,8 @@ from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 
 @cache
@@ -52,6 +57,24 @@ def accelerate() -> bool:
     interpreter.GridExecutor.__call__ = _unfollowed(interpreter.GridExecutor.__call__)
     autotuner.Autotuner.do_bench = lambda self, call, quantiles: [1.0 for _ in quantiles]
     return True
+
+
+@cache
+def round_to_nearest() -> None:
+    """Makes a float32 the nearest bfloat16 in the interpreter, of two as near the even one. There is no way back."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = source.data.view(np.uint32).astype(np.uint64)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16), target.scalar)
+
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 def _remembering(numpy_dtype: Callable[..., Any]) -> Callable[..., Any]:

@@ -75,6 +75,7 @@ def compare(case):
         from validation import interpreter
 
         interpreter.accelerate()
+        interpreter.round_to_nearest()
     from torch.distributed.device_mesh import init_device_mesh
     from torchtitan.distributed.context_parallel import cp_shard
     from torchtitan.models.llama3.infra.parallelize import apply_tp

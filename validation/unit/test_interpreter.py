@@ -1,4 +1,7 @@
-"""The accelerated interpreter against Triton's own: run as a module, this file asks the one and then the other."""
+"""The accelerated interpreter against Triton's own: run as a module, this file asks the one and then the other.
+
+And its rounding against PyTorch's.
+"""
 
 import os
 import subprocess
@@ -8,11 +11,13 @@ import numpy
 import pytest
 import torch
 import triton
+import triton.language as tl
 from packaging.version import Version
 
 from nsa import kernels
 from validation import interpreter
 from validation.implementations import load
+from validation.numerics import assert_equal
 from validation.unit.cases import STAGES, Case, config, draw, select_blocks
 
 
@@ -41,6 +46,21 @@ def test_results_are_bit_for_bit_those_of_triton():
     command = [sys.executable, "-m", "validation.unit.test_interpreter"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@triton.jit
+def _copy_kernel(x, out, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    tl.store(out + places, tl.load(x + places).to(tl.bfloat16))
+
+
+def test_a_bfloat16_is_the_nearest_one(on_device):
+    ties = [1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, -1 - 3 / 256]
+    extremes = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38]
+    x = torch.cat((torch.tensor(ties + extremes), torch.randn(1013)))
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    _copy_kernel[(1,)](x, out, COUNT=1024)
+    assert_equal(out, x.bfloat16(), what="float32 as bfloat16")
 
 
 if __name__ == "__main__":
