@@ -24,6 +24,10 @@ from validation.seeds import seed_of
 Tensors = dict[str, Any]
 
 
+PARAMETERS = ("_position", "_weight", "_weight_out")
+"""How names of compression's parameters end, after `k` or `v`."""
+
+
 def config(blocks: tuple[int, int, int] = (4, 2, 8), selected: int = 4, window: int = 7, **rest: Any) -> NSAConfig:
     """A configuration with blocks `(l, d, l')`, `n` and `w`."""
     return NSAConfig(*blocks, num_selected_blocks=selected, window_size=window, **rest)
@@ -390,8 +394,8 @@ def compare(
         what = f"{stage.name}, case {case.id}, {name}"
         queries, blocks = case.num_queries * case.group, case.batch * case.config.num_compressed(case.num_keys)
         # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
-        compressing = name.endswith(("_position", "_weight", "_weight_out"))
-        reduction = max(stage.reduction(case), queries * blocks if stage is SHARED and compressing else queries)
+        beyond = stage is SHARED and name.endswith(PARAMETERS)
+        reduction = max(stage.reduction(case), queries * blocks if beyond else queries)
         shifts = blocks if name.endswith("_position") else 0
         if stage is SHARED and name.startswith("gradient of k_"):  # all keys of a query have the position in common
             largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
@@ -474,14 +478,14 @@ STAGES = {
         Stage(
             "compress_keys",
             ("compress",),
-            ("k", "k_position", "k_weight", "k_weight_out"),
+            ("k", *(f"k{name}" for name in PARAMETERS)),
             _compress("k"),
             lambda case: case.config.compress_block_size * case.key_dim,
         ),
         Stage(
             "compress_values",
             ("compress",),
-            ("v", "v_position", "v_weight", "v_weight_out"),
+            ("v", *(f"v{name}" for name in PARAMETERS)),
             _compress("v"),
             lambda case: case.config.compress_block_size * case.value_dim,
         ),
@@ -523,7 +527,7 @@ EVERY = {**STAGES, SELECTION.name: SELECTION}
 SHARED = Stage(
     "nsa_attention_from_shared_keys",
     ("compress", "nsa_attention"),
-    ("q", "k", "v", "gates", *(f"{kind}_{name}" for kind in "kv" for name in ("position", "weight", "weight_out"))),
+    ("q", "k", "v", "gates", *(f"{kind}{name}" for kind in "kv" for name in PARAMETERS)),
     _from_shared_keys,
     lambda case: case.num_keys + case.config.compress_block_size * case.key_dim,
 )

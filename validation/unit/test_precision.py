@@ -17,6 +17,7 @@ from validation.numerics import assert_equal, assert_matches, assert_selection_m
 from validation.precision import AXES, NARROW, SHOWN, Point, measure, plot
 from validation.unit.cases import (
     BY_ID,
+    PARAMETERS,
     STAGES,
     Case,
     Stage,
@@ -42,8 +43,6 @@ SHAPES = [
 ]
 """Common head dims, the largest, and unequal ones. The last three are cases of every stage too, the first three are
 sizes of the axes below, and the same kernels are compiled for them."""
-
-PARAMETERS = ("gates", "_position", "_weight", "_weight_out")
 
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 each_shape = pytest.mark.parametrize("case", SHAPES, indirect=True, ids=lambda case: case.id)
@@ -130,7 +129,7 @@ def test_float32_parameters_meet_narrow_activations(
 ) -> None:
     stage = STAGES[name]
     case = Case("mixed", whole(100), config((16, 8, 16), 3, 20, compression=compression), key_dim=32, value_dim=16)
-    wide = {key: x for key, x in draw(case, torch.float32).items() if key.endswith(PARAMETERS)}
+    wide = {key: x for key, x in draw(case, torch.float32).items() if key.endswith(("gates", *PARAMETERS))}
     x = {**draw(case, dtype), **wide}
     compare(impl, stage, case, x, dtype, beside_plain=True)
     for key, result in stage.results(impl, case, x, dtype):

@@ -25,7 +25,18 @@ from nsa.config import NSAConfig
 from validation import oracle
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import STAGES, Case, Stage, Tensors, config, draw_inputs, importance, select_blocks, whole
+from validation.unit.cases import (
+    PARAMETERS,
+    STAGES,
+    Case,
+    Stage,
+    Tensors,
+    config,
+    draw_inputs,
+    importance,
+    select_blocks,
+    whole,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device", "memory_given_back")
 
@@ -109,7 +120,7 @@ def up_to(case: Case, name: str, x: Tensor, query: int) -> Tensor:
 
 def alone(case: Case, tensors: Tensors, query: int) -> tuple[Case, Tensors]:
     """The query as the only one, last of its keys."""
-    names = [name for name in tensors if "_weight" not in name and "_position" not in name]
+    names = [name for name in tensors if not name.endswith(PARAMETERS)]
     return replace(case, lengths=((1, query + 1),)), {n: up_to(case, n, tensors[n], query) for n in names}
 
 
