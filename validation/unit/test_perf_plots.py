@@ -46,7 +46,7 @@ def test_time_is_that_of_both_passes_of_all_beside_the_floor() -> None:
     assert figure is not None
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert set(lines) == {"triton", "dense (cuDNN)", "SNSA", "XunhaoLai", "floor of NSA"}
+    assert set(lines) == {"triton", "dense (cuDNN)", "SNSA with FlexAttention", "floor of NSA"}
     ours = dict(zip(*lines["triton"].get_data(), strict=True))
     found = {
         r["direction"]: r["median"]
