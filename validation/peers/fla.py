@@ -44,7 +44,7 @@ def supports(config: Any) -> bool:
 
 def compress(x: Tensor, params: None, config: Any, *, cu_seqlens: Tensor | None = None) -> Tensor:
     pooled = mean_pooling(x, config.select_block_size, _long(cu_seqlens))
-    ours, theirs = _blocks(x.shape[1], config, cu_seqlens, x.device)
+    ours, theirs, _ = _blocks(x.shape[1], config, cu_seqlens, x.device)
     out = x.new_zeros(x.shape[0], config.num_compressed(x.shape[1]), *x.shape[2:])
     return out.index_copy(1, ours, pooled[:, theirs])
 
@@ -212,21 +212,20 @@ def _offsets(queries: Tensor | None, keys: Tensor | None) -> Any:
     return queries.long(), keys.long()
 
 
-def _blocks(tokens: int, config: Any, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the full blocks of all sequences are among ours and among theirs."""
+def _blocks(tokens: int, config: Any, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Where the full blocks of all sequences are among ours and among theirs, and how many theirs are in all."""
     size = config.select_block_size
     lengths = torch.tensor([tokens]) if cu_seqlens is None else cu_seqlens.diff().cpu()
-    starts = (-(-lengths // size)).cumsum(0) - (-(-lengths // size))
+    counts = -(-lengths // size)
+    starts = counts.cumsum(0) - counts
     theirs = [start + torch.arange(int(length) // size) for start, length in zip(starts, lengths, strict=True)]
     found = torch.cat(theirs).to(device)
-    return torch.arange(len(found), device=device), found
+    return torch.arange(len(found), device=device), found, int(counts.sum())
 
 
 def _theirs(x: Tensor, tokens: int, config: Any, cu_seqlens: Tensor | None) -> Tensor:
     """Our compressed keys or values `[B, C, Hk, D]` with room for blocks that are not full."""
-    lengths = torch.tensor([tokens]) if cu_seqlens is None else cu_seqlens.diff()
-    room = int((-(-lengths // config.select_block_size)).sum())
-    ours, theirs = _blocks(tokens, config, cu_seqlens, x.device)
+    ours, theirs, room = _blocks(tokens, config, cu_seqlens, x.device)
     return x.new_zeros(x.shape[0], room, *x.shape[2:]).index_copy(1, theirs, x[:, ours])
 
 
