@@ -56,6 +56,7 @@ def _segments(
     first_block = 0
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         last_block = first_block + config.num_compressed(k1 - k0)
+        q0 = max(q0, q1 - (k1 - k0))  # queries before the first key see nothing
         if q1 > q0:
             yield _Segment(slice(q0, q1), slice(k0, k1), slice(first_block, last_block), (k1 - k0) - (q1 - q0))
         first_block = last_block
@@ -95,43 +96,69 @@ def _ungrouped(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # The arithmetic of one tile, shared by all branches: M query rows over L keys. What a row sees is said by how far each
-# key lies ahead of it, `ahead [..., M, L]`: positive hides the key, 0 or less shows it. A boolean mask would say the
-# same several times slower on a CPU, where filling by mask does not vectorise.
+# key lies ahead of it, `ahead [..., M, L]`: positive hides the key, 0 or less shows it. Where everything is finite,
+# that number hides a key by arithmetic alone; a boolean mask takes several times as long on a CPU. An infinity or a
+# NaN would pass through (0 times NaN is NaN), so with `careful` masks are boolean, and rows that are not finite are
+# taken out of products. They count as NaN for those who see them.
 
 _HIDDEN = -1e30  # far below any logit, and finite: a row that sees nothing must not become NaN
 
 
-def _probabilities(q: Tensor, k: Tensor, ahead: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _needs_care(*tensors: Tensor) -> bool:
+    """Whether anything may not be finite. Other devices than a CPU are not asked: the answer would have to wait."""
+    return tensors[0].device.type != "cpu" or not all(bool(x.isfinite().all()) for x in tensors)
+
+
+def _without(x: Tensor, bad: Tensor) -> Tensor:
+    """`x [..., M, D]` with 0 in the rows that are `bad [..., M]`."""
+    return x.masked_fill(bad.unsqueeze(-1), 0)
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """Which rows of `x [..., M, D]` hold an infinity or a NaN."""
+    return ~x.isfinite().all(-1)
+
+
+def _probabilities(q: Tensor, k: Tensor, ahead: Tensor, scale: float, careful: bool) -> tuple[Tensor, Tensor]:
     """Softmax `[..., M, L]` over visible keys and its log-sum-exp `[..., M]`.
 
-    A row that sees nothing gets some probabilities and `-inf`; `_seen` tells it from the others.
+    A row that sees nothing gets some probabilities and `-inf`, which tells it from the others.
     """
-    scores = ((q * scale) @ k.mT).add_(ahead.clamp(0, 1).to(q.dtype) * _HIDDEN)
+    scores = (q * scale) @ k.mT
     if not scores.shape[-1]:
         return scores, scores.new_full(scores.shape[:-1], -torch.inf)
+    if careful:
+        scores.masked_fill_(ahead > 0, _HIDDEN)
+    else:
+        scores.add_(ahead.clamp(0, 1).to(q.dtype) * _HIDDEN)
     peak = scores.amax(-1)
     p = scores.softmax(-1)
-    return p, (peak - p.amax(-1).log_()).masked_fill_(peak < _HIDDEN / 2, -torch.inf)
+    lse = (peak - p.amax(-1).log_()).masked_fill_(peak < _HIDDEN / 2, -torch.inf)
+    return (p.masked_fill_(ahead > 0, 0) if careful else p), lse
 
 
-def _seen(x: Tensor, lse: Tensor) -> Tensor:
-    """`x [..., M, D]` with 0 in the rows that see nothing."""
-    return x * (lse != -torch.inf).unsqueeze(-1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, ahead: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, ahead: Tensor, scale: float, careful: bool) -> tuple[Tensor, Tensor]:
     """Attention of `q [..., M, Dk]` over `k [..., L, Dk]`, `v [..., L, Dv]`; 0 and `-inf` where nothing is seen."""
-    p, lse = _probabilities(q, k, ahead, scale)
-    return _seen(p @ v, lse), lse
+    p, lse = _probabilities(q, k, ahead, scale, careful)
+    if not careful:
+        return _without(p @ v, lse == -torch.inf), lse
+    bad = _not_finite(v)
+    out = p @ _without(v, bad)
+    return out.masked_fill_(((ahead <= 0) & bad.unsqueeze(-2)).any(-1, keepdim=True), torch.nan), lse
 
 
 def _attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ahead: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ahead: Tensor, scale: float, careful: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_attend` with respect to `q`, `k` and `v`."""
-    p, _ = _probabilities(q, k, ahead, scale)
-    dout = _seen(dout, lse)
+    p, _ = _probabilities(q, k, ahead, scale, careful)
+    dout = _without(dout, lse == -torch.inf)
     ds = (dout @ v.mT).sub_((out * dout).sum(-1, keepdim=True)).mul_(p)
+    if careful:
+        bad = _not_finite(dout)
+        p = p.masked_fill((ahead <= 0) & bad.unsqueeze(-1), torch.nan)
+        ds.masked_fill_(ahead > 0, 0)
+        dout, q, k = _without(dout, bad), _without(q, _not_finite(q)), _without(k, _not_finite(k))
     return (ds @ k) * scale, ds.mT @ (q * scale), p.mT @ dout
 
 
@@ -183,9 +210,10 @@ def _contiguous_forward(
     queries, keys, values = _grouped(q, k.shape[2]), _head_major(k), _head_major(v)
     out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
     lse = queries.new_full(queries.shape[:-1], -torch.inf)
+    careful = _needs_care(q, k, v)
     for tile, span, ahead in spans(q, k, segments, config):
         rows = tile.queries
-        o, z = _attend(queries[:, :, rows].flatten(2, 3), keys[:, :, span], values[:, :, span], ahead, scale)
+        o, z = _attend(queries[:, :, rows].flatten(2, 3), keys[:, :, span], values[:, :, span], ahead, scale, careful)
         out[:, :, rows] = o.view_as(out[:, :, rows])
         lse[:, :, rows] = z.view_as(lse[:, :, rows])
     return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)
@@ -207,10 +235,11 @@ def _contiguous_backward(
     per_query = [_grouped(x, k.shape[2]) for x in (dout, q, out, lse)]
     keys, values = _head_major(k), _head_major(v)
     dq, dk, dv = torch.zeros_like(per_query[1]), torch.zeros_like(keys), torch.zeros_like(values)
+    careful = _needs_care(dout, q, k, v, out)
     for tile, span, ahead in spans(q, k, segments, config):
         do, queries, o, z = (x[:, :, tile.queries].flatten(2, 3) for x in per_query)
         tile_dq, tile_dk, tile_dv = _attend_backward(
-            do, queries, keys[:, :, span], values[:, :, span], o, z, ahead, scale
+            do, queries, keys[:, :, span], values[:, :, span], o, z, ahead, scale, careful
         )
         dq[:, :, tile.queries] = tile_dq.view_as(dq[:, :, tile.queries])
         dk[:, :, span] += tile_dk
@@ -271,11 +300,12 @@ def _selected_forward(
     queries, keys, values = _grouped(q, k.shape[2]), _head_major(k), _head_major(v)
     out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
     lse = queries.new_full(queries.shape[:-1], -torch.inf)
+    careful = _needs_care(q, k, v)
     for segment in segments:
         k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
         for tile, rows, ahead in _choices(q, v, indices, segment, config):
             out[:, :, tile.queries], lse[:, :, tile.queries] = _attend(
-                queries[:, :, tile.queries], _gather(k_table, rows), _gather(v_table, rows), ahead, scale
+                queries[:, :, tile.queries], _gather(k_table, rows), _gather(v_table, rows), ahead, scale, careful
             )
     return _ungrouped(out, q.dtype), _ungrouped(lse, lse.dtype)
 
@@ -295,13 +325,14 @@ def _selected_backward(
     per_query = [_grouped(x, k.shape[2]) for x in (dout, q, out, lse)]
     keys, values = _head_major(k), _head_major(v)
     dq, dk, dv = torch.zeros_like(per_query[1]), torch.zeros_like(keys), torch.zeros_like(values)
+    careful = _needs_care(dout, q, k, v, out)
     for segment in segments:
         k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
         dk_table, dv_table = torch.zeros_like(k_table), torch.zeros_like(v_table)
         for tile, rows, ahead in _choices(q, v, indices, segment, config):
             do, queries, o, z = (x[:, :, tile.queries] for x in per_query)
             dq[:, :, tile.queries], tile_dk, tile_dv = _attend_backward(
-                do, queries, _gather(k_table, rows), _gather(v_table, rows), o, z, ahead, scale
+                do, queries, _gather(k_table, rows), _gather(v_table, rows), o, z, ahead, scale, careful
             )
             _scatter_add(dk_table, rows, tile_dk)
             _scatter_add(dv_table, rows, tile_dv)
@@ -337,7 +368,9 @@ def _take_best(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tens
     block = torch.arange(blocks, device=importance.device)
     own = (positions // config.select_block_size).unsqueeze(-1)
     forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
-    score = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    # What is not a number stands below what is forced.
+    score = importance.nan_to_num(nan=torch.finfo(importance.dtype).max, posinf=torch.inf)
+    score = score.masked_fill_(forced, torch.inf).masked_fill_(block > own, -torch.inf)
     # A stable sort is what sends ties to the lower index; topk promises no order.
     best, chosen = score.sort(dim=-1, descending=True, stable=True)
     best, chosen = best[..., :wanted], chosen[..., :wanted]
@@ -392,11 +425,12 @@ def _select(
     config, heads = config_of(sizes), k_cmp.shape[2]
     segments = _segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
     queries, keys = _grouped(q, heads), _head_major(k_cmp)
-    indices = q.new_empty((q.shape[0], heads, q.shape[1], config.num_selected_blocks), dtype=torch.int32)
+    careful = _needs_care(q, k_cmp)
+    indices = q.new_full((q.shape[0], heads, q.shape[1], config.num_selected_blocks), -1, dtype=torch.int32)
     with _no_autocast(q):
         for tile, span, ahead in _prefixes(q, k_cmp, segments, config):
-            p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale)
-            p = _seen(p, lse).unflatten(2, (-1, queries.shape[3])).sum(3)
+            p, lse = _probabilities(queries[:, :, tile.queries].flatten(2, 3), keys[:, :, span], ahead, scale, careful)
+            p = _without(p, lse == -torch.inf).unflatten(2, (-1, queries.shape[3])).sum(3)
             importance = _importance(p, tile.last // config.select_block_size + 1, config)
             indices[:, :, tile.queries] = _take_best(importance, tile.positions(q.device), config).int()
     return _token_major(indices, torch.int32)
@@ -414,6 +448,9 @@ def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
     """`[B, T, Hk, D] -> [B, C, Hk, D]` for blocks that start where `nsa.functional.block_starts` says."""
     within = torch.arange(config.compress_block_size, device=x.device)
     tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)
+    if blocks.filled is not None:
+        # A block that does not exist starts at token 0, whose values must not reach the gradients of the weights.
+        tokens = tokens.masked_fill(~blocks.filled.view(-1, 1, 1, 1), 0)
     if params is None:
         out = tokens.to(accumulation_dtype(x.dtype)).mean(3).to(x.dtype)
     else:
@@ -508,7 +545,9 @@ def nsa_attention(
 def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
     """Gated sum of the branch outputs `[B, Tq, Hq, Dv]` under gates `[B, Tq, Hq, 3]` (paper, equation 5)."""
     dtype = accumulation_dtype(torch.promote_types(branches[0].dtype, gates.dtype))
+    # Slices instead of `unbind`: Inductor would write the gates' gradient over views that it has still to read
+    # (docs/pytorch-compiled-gradients.md).
     compressed, selected, window = (
-        out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1), strict=True)
+        out.to(dtype) * gates[..., branch : branch + 1].to(dtype) for branch, out in enumerate(branches)
     )
     return (compressed + selected + window).to(branches[0].dtype)

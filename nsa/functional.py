@@ -10,7 +10,16 @@ Legend: `B` batch, `T` tokens, `C` compressed blocks, `S` selection blocks, `Hq`
 Errors raised by every function, before any work starts, naming the argument, what was expected and what came:
 `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, size, device or value, and for
 `backend="triton"` where Triton's kernels do not support the arguments: they want a GPU (or `TRITON_INTERPRET=1`), head
-dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'` from 16.
+dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'` from 16. Derivatives are those of
+`torch.autograd`; forward-mode ones and those of `torch.func` (`grad`, `vjp`, `jacrev`, ...) are refused with a
+`ValueError`.
+
+`torch.compile` and `torch.export` see no values, so offsets of packed sequences cannot be refused there. They are made
+legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no sequence, and queries of a
+sequence that has more of them than keys, get an output of 0, and no gradient comes of them.
+
+A token that a query does not attend to has no influence on its output, whatever it holds; nor has a query on the
+gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
 import math
@@ -19,6 +28,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -105,6 +115,9 @@ def compress(
     _check_params(params, x, config)
     if cu_seqlens is not None:
         _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
+        if not _has_values(cu_seqlens):
+            cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, x.shape[1], x.shape[1])
+    _check_derivatives(x=x)
     blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
     # Under autocast products come in another dtype than the keys that they stand beside.
     return _load(backend, config, x).compress(x, params, config, blocks).to(x.dtype)
@@ -140,6 +153,7 @@ def compressed_attention(
     _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    _check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     return _load(backend, config, q, v_cmp).compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, _scale(scale, q))
 
 
@@ -176,6 +190,7 @@ def select_blocks(
     _check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    _check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
     return _load(backend, config, q).select_blocks(q, k_cmp, lse, config, tokens, *cu, _scale(scale, q))
 
 
@@ -197,8 +212,9 @@ def selected_attention(
         q: `[B, Tq, Hq, Dk]`.
         k: `[B, Tk, Hk, Dk]`.
         v: `[B, Tk, Hk, Dv]`.
-        indices: int32 `[B, Tq, Hk, N]`, any order, any `N`; `-1` is skipped wherever it stands, and so are blocks
-            beyond the query. A block listed twice for one query is an error, which only the eager backend looks for.
+        indices: int32 `[B, Tq, Hk, N]`, any order, any `N`. What names no block that the query sees is skipped
+            wherever it stands: `-1`, blocks beyond the query, any number below 0 or too large. A block listed twice
+            for one query is an error, which only the eager backend looks for, uncompiled.
 
     Returns:
         `[B, Tq, Hq, Dv]`; a query with no block gets 0.
@@ -207,9 +223,10 @@ def selected_attention(
     _check_attention(q, k, v, ("k", "v"), "Tk")
     _check_indices(indices, q, k)
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    _check_derivatives(q=q, k=k, v=v)
     implementation = _load(backend, config, q, v)
     if implementation is eager:
-        _check_index_values(indices, config.num_selectable(k.shape[1]))
+        _check_no_block_twice(indices, config.num_selectable(k.shape[1]))
     return implementation.selected_attention(q, k, v, indices, config, *cu, _scale(scale, q))
 
 
@@ -237,6 +254,7 @@ def sliding_window_attention(
     _check_config(config)
     _check_attention(q, k, v, ("k", "v"), "Tk")
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    _check_derivatives(q=q, k=k, v=v)
     return _load(backend, config, q, v).sliding_window_attention(q, k, v, config, *cu, _scale(scale, q))
 
 
@@ -292,7 +310,8 @@ def nsa_attention(
     if indices is not None:
         _check_indices(indices, q, k_slc)
         if implementation is eager:
-            _check_index_values(indices, config.num_selectable(tokens))
+            _check_no_block_twice(indices, config.num_selectable(tokens))
+    _check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates)
 
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     out, indices = implementation.nsa_attention(*tensors, indices, config, *cu, factor)
@@ -349,14 +368,28 @@ def _check_tensor(
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
     expected = dtype if isinstance(dtype, tuple) else (dtype,)
     if dtype is not None and x.dtype not in expected:
-        raise TypeError(f"{name} must have dtype {' or '.join(map(str, expected))}, got {x.dtype}")
+        cast = f": pass {name}.int()" if expected == (torch.int32,) else ""
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, expected))}, got {x.dtype}{cast}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {x.device}")
     if shape is not None and tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
-    # Operators of PyTorch's own making drop it without a word: the derivative would be 0.
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(f"{name} must have no tangent, for want of forward-mode derivatives, got one")
+
+
+@torch.compiler.assume_constant_result  # true of the place in a program, not of a call
+def _differentiated_by_functorch() -> bool:
+    levels = _functorch.get_interpreter_stack() or ()
+    return any(level.key() == _functorch.TransformType.Grad for level in levels)
+
+
+def _check_derivatives(**tensors: Tensor) -> None:
+    """Refuses derivatives that operators do not have. PyTorch would take those of forward mode to be 0."""
+    differentiated = _differentiated_by_functorch()
+    for name, x in tensors.items():
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(f"{name} must have no tangent, since there are no forward-mode derivatives, got one")
+        if differentiated and (torch.compiler.is_compiling() or _functorch.is_gradtrackingtensor(x)):
+            raise ValueError(f"{name} must be differentiated by torch.autograd, got a transform of torch.func")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor | None, names: tuple[str, str], length: str) -> None:
@@ -409,7 +442,26 @@ def _check_packing(
             f"cu_seqlens_k must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
             f"got {lengths_k.tolist()}"
         )
+    if lengths_q is None or lengths_k is None:
+        return _legal_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[1], num_keys)
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+
+
+def _legal_offsets(cu_queries: Tensor, cu_keys: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Offsets from 0 to the last token, whatever is given, for where values cannot be looked at.
+
+    What lies outside of all sequences becomes sequences too: of queries that have no keys, and of keys that have no
+    queries.
+    """
+    queries, keys = (
+        offsets.clamp(0, total).cummax(0).values for offsets, total in ((cu_queries, num_queries), (cu_keys, num_keys))
+    )
+    zero = torch.zeros_like(queries[:1])
+    last_query, last_key = torch.full_like(zero, num_queries), torch.full_like(zero, num_keys)
+    return (
+        torch.cat((zero, queries[:1], queries, last_query, last_query)),
+        torch.cat((zero, zero, keys, keys[-1:], last_key)),
+    )
 
 
 def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tensor | None:
@@ -439,14 +491,12 @@ def _check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"indices must have shape [B, Tq, Hk, N] = {(*expected, 'N')}, got {tuple(indices.shape)}")
 
 
-def _check_index_values(indices: Tensor, num_blocks: int) -> None:
+def _check_no_block_twice(indices: Tensor, num_blocks: int) -> None:
     if not _has_values(indices) or indices.numel() == 0:
         return
-    low, high = indices.aminmax()
-    if low < -1 or high >= num_blocks:
-        raise ValueError(f"indices must lie in [-1, {num_blocks}), got values from {low} to {high}")
     ordered = indices.sort(dim=-1).values
-    repeated = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    named = (ordered[..., 1:] >= 0) & (ordered[..., 1:] < num_blocks)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]) & named
     if bool(repeated.any()):
         raise ValueError(
             f"indices must name a block once a query, got {ordered[..., 1:][repeated][0]} twice in one of "

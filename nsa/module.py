@@ -222,4 +222,5 @@ def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return token
     bounds = cu_seqlens.long()
-    return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]
+    # Compiled, offsets may begin anywhere: a token before the first has no position.
+    return (token - bounds[torch.searchsorted(bounds, token, right=True) - 1]).clamp(min=0)

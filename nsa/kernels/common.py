@@ -126,6 +126,13 @@ def probability(x, log_sum, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
+def find_program(num_tiles, HEADS):
+    """This program's tile, KV head and batch row. Grids have one side: CUDA limits the others to 65,535 blocks."""
+    program = tl.program_id(0)
+    return program % num_tiles, program // num_tiles % HEADS, program // num_tiles // HEADS
+
+
+@triton.jit
 def find_tile(
     tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK, PACKED: tl.constexpr
 ):
@@ -166,15 +173,50 @@ def load_rows(base, offsets, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM
 
 @triton.jit
 def fetch(
-    tiles, base, offsets, seen, batch, head, row, stride,
-    FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    tiles0, tiles1, base, offsets, seen, batch, head, row, stride,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` to `row + BLOCK` of one head, some columns: by descriptor (which pads with 0) or by pointers."""
+    """Rows `row` to `row + BLOCK` of one head in two chunks: by descriptor (which pads with 0) or by pointers. Where
+    there is one chunk, the second is something of no meaning."""
     if TMA:
-        return tiles.load([batch, head, row, FIRST]).reshape(BLOCK, WIDTH)
+        first = tiles0.load([batch, head, row, 0]).reshape(BLOCK, D0)
+        second = first
+        if D1 > 0:
+            second = tiles1.load([batch, head, row, D0]).reshape(BLOCK, D1)
     else:
-        return load_rows(base + tl.cast(row, tl.int64) * stride, offsets, seen, FIRST, WIDTH, DIM, MASKED)
+        base += tl.cast(row, tl.int64) * stride
+        first = load_rows(base, offsets, seen, 0, D0, DIM, MASKED)
+        second = first
+        if D1 > 0:
+            second = load_rows(base, offsets, seen, D0, D1, DIM, MASKED)
+    return first, second
+
+
+@triton.jit
+def not_finite(x0, x1, D1: tl.constexpr, ACC: tl.constexpr):
+    """Which rows of `[M, D0]` and `[M, D1]` hold an infinity or a NaN."""
+    found = tl.max((~(tl.abs(x0.to(ACC)) < float("inf"))).to(tl.int32), 1)
+    if D1 > 0:
+        found = tl.maximum(found, tl.max((~(tl.abs(x1.to(ACC)) < float("inf"))).to(tl.int32), 1))
+    return found > 0
+
+
+@triton.jit
+def any_not_finite(x0, x1, D1: tl.constexpr, ACC: tl.constexpr):
+    """Whether any row does, as a scalar."""
+    return tl.max(not_finite(x0, x1, D1, ACC).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def without(x0, x1, rows, D1: tl.constexpr):
+    """`[M, D0]` and `[M, D1]` with 0 in these `rows [M]`."""
+    x0 = tl.where(rows[:, None], 0.0, x0).to(x0.dtype)
+    if D1 > 0:
+        x1 = tl.where(rows[:, None], 0.0, x1).to(x1.dtype)
+    else:
+        x1 = x0
+    return x0, x1
 
 
 @triton.jit

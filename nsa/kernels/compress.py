@@ -20,22 +20,26 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.common import accumulator, rows_contiguous
+from nsa.kernels.common import accumulator, find_program, rows_contiguous
 from nsa.operators import accumulation_dtype
 
 _ROWS = 16
 """Blocks or tokens a program of the mean takes."""
 
+# Sizes that change from call to call and are no reason to compile again.
+_LENGTHS = ("count", "num_tokens", "num_tiles")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_LENGTHS)
 def _mean_kernel(
-    x, starts, out, count, x_batch, x_token, x_head, HEADS, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    x, starts, out, count, num_tiles, x_batch, x_token, x_head, HEADS, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` blocks of one head; a packed block that does not exist starts at -1 and is 0."""
-    block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    tile, head, batch = find_program(num_tiles, HEADS)
+    block = tile * ROWS + tl.arange(0, ROWS)
+    head = head.to(tl.int64)
+    batch = batch.to(tl.int64)
     start = block.to(tl.int64) * STRIDE
     filled = block < count
     if PACKED:
@@ -52,16 +56,17 @@ def _mean_kernel(
     tl.store(out + rows[:, None] * DIM + column[None, :], (total / LENGTH).to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _mean_backward_kernel(
-    dout, starts, lasts, dx, count, num_tokens, o_batch, o_token, o_head, HEADS, LENGTH: tl.constexpr,
+    dout, starts, lasts, dx, count, num_tokens, num_tiles, o_batch, o_token, o_head, HEADS, LENGTH: tl.constexpr,
     STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """A token belongs to the last block that starts at or before it and to some before that, while they reach it."""
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    tile, head, batch = find_program(num_tiles, HEADS)
+    token = tile * ROWS + tl.arange(0, ROWS)
+    head = head.to(tl.int64)
+    batch = batch.to(tl.int64)
     live = token < num_tokens
     last = token // STRIDE
     if PACKED:
@@ -86,9 +91,10 @@ def _launch(kernel: Any, rows: int, x: Tensor, arguments: tuple[Any, ...], lengt
     """`arguments` as the kernel takes them, up to its constants; the second is the table of starts or None."""
     if x.numel() == 0 or rows == 0:
         return
+    tiles = triton.cdiv(rows, _ROWS)
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(rows, _ROWS), x.shape[2], x.shape[0])](
-            *arguments, *x.stride()[:3], x.shape[2], LENGTH=length, STRIDE=stride, DIM=x.shape[3],
+        kernel[(tiles * x.shape[2] * x.shape[0], 1, 1)](
+            *arguments, tiles, *x.stride()[:3], x.shape[2], LENGTH=length, STRIDE=stride, DIM=x.shape[3],
             WIDTH=triton.next_power_of_2(x.shape[3]), ROWS=_ROWS, ACC=accumulator(x.dtype),
             PACKED=arguments[1] is not None,
         )  # fmt: skip
@@ -148,13 +154,15 @@ def _first_layer(x: Tensor, position: Tensor, weight: Tensor, config: NSAConfig,
     parts = length // stride
     batch, _, heads, dim = x.shape
     pieces = count + parts - 1 if count else 0
-    tokens = x[:, : pieces * stride].transpose(1, 2).unflatten(2, (pieces, stride))
+    tokens = x[:, : pieces * stride].transpose(1, 2).reshape(batch, heads, pieces, stride * dim)
     # Positions go through the product as pieces of their own, for one rounding of the weight's gradient.
-    positions = position.unflatten(1, (parts, stride)).expand(batch, -1, -1, -1, -1)
-    rows = torch.cat((tokens, positions), 2).flatten(3)
+    positions = position.reshape(1, heads, parts, stride * dim).expand(batch, -1, -1, -1)
     weights = weight.view(heads, parts, stride * dim, -1).transpose(1, 2).flatten(2)
-    products = torch.matmul(rows, weights).unflatten(-1, (parts, -1)).to(accumulation_dtype(x.dtype))
-    total = sum(products[:, :, m : m + count, m] + products[:, :, pieces + m, m].unsqueeze(2) for m in range(parts))
+    products = torch.matmul(torch.cat((tokens, positions), 2), weights)
+    products = products.view(batch, heads, pieces + parts, parts, -1).to(accumulation_dtype(x.dtype))
+    # Indexed from the end of what was cut off: an index that depends on the length would compile for each anew.
+    of_tokens, of_positions = products[:, :, :pieces], products[:, :, pieces:]
+    total = sum(of_tokens[:, :, m : m + count, m] + of_positions[:, :, m : m + 1, m] for m in range(parts))
     return cast(Tensor, total).transpose(1, 2).to(x.dtype)
 
 
@@ -167,7 +175,9 @@ def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
     position, weight = params.position.to(x.dtype), params.weight.to(x.dtype)
     if packed:
         within = torch.arange(config.compress_block_size, device=x.device)
-        rows = (x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3) + position).flatten(3)
+        tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)
+        # A block that does not exist starts at token 0, whose values must not reach the gradients of the weights.
+        rows = (tokens.masked_fill(~blocks.filled.view(-1, 1, 1, 1), 0) + position).flatten(3)
         out = torch.einsum("bchi,hif->bchf", rows, weight)
     else:
         out = _first_layer(x, position, weight, config, count)

@@ -23,6 +23,11 @@ a matrix unit takes from registers. Where key tiles are too few to fill the devi
 keys), the queries of a tile are shared out among several programs, which write partial sums to be added afterwards.
 Rows that see nothing get `lse = +inf` there, which makes `p = 0` without a special case.
 
+What a query does not see has no part in its results, whatever it holds: a masked weight of 0 is not enough, for 0
+times NaN is NaN. Kernels look at their sums once, at the end. Where one is not finite they do the same again (CLEAN),
+and in tiles with masks take rows that are not finite out of products; they count as NaN for those who see them. All
+other results keep their bits.
+
 In the forward and the `dq` kernel a row is a (token, head) pair, token-major: the `G` query heads of a KV head stand
 together, whatever `G`. A tile then spans few tokens and its rows see nearly the same keys. Everywhere, tiles that need
 no mask are taken first, by a loop of their own.
@@ -41,26 +46,30 @@ from nsa.kernels.common import (
     LN2,
     LOG2E,
     accumulator,
+    any_not_finite,
     block_offsets,
     describable,
     descriptors,
     dot,
     dot_precision,
     fetch,
+    find_program,
     find_tile,
     load_rows,
+    not_finite,
     probability,
     rows_contiguous,
     store_rows,
     tile_table,
     weigh,
+    without,
 )
 from nsa.kernels.tuning import chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
 
 # Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
 # nothing by it.
-_LENGTHS = ["num_queries", "num_tokens", "num_keys", "window", "shares", "lse_stride"]
+_LENGTHS = ["num_queries", "num_tokens", "num_keys", "window", "num_tiles", "shares", "lse_stride"]
 
 
 @triton.jit
@@ -121,104 +130,109 @@ def _logits(a0, a1, b0, b1, K1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.c
 @triton.jit(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
-    lse_stride, tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale_log2,
-    STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
+    lse_stride, tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, num_tiles, HEADS,
+    scale_log2, STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
+    tile, head, batch = find_program(num_tiles, HEADS)
     # The last tiles see the most keys and are taken first: what is left for the end of a launch is light.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
     first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK_M, PACKED
+        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, num_tiles - 1 - tile, BLOCK_M, PACKED
     )
     shift = num_tokens - num_queries
-    rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < num_queries * G
-    position = rows // G + shift
-    token = (query_start + rows // G).to(tl.int64)
-    query_head = head * G + rows % G
     batch64 = tl.cast(batch, tl.int64)
-
+    head64 = tl.cast(head, tl.int64)
     q += batch64 * q_strides[0]
-    q_offsets = token * q_strides[1] + query_head.to(tl.int64) * q_strides[2]
-    q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
-    q1 = q0
-    if K1:
-        q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
-    k += batch64 * k_strides[0] + tl.cast(head, tl.int64) * k_strides[2]
-    v += batch64 * v_strides[0] + tl.cast(head, tl.int64) * v_strides[2]
-    k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
-    v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
-
-    num_seen = _num_seen(position, STRIDE, LAST)
-    first_seen = position - window + 1
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
+    out += batch64 * out_strides[0]
+    lse += batch64 * lse_stride
     key_first, key_stop, count, a, b = _keys_of(
         first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
         LAST, WINDOWED, BLOCK_N, SPLIT,
     )  # fmt: skip
-    acc0 = tl.zeros([BLOCK_M, V0], ACC)
-    acc1 = tl.zeros([BLOCK_M, V1 if V1 else 16], ACC)
-    m = tl.full([BLOCK_M], float("-inf"), ACC)
-    z = tl.zeros([BLOCK_M], ACC)
-    for MASKED in tl.static_range(0 if SPLIT else 1, 2):
-        for i in range(0, count - (b - a) if MASKED else b - a):
-            start = key_first + _part(i, a, b, MASKED) * BLOCK_N
-            keys = start + tl.arange(0, BLOCK_N)
-            held = keys < key_stop
-            row = key_start + start
-            k0 = fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
-            k1 = k0
-            if K1:
-                k1 = fetch(
-                    k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], K0, K1, DK, BLOCK_N, MASKED, TMA
-                )
-            x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION)
-            if MASKED:
-                visible = keys[None, :] < num_seen[:, None]
-                if WINDOWED:
-                    visible = visible & (keys[None, :] >= first_seen[:, None])
-                # Scaled before it is masked: a scale of 0 must not meet an infinity.
-                x = tl.where(visible, x * scale_log2, float("-inf"))
-                peak = tl.maximum(m, tl.max(x, 1))
-                # A row may have seen nothing yet; -inf less -inf is no number.
-                anchor = tl.where(peak == float("-inf"), 0.0, peak)
-                p = tl.exp2(x - anchor[:, None])
-            else:
-                peak = tl.maximum(m, tl.max(x, 1) * scale_log2)
-                anchor = peak
-                p = tl.exp2(x * scale_log2 - anchor[:, None])
-            rescale = tl.exp2(m - anchor)
-            m = peak
-            z = z * rescale + tl.sum(p, 1)
-            v0 = fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
-            if V1:
-                v1 = fetch(
-                    v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], V0, V1, DV, BLOCK_N, MASKED, TMA
-                )
-            p = p.to(v0.dtype)
-            acc0 = dot(p, v0, acc0 * rescale[:, None], ACC, PRECISION)
-            if V1:
-                acc1 = dot(p, v1, acc1 * rescale[:, None], ACC, PRECISION)
 
-    blind = z == 0
-    z = tl.where(blind, 1.0, z)
-    out += batch64 * out_strides[0]
-    out_offsets = token * out_strides[1] + query_head.to(tl.int64) * out_strides[2]
-    store_rows(out, out_offsets, inside, acc0 / z[:, None], 0, V0, DV)
-    if V1:
-        store_rows(out, out_offsets, inside, acc1 / z[:, None], V0, V1, DV)
-    lse += batch64 * lse_stride + token * (tl.num_programs(1) * G) + query_head
-    tl.store(lse, tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2), mask=inside)
+    again = True
+    for CLEAN in tl.static_range(2):
+        if again:
+            rows = first + tl.arange(0, BLOCK_M)
+            inside = rows < num_queries * G
+            position = rows // G + shift
+            token = (query_start + rows // G).to(tl.int64)
+            query_head = (head * G + rows % G).to(tl.int64)
+            num_seen = _num_seen(position, STRIDE, LAST)
+            first_seen = position - window + 1
+            q_offsets = token * q_strides[1] + query_head * q_strides[2]
+            q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
+            q1 = q0
+            if K1:
+                q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
+            k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
+            v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
+            acc0 = tl.zeros([BLOCK_M, V0], ACC)
+            acc1 = tl.zeros([BLOCK_M, V1 if V1 else 16], ACC)
+            m = tl.full([BLOCK_M], float("-inf"), ACC)
+            z = tl.zeros([BLOCK_M], ACC)
+            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+                for i in range(0, count - (b - a) if MASKED else b - a):
+                    start = key_first + _part(i, a, b, MASKED) * BLOCK_N
+                    keys = start + tl.arange(0, BLOCK_N)
+                    held = keys < key_stop
+                    row = key_start + start
+                    k0, k1 = fetch(
+                        k_tiles0, k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION)
+                    if MASKED:
+                        visible = keys[None, :] < num_seen[:, None]
+                        if WINDOWED:
+                            visible = visible & (keys[None, :] >= first_seen[:, None])
+                        # Scaled before it is masked: a scale of 0 must not meet an infinity.
+                        x = tl.where(visible, x * scale_log2, float("-inf"))
+                        peak = tl.maximum(m, tl.max(x, 1))
+                        # A row may have seen nothing yet; -inf less -inf is no number.
+                        anchor = tl.where(peak == float("-inf"), 0.0, peak)
+                        p = tl.exp2(x - anchor[:, None])
+                    else:
+                        peak = tl.maximum(m, tl.max(x, 1) * scale_log2)
+                        anchor = peak
+                        p = tl.exp2(x * scale_log2 - anchor[:, None])
+                    rescale = tl.exp2(m - anchor)
+                    m = peak
+                    z = z * rescale + tl.sum(p, 1)
+                    v0, v1 = fetch(
+                        v_tiles0, v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    if CLEAN and MASKED:
+                        bad = not_finite(v0, v1, V1, ACC)
+                        v0, v1 = without(v0, v1, bad, V1)
+                        p = tl.where(visible & bad[None, :], float("nan"), p)
+                    p = p.to(v0.dtype)
+                    acc0 = dot(p, v0, acc0 * rescale[:, None], ACC, PRECISION)
+                    if V1:
+                        acc1 = dot(p, v1, acc1 * rescale[:, None], ACC, PRECISION)
+
+            blind = z == 0
+            z = tl.where(blind, 1.0, z)
+            out_offsets = token * out_strides[1] + query_head * out_strides[2]
+            store_rows(out, out_offsets, inside, acc0 / z[:, None], 0, V0, DV)
+            if V1:
+                store_rows(out, out_offsets, inside, acc1 / z[:, None], V0, V1, DV)
+            of_row = token * (HEADS * G) + query_head
+            tl.store(lse + of_row, tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2), mask=inside)
+            if not CLEAN:
+                again = any_not_finite(acc0, acc1, V1, ACC)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _queries_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, dgate, dq,
     q_strides, k_strides, v_strides, out_strides, dout_strides, lse_stride, row_strides, dq_strides, tiles,
-    cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, scale, scale_log2,
+    cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, window, num_tiles, HEADS, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
@@ -226,133 +240,133 @@ def _queries_kernel(
 ):  # fmt: skip
     """`dq`, added to what is there with ADD, the gate's gradient, which is `delta`, and for the other kernel `delta`
     and the log-sum-exp in base 2, weighted by the gate, both head-major."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
+    tile, head, batch = find_program(num_tiles, HEADS)
     first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK_M, PACKED
+        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, num_tiles - 1 - tile, BLOCK_M, PACKED
     )
     shift = num_tokens - num_queries
-    rows = first + tl.arange(0, BLOCK_M)
-    inside = rows < num_queries * G
-    position = rows // G + shift
-    token = (query_start + rows // G).to(tl.int64)
-    query_head = (head * G + rows % G).to(tl.int64)
     batch64 = tl.cast(batch, tl.int64)
-
+    head64 = tl.cast(head, tl.int64)
     q += batch64 * q_strides[0]
-    q_offsets = token * q_strides[1] + query_head * q_strides[2]
-    q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
-    q1 = q0
-    if K1:
-        q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
     out += batch64 * out_strides[0]
-    out_offsets = token * out_strides[1] + query_head * out_strides[2]
     dout += batch64 * dout_strides[0]
-    dout_offsets = token * dout_strides[1] + query_head * dout_strides[2]
-    do0 = load_rows(dout, dout_offsets, inside, 0, V0, DV, True)
-    delta = tl.sum(do0.to(ACC) * load_rows(out, out_offsets, inside, 0, V0, DV, True).to(ACC), 1)
-    do1 = do0
-    if V1:
-        do1 = load_rows(dout, dout_offsets, inside, V0, V1, DV, True)
-        delta += tl.sum(do1.to(ACC) * load_rows(out, out_offsets, inside, V0, V1, DV, True).to(ACC), 1)
-    of_row = batch64 * lse_stride + token * (tl.num_programs(1) * G) + query_head
-    lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
-    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-    row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
-    tl.store(delta_out + row_offsets, delta, mask=inside)
-    if gate is not None:
-        weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
-        tl.store(lse2_out + row_offsets, weigh(lse2, weight, ACC), mask=inside)
-        tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
-    else:
-        weight = tl.full([BLOCK_M], 1.0, ACC)
-        tl.store(lse2_out + row_offsets, lse2, mask=inside)
-    factor = scale * weight
-
-    k += batch64 * k_strides[0] + tl.cast(head, tl.int64) * k_strides[2]
-    v += batch64 * v_strides[0] + tl.cast(head, tl.int64) * v_strides[2]
-    k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
-    v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
-    num_seen = _num_seen(position, STRIDE, LAST)
-    first_seen = position - window + 1
+    dq += batch64 * dq_strides[0]
     key_first, key_stop, count, a, b = _keys_of(
         first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
         LAST, WINDOWED, BLOCK_N, SPLIT,
     )  # fmt: skip
-    dq0 = tl.zeros([BLOCK_M, K0], ACC)
-    dq1 = tl.zeros([BLOCK_M, K1 if K1 else 16], ACC)
-    for MASKED in tl.static_range(0 if SPLIT else 1, 2):
-        for i in range(0, count - (b - a) if MASKED else b - a):
-            start = key_first + _part(i, a, b, MASKED) * BLOCK_N
-            keys = start + tl.arange(0, BLOCK_N)
-            held = keys < key_stop
-            row = key_start + start
-            k0 = fetch(k_tiles0, k, k_offsets, held, batch, head, row, k_strides[1], 0, K0, DK, BLOCK_N, MASKED, TMA)
-            k1 = k0
-            if K1:
-                k1 = fetch(
-                    k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], K0, K1, DK, BLOCK_N, MASKED, TMA
-                )
-            v0 = fetch(v_tiles0, v, v_offsets, held, batch, head, row, v_strides[1], 0, V0, DV, BLOCK_N, MASKED, TMA)
-            v1 = v0
-            if V1:
-                v1 = fetch(
-                    v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], V0, V1, DV, BLOCK_N, MASKED, TMA
-                )
-            x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
-            if MASKED:
-                visible = keys[None, :] < num_seen[:, None]
-                if WINDOWED:
-                    visible = visible & (keys[None, :] >= first_seen[:, None])
-                x = tl.where(visible, x, float("-inf"))
-            p = tl.exp2(x - lse2[:, None])
-            ds = (p * (_logits(do0, do1, v0, v1, V1, ACC, PRECISION) - delta[:, None])).to(k0.dtype)
-            dq0 = dot(ds, k0, dq0, ACC, PRECISION)
-            if K1:
-                dq1 = dot(ds, k1, dq1, ACC, PRECISION)
 
-    dq += batch64 * dq_strides[0]
-    dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
-    store_rows(dq, dq_offsets, inside, dq0 * factor[:, None], 0, K0, DK, ADD)
-    if K1:
-        store_rows(dq, dq_offsets, inside, dq1 * factor[:, None], K0, K1, DK, ADD)
+    again = True
+    for CLEAN in tl.static_range(2):
+        if again:
+            rows = first + tl.arange(0, BLOCK_M)
+            inside = rows < num_queries * G
+            position = rows // G + shift
+            token = (query_start + rows // G).to(tl.int64)
+            query_head = (head * G + rows % G).to(tl.int64)
+            num_seen = _num_seen(position, STRIDE, LAST)
+            first_seen = position - window + 1
+            q_offsets = token * q_strides[1] + query_head * q_strides[2]
+            q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
+            q1 = q0
+            if K1:
+                q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
+            out_offsets = token * out_strides[1] + query_head * out_strides[2]
+            dout_offsets = token * dout_strides[1] + query_head * dout_strides[2]
+            do0 = load_rows(dout, dout_offsets, inside, 0, V0, DV, True)
+            delta = tl.sum(do0.to(ACC) * load_rows(out, out_offsets, inside, 0, V0, DV, True).to(ACC), 1)
+            do1 = do0
+            if V1:
+                do1 = load_rows(dout, dout_offsets, inside, V0, V1, DV, True)
+                delta += tl.sum(do1.to(ACC) * load_rows(out, out_offsets, inside, V0, V1, DV, True).to(ACC), 1)
+            of_row = batch64 * lse_stride + token * (HEADS * G) + query_head
+            lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
+            lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+            row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
+            tl.store(delta_out + row_offsets, delta, mask=inside)
+            if gate is not None:
+                weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
+                tl.store(lse2_out + row_offsets, weigh(lse2, weight, ACC), mask=inside)
+                tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
+            else:
+                weight = tl.full([BLOCK_M], 1.0, ACC)
+                tl.store(lse2_out + row_offsets, lse2, mask=inside)
+
+            k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
+            v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
+            dq0 = tl.zeros([BLOCK_M, K0], ACC)
+            dq1 = tl.zeros([BLOCK_M, K1 if K1 else 16], ACC)
+            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+                for i in range(0, count - (b - a) if MASKED else b - a):
+                    start = key_first + _part(i, a, b, MASKED) * BLOCK_N
+                    keys = start + tl.arange(0, BLOCK_N)
+                    held = keys < key_stop
+                    row = key_start + start
+                    k0, k1 = fetch(
+                        k_tiles0, k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    v0, v1 = fetch(
+                        v_tiles0, v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
+                    if MASKED:
+                        visible = keys[None, :] < num_seen[:, None]
+                        if WINDOWED:
+                            visible = visible & (keys[None, :] >= first_seen[:, None])
+                        x = tl.where(visible, x, float("-inf"))
+                    p = tl.exp2(x - lse2[:, None])
+                    ds = p * (_logits(do0, do1, v0, v1, V1, ACC, PRECISION) - delta[:, None])
+                    if CLEAN and MASKED:
+                        ds = tl.where(visible, ds, 0.0)
+                        k0, k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+                    ds = ds.to(k0.dtype)
+                    dq0 = dot(ds, k0, dq0, ACC, PRECISION)
+                    if K1:
+                        dq1 = dot(ds, k1, dq1, ACC, PRECISION)
+
+            stored = inside
+            if not CLEAN:
+                again = any_not_finite(dq0, dq1, K1, ACC)
+                stored = inside & (not again)  # what is added cannot be taken back
+            factor = scale * weight
+            dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
+            store_rows(dq, dq_offsets, stored, dq0 * factor[:, None], 0, K0, DK, ADD)
+            if K1:
+                store_rows(dq, dq_offsets, stored, dq1 * factor[:, None], K0, K1, DK, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _keys_kernel(
     q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides,
     v_strides, dout_strides, row_strides, dk_strides, dv_strides, tiles, cu_queries, cu_tokens, cu_keys, num_queries,
-    num_tokens, num_keys, window, shares, scale, scale_log2,
+    num_tokens, num_keys, window, num_tiles, HEADS, shares, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One share of `dk` and `dv` of a tile of keys. `dk_strides` begin with that of the share."""
-    tile = tl.program_id(0) // shares
-    share = tl.program_id(0) % shares
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
+    tile, head, batch = find_program(num_tiles * shares, HEADS)
+    share = tile % shares
     first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK_N, PACKED
+        tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile // shares, BLOCK_N, PACKED
     )
     shift = num_tokens - num_queries
+    share64 = tl.cast(share, tl.int64)
     batch64 = tl.cast(batch, tl.int64)
     head64 = tl.cast(head, tl.int64)
-    keys = first + tl.arange(0, BLOCK_N)
-    held = keys < num_keys
-    key = (key_start + keys).to(tl.int64)
+    q += batch64 * q_strides[0]
     k += batch64 * k_strides[0] + head64 * k_strides[2]
     v += batch64 * v_strides[0] + head64 * v_strides[2]
-    k0 = load_rows(k, key * k_strides[1], held, 0, K0, DK, True)
-    k1 = k0
-    if K1:
-        k1 = load_rows(k, key * k_strides[1], held, K0, K1, DK, True)
-    v0 = load_rows(v, key * v_strides[1], held, 0, V0, DV, True)
-    v1 = v0
-    if V1:
-        v1 = load_rows(v, key * v_strides[1], held, V0, V1, DV, True)
+    dout += batch64 * dout_strides[0]
+    lse2 += batch64 * row_strides[0]
+    delta += batch64 * row_strides[0]
+    dk += share64 * dk_strides[0] + batch64 * dk_strides[1] + head64 * dk_strides[3]
+    dv += share64 * dv_strides[0] + batch64 * dv_strides[1] + head64 * dv_strides[3]
 
     # The queries that see any key of the tile, and those that see all, counted from the first of the sequence.
     last = tl.minimum(first + BLOCK_N, num_keys) - 1
@@ -371,128 +385,85 @@ def _keys_kernel(
     a = tl.minimum(tl.maximum(a, x), y)
     b = tl.minimum(tl.maximum(b, x), y)
 
-    q += batch64 * q_strides[0]
-    dout += batch64 * dout_strides[0]
-    lse2 += batch64 * row_strides[0]
-    delta += batch64 * row_strides[0]
-    q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
-    do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
-    dk0 = tl.zeros([BLOCK_N, K0], ACC)
-    dk1 = tl.zeros([BLOCK_N, K1 if K1 else 16], ACC)
-    dv0 = tl.zeros([BLOCK_N, V0], ACC)
-    dv1 = tl.zeros([BLOCK_N, V1 if V1 else 16], ACC)
-    for MASKED in tl.static_range(0 if SPLIT else 1, 2):
-        # Heads are the inner part of one long loop, whose pipeline is filled once.
-        for i in range(0, (y - x - (b - a) if MASKED else b - a) * G):
-            start = query_first + (x + _part(i // G, a - x, b - x, MASKED)) * BLOCK_M
-            queries = start + tl.arange(0, BLOCK_M)
-            inside = queries < num_queries
-            row = query_start + start
-            query_head = head * G + i % G
-            query_head64 = tl.cast(query_head, tl.int64)
-            q_head = q + query_head64 * q_strides[2]
-            do_head = dout + query_head64 * dout_strides[2]
-            q0 = fetch(
-                q_tiles0,
-                q_head,
-                q_offsets,
-                inside,
-                batch,
-                query_head,
-                row,
-                q_strides[1],
-                0,
-                K0,
-                DK,
-                BLOCK_M,
-                MASKED,
-                TMA,
-            )
-            q1 = q0
+    again = True
+    for CLEAN in tl.static_range(2):
+        if again:
+            keys = first + tl.arange(0, BLOCK_N)
+            held = keys < num_keys
+            key = (key_start + keys).to(tl.int64)
+            k0 = load_rows(k, key * k_strides[1], held, 0, K0, DK, True)
+            k1 = k0
             if K1:
-                q1 = fetch(
-                    q_tiles1,
-                    q_head,
-                    q_offsets,
-                    inside,
-                    batch,
-                    query_head,
-                    row,
-                    q_strides[1],
-                    K0,
-                    K1,
-                    DK,
-                    BLOCK_M,
-                    MASKED,
-                    TMA,
-                )
-            do0 = fetch(
-                do_tiles0,
-                do_head,
-                do_offsets,
-                inside,
-                batch,
-                query_head,
-                row,
-                dout_strides[1],
-                0,
-                V0,
-                DV,
-                BLOCK_M,
-                MASKED,
-                TMA,
-            )
-            do1 = do0
+                k1 = load_rows(k, key * k_strides[1], held, K0, K1, DK, True)
+            v0 = load_rows(v, key * v_strides[1], held, 0, V0, DV, True)
+            v1 = v0
             if V1:
-                do1 = fetch(
-                    do_tiles1,
-                    do_head,
-                    do_offsets,
-                    inside,
-                    batch,
-                    query_head,
-                    row,
-                    dout_strides[1],
-                    V0,
-                    V1,
-                    DV,
-                    BLOCK_M,
-                    MASKED,
-                    TMA,
-                )
-            of_row = query_head64 * row_strides[1] + row + tl.arange(0, BLOCK_M)
-            if MASKED:
-                row_lse2 = tl.load(lse2 + of_row, mask=inside, other=float("inf"))
-                row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
-            else:
-                row_lse2 = tl.load(lse2 + of_row)
-                row_delta = tl.load(delta + of_row)
-            s = _logits(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
-            if MASKED:
-                position = queries + shift
-                visible = keys[:, None] < _num_seen(position, STRIDE, LAST)[None, :]
-                if WINDOWED:
-                    visible = visible & (keys[:, None] > (position - window)[None, :])
-                s = tl.where(visible, s, float("-inf"))
-            p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
-            p_low = p.to(do0.dtype)
-            dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
-            if V1:
-                dv1 = dot(p_low, do1, dv1, ACC, PRECISION)
-            ds = (p * (_logits(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])).to(q0.dtype)
-            dk0 = dot(ds, q0, dk0, ACC, PRECISION)
-            if K1:
-                dk1 = dot(ds, q1, dk1, ACC, PRECISION)
+                v1 = load_rows(v, key * v_strides[1], held, V0, V1, DV, True)
+            q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
+            do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
+            dk0 = tl.zeros([BLOCK_N, K0], ACC)
+            dk1 = tl.zeros([BLOCK_N, K1 if K1 else 16], ACC)
+            dv0 = tl.zeros([BLOCK_N, V0], ACC)
+            dv1 = tl.zeros([BLOCK_N, V1 if V1 else 16], ACC)
+            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+                # Heads are the inner part of one long loop, whose pipeline is filled once.
+                for i in range(0, (y - x - (b - a) if MASKED else b - a) * G):
+                    start = query_first + (x + _part(i // G, a - x, b - x, MASKED)) * BLOCK_M
+                    queries = start + tl.arange(0, BLOCK_M)
+                    inside = queries < num_queries
+                    row = query_start + start
+                    query_head = head * G + i % G
+                    query_head64 = tl.cast(query_head, tl.int64)
+                    q0, q1 = fetch(
+                        q_tiles0, q_tiles1, q + query_head64 * q_strides[2], q_offsets, inside, batch, query_head, row,
+                        q_strides[1], DK, K0, K1, BLOCK_M, MASKED, TMA,
+                    )  # fmt: skip
+                    do0, do1 = fetch(
+                        do_tiles0, do_tiles1, dout + query_head64 * dout_strides[2], do_offsets, inside, batch,
+                        query_head, row, dout_strides[1], DV, V0, V1, BLOCK_M, MASKED, TMA,
+                    )  # fmt: skip
+                    of_row = query_head64 * row_strides[1] + row + tl.arange(0, BLOCK_M)
+                    if MASKED:
+                        row_lse2 = tl.load(lse2 + of_row, mask=inside, other=float("inf"))
+                        row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
+                    else:
+                        row_lse2 = tl.load(lse2 + of_row)
+                        row_delta = tl.load(delta + of_row)
+                    s = _logits(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
+                    if MASKED:
+                        position = queries + shift
+                        visible = keys[:, None] < _num_seen(position, STRIDE, LAST)[None, :]
+                        if WINDOWED:
+                            visible = visible & (keys[:, None] > (position - window)[None, :])
+                        s = tl.where(visible, s, float("-inf"))
+                    p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
+                    if CLEAN and MASKED:
+                        visible = visible & inside[None, :]
+                        bad = not_finite(do0, do1, V1, ACC)
+                        do0, do1 = without(do0, do1, bad, V1)
+                        q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
+                        # What is not finite of a query reaches the keys that it sees, and no others.
+                        p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
+                    p_low = p.to(do0.dtype)
+                    dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
+                    if V1:
+                        dv1 = dot(p_low, do1, dv1, ACC, PRECISION)
+                    ds = p * (_logits(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
+                    if CLEAN and MASKED:
+                        ds = tl.where(visible, ds, 0.0)
+                    ds = ds.to(q0.dtype)
+                    dk0 = dot(ds, q0, dk0, ACC, PRECISION)
+                    if K1:
+                        dk1 = dot(ds, q1, dk1, ACC, PRECISION)
 
-    share64 = tl.cast(share, tl.int64)
-    dk += share64 * dk_strides[0] + batch64 * dk_strides[1] + head64 * dk_strides[3]
-    dv += share64 * dv_strides[0] + batch64 * dv_strides[1] + head64 * dv_strides[3]
-    store_rows(dk, key * dk_strides[2], held, dk0 * scale, 0, K0, DK)
-    if K1:
-        store_rows(dk, key * dk_strides[2], held, dk1 * scale, K0, K1, DK)
-    store_rows(dv, key * dv_strides[2], held, dv0, 0, V0, DV)
-    if V1:
-        store_rows(dv, key * dv_strides[2], held, dv1, V0, V1, DV)
+            store_rows(dk, key * dk_strides[2], held, dk0 * scale, 0, K0, DK)
+            if K1:
+                store_rows(dk, key * dk_strides[2], held, dk1 * scale, K0, K1, DK)
+            store_rows(dv, key * dv_strides[2], held, dv0, 0, V0, DV)
+            if V1:
+                store_rows(dv, key * dv_strides[2], held, dv1, V0, V1, DV)
+            if not CLEAN:
+                again = any_not_finite(dk0, dk1, K1, ACC) | any_not_finite(dv0, dv1, V1, ACC)
 
 
 # Launchers.
@@ -573,7 +544,8 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, branch: _Branch, packing: _Packi
 
 def _parameters(branch: _Branch, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Any], int]:
     """Launch parameters as the kernel takes them, and what is for its launcher: the least number of programs."""
-    found = launch(f"{branch.name}_{kernel}", q.dtype, k.shape[3], v.shape[3], q.shape[2] // k.shape[2])
+    group = q.shape[2] // k.shape[2]
+    found = launch(f"{branch.name}_{kernel}", q.dtype, k.shape[3], v.shape[3], group, q.device)
     return {name: value for name, value in found.items() if name != "programs"}, found["programs"]
 
 
@@ -605,11 +577,11 @@ def _forward(
     options["TMA"] = options["TMA"] and packing is None and describable(k, v)
     tiles, table = _rows_tiles(packing, num_queries, query_heads // heads, options["BLOCK_M"])
     with torch.cuda.device_of(q):
-        _forward_kernel[(tiles, heads, batch)](
+        _forward_kernel[(tiles * heads * batch, 1, 1)](
             q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
             *descriptors(v, options["BLOCK_N"], options["TMA"]), out, lse, *(x.stride()[:3] for x in (q, k, v, out)),
             lse.stride(0), table, *(packing or (None, None, None)), num_queries, num_tokens, num_keys,
-            branch.window or 0, scale * LOG2E.value, **_constants(q, k, v, branch, packing), **options,
+            branch.window or 0, tiles, heads, scale * LOG2E.value, **_constants(q, k, v, branch, packing), **options,
         )  # fmt: skip
     return out, lse
 
@@ -653,11 +625,11 @@ def _backward(
         options, _ = _parameters(branch, "queries", q, k, v)
         options["TMA"] = options["TMA"] and packing is None and describable(k, v)
         tiles, table = _rows_tiles(packing, num_queries, query_heads // heads, options["BLOCK_M"])
-        _queries_kernel[(tiles, heads, batch)](
+        _queries_kernel[(tiles * heads * batch, 1, 1)](
             q, k, v, *descriptors(k, options["BLOCK_N"], options["TMA"]),
             *descriptors(v, options["BLOCK_N"], options["TMA"]), out, dout, gate, lse, lse2, delta, dgate, dq,
             *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride(0), delta.stride()[:2], dq.stride()[:3],
-            table, *lengths, scale, scale * LOG2E.value, ADD=add, **constants, **options,
+            table, *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants, **options,
         )  # fmt: skip
 
         options, programs = _parameters(branch, "keys", q, k, v)
@@ -670,11 +642,12 @@ def _backward(
         # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
         make = torch.empty if packing is None or branch.window is not None else torch.zeros
         dk, dv = (make(shares, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
-        _keys_kernel[(tiles * shares, heads, batch)](
+        _keys_kernel[(tiles * shares * heads * batch, 1, 1)](
             q, k, v, *descriptors(q, options["BLOCK_M"], options["TMA"]),
             *descriptors(dout, options["BLOCK_M"], options["TMA"]), dout, lse2, delta, dk, dv,
             *(x.stride()[:3] for x in (q, k, v, dout)), delta.stride()[:2], dk.stride()[:4], dv.stride()[:4], table,
-            *lengths, shares, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants, **options,
+            *lengths, tiles, heads, shares, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
+            **options,
         )  # fmt: skip
     dk, dv = (x[0] if shares == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -164,7 +164,7 @@ def _best_kernel(
     row = tl.arange(0, ROWS)
     query = first + local_row % QUERIES + row
     live = query < queries
-    own = tl.where(live, (query + tokens - queries) // SIZE, -1)[:, None]
+    own = tl.where(live, (query + tokens - queries + SIZE) // SIZE - 1, -1)[:, None]
     block = tl.arange(0, CANDIDATES)[None, :]
     candidate = block <= own
     scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
@@ -211,7 +211,7 @@ def _select(
     q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.contiguous()
     group, ratio = query_heads // heads, config.select_block_size // config.compress_stride
     padded_group = triton.next_power_of_2(group)
-    parameters = launch("importance", q.dtype, dim, dim, group)
+    parameters = launch("importance", q.dtype, dim, dim, group, q.device)
     # Columns of a product: the heads of at least as many queries as make 16, at most as many as there are.
     queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
     queries = max(queries, 16 // padded_group, 1)

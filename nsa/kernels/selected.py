@@ -37,16 +37,19 @@ from nsa.kernels.common import (
     LN2,
     LOG2E,
     accumulator,
+    any_not_finite,
     describable,
     descriptors,
     dot,
     dot_precision,
     fetch,
     load_rows,
+    not_finite,
     probability,
     rows_contiguous,
     store_rows,
     weigh,
+    without,
 )
 from nsa.kernels.tuning import Launch, chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
@@ -91,6 +94,13 @@ def _inner(x0, x1, y0, y1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.co
     return product
 
 
+@triton.jit
+def _sees(block, position, BLOCK: tl.constexpr):
+    """Whether a query at `position` sees a block; none where the position is negative, as before the first key."""
+    # Compared before it is multiplied: whatever the indices hold, no address comes of it.
+    return (block >= 0) & (block < (position + BLOCK) // BLOCK)
+
+
 # By query.
 
 
@@ -120,15 +130,14 @@ def _num_steps(
     """Steps, of `KEYS` keys each, to the last slot that holds a block the query sees."""
     slot = tl.arange(0, SPAN)
     block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)
-    return tl.max(tl.where((block >= 0) & (block <= position // BLOCK), slot + 1, 0), 0) * (BLOCK // KEYS)
+    return tl.max(tl.where(_sees(block, position, BLOCK), slot + 1, 0), 0) * (BLOCK // KEYS)
 
 
 @triton.jit
 def _find_keys(block, step, position, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     """Position of the first key of one step, and which of its keys `[KEYS]` the query sees; none if the block is not
     valid."""
-    # Compared before it is multiplied: whatever the indices hold, no address comes of it.
-    valid = (block >= 0) & (block <= position // BLOCK)
+    valid = _sees(block, position, BLOCK)
     first = tl.where(valid, block, 0) * BLOCK + step % (BLOCK // KEYS) * KEYS
     return first, valid & (first + tl.arange(0, KEYS) <= position)
 
@@ -140,11 +149,7 @@ def _fetch_chunks(
 ):  # fmt: skip
     """Rows `row` to `row + KEYS` of one head, in two chunks."""
     offsets = tl.arange(0, KEYS).to(tl.int64) * stride
-    first = fetch(tiles0, base, offsets, seen, batch, head, row, stride, 0, D0, DIM, KEYS, True, TMA)
-    second = first
-    if D1 > 0:
-        second = fetch(tiles1, base, offsets, seen, batch, head, row, stride, D0, D1, DIM, KEYS, True, TMA)
-    return first, second
+    return fetch(tiles0, tiles1, base, offsets, seen, batch, head, row, stride, DIM, D0, D1, KEYS, True, TMA)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -157,48 +162,59 @@ def _forward_kernel(
 ):  # fmt: skip
     batch, head, query, position, first_key = _find_query(located, num_queries, shift, HEADS, PACKED)
     batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
-    row = tl.arange(0, ROWS)
-    live = row < G
     q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
     k += batch64 * k_strides[0] + head64 * k_strides[2]
     v += batch64 * v_strides[0] + head64 * v_strides[2]
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
-    q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
-
-    peak = tl.full([ROWS], float("-inf"), dtype=ACC)
-    # Summed up over keys after the loop: a sum across threads at every step would cost more than the room for it.
-    total = tl.zeros([ROWS, KEYS], dtype=ACC)
-    out0 = tl.zeros([ROWS, V0], dtype=ACC)
-    out1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
     steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
-    block = tl.load(indices)
-    for step in range(0, steps):
-        first, seen = _find_keys(block, step, position, BLOCK, KEYS)
-        # A step ahead, so that what the block's address depends on has arrived when it is needed.
-        block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
-        key = first_key + first
-        k0, k1 = _fetch_chunks(k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA)
-        # Before the products of keys: a warp has nothing else to do meanwhile than to fill registers with values.
-        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
-        s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
-        s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
-        highest = tl.maximum(peak, tl.max(s, 1))
-        # Each row by its own maximum; what is subtracted must be finite while a row has seen nothing.
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(s - base[:, None])
-        rescale = tl.exp2(peak - base)[:, None]
-        total = total * rescale + p
-        peak = highest
-        out0 = dot(p.to(v0.dtype), v0, out0 * rescale, ACC, PRECISION)
-        if V1 > 0:
-            out1 = dot(p.to(v1.dtype), v1, out1 * rescale, ACC, PRECISION)
 
-    z = tl.sum(total, 1)
-    blind = z == 0
-    z = tl.where(blind, 1.0, z)
-    rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
-    tl.store(lse + rows, tl.where(blind, float("-inf"), (peak + tl.log2(z)) * LN2), mask=live)
-    _store_chunks(out, rows * DV, live, out0 / z[:, None], out1 / z[:, None], DV, V0, V1)
+    again = True
+    for CLEAN in tl.static_range(2 if TMA else 1):
+        if again:
+            row = tl.arange(0, ROWS)
+            live = row < G
+            q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
+
+            peak = tl.full([ROWS], float("-inf"), dtype=ACC)
+            # Summed up over keys after the loop: a sum across threads at every step costs more than the room for it.
+            total = tl.zeros([ROWS, KEYS], dtype=ACC)
+            out0 = tl.zeros([ROWS, V0], dtype=ACC)
+            out1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
+            block = tl.load(indices)
+            for step in range(0, steps):
+                first, seen = _find_keys(block, step, position, BLOCK, KEYS)
+                # A step ahead, so that what the block's address depends on has arrived when it is needed.
+                block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
+                key = first_key + first
+                k0, k1 = _fetch_chunks(
+                    k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA and not CLEAN
+                )
+                # Before the products of keys: a warp has nothing else to do meanwhile than fill registers with values.
+                v0, v1 = _fetch_chunks(
+                    v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA and not CLEAN
+                )
+                s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
+                s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
+                highest = tl.maximum(peak, tl.max(s, 1))
+                # Each row by its own maximum; what is subtracted must be finite while a row has seen nothing.
+                base = tl.where(highest == float("-inf"), 0.0, highest)
+                p = tl.exp2(s - base[:, None])
+                rescale = tl.exp2(peak - base)[:, None]
+                total = total * rescale + p
+                peak = highest
+                out0 = dot(p.to(v0.dtype), v0, out0 * rescale, ACC, PRECISION)
+                if V1 > 0:
+                    out1 = dot(p.to(v1.dtype), v1, out1 * rescale, ACC, PRECISION)
+
+            z = tl.sum(total, 1)
+            blind = z == 0
+            z = tl.where(blind, 1.0, z)
+            rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
+            tl.store(lse + rows, tl.where(blind, float("-inf"), (peak + tl.log2(z)) * LN2), mask=live)
+            _store_chunks(out, rows * DV, live, out0 / z[:, None], out1 / z[:, None], DV, V0, V1)
+            if TMA and not CLEAN:
+                # Pointers leave out the keys that the query does not see, descriptors do not.
+                again = any_not_finite(out0, out1, V1, ACC)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -212,40 +228,53 @@ def _queries_kernel(
     """`dq` by query, added to what is there with ADD."""
     batch, head, query, position, first_key = _find_query(located, num_queries, shift, HEADS, PACKED)
     batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
-    row = tl.arange(0, ROWS)
-    live = row < G
     q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
     k += batch64 * k_strides[0] + head64 * k_strides[2]
     v += batch64 * v_strides[0] + head64 * v_strides[2]
     dout += batch64 * do_strides[0] + query64 * do_strides[1] + head64 * G * do_strides[2]
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
-    rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
-    q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
-    do0, do1 = _load_chunks(dout, row.to(tl.int64) * do_strides[2], live, DV, V0, V1)
-    correction = tl.load(delta + rows, mask=live, other=0.0)
-    log_sum = tl.load(lse + rows, mask=live, other=0.0) * LOG2E
-    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
-
-    dq0 = tl.zeros([ROWS, K0], dtype=ACC)
-    dq1 = tl.zeros([ROWS, K1 if K1 > 0 else 16], dtype=ACC)
     steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
-    block = tl.load(indices)
-    for step in range(0, steps):
-        first, seen = _find_keys(block, step, position, BLOCK, KEYS)
-        block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
-        key = first_key + first
-        k0, k1 = _fetch_chunks(k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA)
-        v0, v1 = _fetch_chunks(v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA)
-        s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
-        dp = _inner(do0, do1, v0, v1, V1, ACC, PRECISION)
-        s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
-        ds = (tl.exp2(s - log_sum[:, None]) * (dp - correction[:, None])).to(k0.dtype)
-        dq0 = dot(ds, k0, dq0, ACC, PRECISION)
-        if K1 > 0:
-            dq1 = dot(ds, k1, dq1, ACC, PRECISION)
-    if gate is not None:
-        scale *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)[:, None]
-    _store_chunks(dq, rows * DK, live, dq0 * scale, dq1 * scale, DK, K0, K1, ADD)
+
+    again = True
+    for CLEAN in tl.static_range(2 if TMA else 1):
+        if again:
+            row = tl.arange(0, ROWS)
+            live = row < G
+            rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
+            q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
+            do0, do1 = _load_chunks(dout, row.to(tl.int64) * do_strides[2], live, DV, V0, V1)
+            correction = tl.load(delta + rows, mask=live, other=0.0)
+            log_sum = tl.load(lse + rows, mask=live, other=0.0) * LOG2E
+            log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
+
+            dq0 = tl.zeros([ROWS, K0], dtype=ACC)
+            dq1 = tl.zeros([ROWS, K1 if K1 > 0 else 16], dtype=ACC)
+            block = tl.load(indices)
+            for step in range(0, steps):
+                first, seen = _find_keys(block, step, position, BLOCK, KEYS)
+                block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK // KEYS) * index_strides[3])
+                key = first_key + first
+                k0, k1 = _fetch_chunks(
+                    k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, KEYS, TMA and not CLEAN
+                )
+                v0, v1 = _fetch_chunks(
+                    v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, KEYS, TMA and not CLEAN
+                )
+                s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION)
+                dp = _inner(do0, do1, v0, v1, V1, ACC, PRECISION)
+                s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
+                ds = (tl.exp2(s - log_sum[:, None]) * (dp - correction[:, None])).to(k0.dtype)
+                dq0 = dot(ds, k0, dq0, ACC, PRECISION)
+                if K1 > 0:
+                    dq1 = dot(ds, k1, dq1, ACC, PRECISION)
+            stored = live
+            if TMA and not CLEAN:
+                again = any_not_finite(dq0, dq1, K1, ACC)
+                stored = live & (not again)  # what is added cannot be taken back
+            factor = tl.full([ROWS], 1.0, ACC) * scale
+            if gate is not None:
+                factor *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)
+            _store_chunks(dq, rows * DK, stored, dq0 * factor[:, None], dq1 * factor[:, None], DK, K0, K1, ADD)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -296,7 +325,7 @@ def _lists_kernel(
     batch = row // HEADS // num_queries
     offsets = batch * index_strides[0] + query * index_strides[1] + row % HEADS * index_strides[2]
     block = tl.load(indices + offsets + pair % SLOTS * index_strides[3], mask=inside, other=-1)
-    valid = (block >= 0) & (block <= _locate(located, query, shift, inside, PACKED) // BLOCK)
+    valid = _sees(block, _locate(located, query, shift, inside, PACKED), BLOCK)
     mine = ((batch * HEADS + row % HEADS) * blocks).to(tl.int32) + tl.where(valid, block, 0)
     if PACKED:
         mine += tl.load(located + 3 * query + 2, mask=inside, other=0)
@@ -371,33 +400,45 @@ def _scatter_kernel(
         k += batch * k_strides[0] + head * k_strides[2]
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
-        k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
-        v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
-        for step in range(0, count * G, ROWS):
-            row = step + tl.arange(0, ROWS)
-            live = row < count * G
-            member = tl.load(members + begin + row // G, mask=live, other=0)
-            query = (member // SLOTS).to(tl.int64)
-            of_group = (row % G).to(tl.int64)
-            q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
-            reach = _locate(located, query, shift, live, PACKED) - position
-            s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
-            s = tl.where(within[None, :] <= reach[:, None], s, float("-inf"))
-            peak = tl.max(s, 1)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            p = tl.exp2(s - base[:, None])
-            total = tl.sum(p, 1)
-            blind = total == 0
-            total = tl.where(blind, 1.0, total)
-            p = p.to(v0.dtype)
-            out0 = dot(p, v0, None, ACC, PRECISION) / total[:, None]
-            out1 = out0
-            if V1 > 0:
-                out1 = dot(p, v1, None, ACC, PRECISION) / total[:, None]
-            place = ((owner // blocks - first_head) * num_queries + query) * SLOTS + member % SLOTS
-            place = (place * (BLOCK // KEYS) + part) * G + row % G
-            tl.store(partial_lse + place, tl.where(blind, float("-inf"), base + tl.log2(total)), mask=live)
-            _store_chunks(partial, place * DV, live, out0, out1, DV, V0, V1)
+
+        again = True
+        for CLEAN in tl.static_range(2):
+            if again:
+                k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
+                v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
+                if CLEAN:
+                    bad = not_finite(v0, v1, V1, ACC)
+                    v0, v1 = without(v0, v1, bad, V1)
+                for step in range(0, count * G, ROWS):
+                    row = step + tl.arange(0, ROWS)
+                    live = row < count * G
+                    member = tl.load(members + begin + row // G, mask=live, other=0)
+                    query = (member // SLOTS).to(tl.int64)
+                    of_group = (row % G).to(tl.int64)
+                    q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
+                    reach = _locate(located, query, shift, live, PACKED) - position
+                    s = _inner(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
+                    visible = within[None, :] <= reach[:, None]
+                    s = tl.where(visible, s, float("-inf"))
+                    peak = tl.max(s, 1)
+                    base = tl.where(peak == float("-inf"), 0.0, peak)
+                    p = tl.exp2(s - base[:, None])
+                    total = tl.sum(p, 1)
+                    blind = total == 0
+                    total = tl.where(blind, 1.0, total)
+                    if CLEAN:
+                        p = tl.where(visible & bad[None, :], float("nan"), p)
+                    p = p.to(v0.dtype)
+                    out0 = dot(p, v0, None, ACC, PRECISION) / total[:, None]
+                    out1 = out0
+                    if V1 > 0:
+                        out1 = dot(p, v1, None, ACC, PRECISION) / total[:, None]
+                    place = ((owner // blocks - first_head) * num_queries + query) * SLOTS + member % SLOTS
+                    place = (place * (BLOCK // KEYS) + part) * G + row % G
+                    tl.store(partial_lse + place, tl.where(blind, float("-inf"), base + tl.log2(total)), mask=live)
+                    _store_chunks(partial, place * DV, live, out0, out1, DV, V0, V1)
+                if not CLEAN:
+                    again = any_not_finite(v0, v1, V1, ACC)
 
 
 @triton.jit
@@ -435,7 +476,7 @@ def _gather_kernel(
             indices + query * index_strides[1] + step // (BLOCK // KEYS) * index_strides[3], mask=live, other=-1
         )
         # A slot with nothing to see was never written.
-        valid = (block >= 0) & (block <= position // BLOCK)
+        valid = _sees(block, position, BLOCK)
         log_sum = tl.load(partial_lse + place + step * G, mask=valid, other=float("-inf"))
         highest = tl.maximum(peak, log_sum)
         base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -478,56 +519,77 @@ def _keys_kernel(
         q += batch * q_strides[0] + head * G * q_strides[2]
         dout += batch * do_strides[0] + head * G * do_strides[2]
         first_row = (batch * num_queries * HEADS + head) * G
-        k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
-        v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
-        dk0 = tl.zeros([KEYS, K0], dtype=ACC)
-        dk1 = tl.zeros([KEYS, K1 if K1 > 0 else 16], dtype=ACC)
-        dv0 = tl.zeros([KEYS, V0], dtype=ACC)
-        dv1 = tl.zeros([KEYS, V1 if V1 > 0 else 16], dtype=ACC)
-        for step in range(0, count * G, ROWS):
-            row = step + tl.arange(0, ROWS)
-            live = row < count * G
-            member = tl.load(members + begin + row // G, mask=live, other=0)
-            query = (member // SLOTS).to(tl.int64)
-            reach = _locate(located, query, shift, live, PACKED) - position
-            of_group = (row % G).to(tl.int64)
-            q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
-            do0, do1 = _load_chunks(dout, query * do_strides[1] + of_group * do_strides[2], live, DV, V0, V1)
-            # Rows beyond the list have q and dout of 0, and so no part in either sum.
-            of_row = first_row + query * (HEADS * G) + of_group
-            log_sum = tl.load(lse2 + of_row, mask=live, other=0.0)
-            correction = tl.load(delta + of_row, mask=live, other=0.0)
-            s = _inner(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
-            s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
-            p = probability(s, log_sum[None, :], ACC, WEIGHTED)
-            dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
-            if V1 > 0:
-                dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
-            dp = _inner(v0, v1, do0, do1, V1, ACC, PRECISION)
-            ds = (p * (dp - correction[None, :])).to(q0.dtype)
-            dk0 = dot(ds, q0, dk0, ACC, PRECISION)
-            if K1 > 0:
-                dk1 = dot(ds, q1, dk1, ACC, PRECISION)
-            if SCATTER:
-                dq0 = dot(tl.trans(ds), k0, None, ACC, PRECISION) * scale
-                dq1 = dq0
-                if K1 > 0:
-                    dq1 = dot(tl.trans(ds), k1, None, ACC, PRECISION) * scale
-                place = ((owner // blocks - first_head) * num_queries + query) * SLOTS + member % SLOTS
-                place = (place * (BLOCK // KEYS) + tl.program_id(1)) * G + row % G
-                _store_chunks(partial_dq, place * DK, live, dq0, dq1, DK, K0, K1)
 
-        dk0 *= scale
-        dk1 *= scale
-        # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
-        if siblings == 1:
-            rows = (batch * num_keys + keys) * HEADS + head
-            _store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
-            _store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
-        else:
-            rows = (tl.load(shared + owner) - siblings + piece).to(tl.int64) * BLOCK + within
-            _store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
-            _store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+        again = True
+        for CLEAN in tl.static_range(2):
+            if again:
+                k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
+                v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
+                dk0 = tl.zeros([KEYS, K0], dtype=ACC)
+                dk1 = tl.zeros([KEYS, K1 if K1 > 0 else 16], dtype=ACC)
+                dv0 = tl.zeros([KEYS, V0], dtype=ACC)
+                dv1 = tl.zeros([KEYS, V1 if V1 > 0 else 16], dtype=ACC)
+                clean_k0 = k0
+                clean_k1 = k1
+                if CLEAN and SCATTER:
+                    clean_k0, clean_k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+                for step in range(0, count * G, ROWS):
+                    row = step + tl.arange(0, ROWS)
+                    live = row < count * G
+                    member = tl.load(members + begin + row // G, mask=live, other=0)
+                    query = (member // SLOTS).to(tl.int64)
+                    reach = _locate(located, query, shift, live, PACKED) - position
+                    of_group = (row % G).to(tl.int64)
+                    q0, q1 = _load_chunks(q, query * q_strides[1] + of_group * q_strides[2], live, DK, K0, K1)
+                    do0, do1 = _load_chunks(dout, query * do_strides[1] + of_group * do_strides[2], live, DV, V0, V1)
+                    # Rows beyond the list have q and dout of 0, and so no part in either sum.
+                    of_row = first_row + query * (HEADS * G) + of_group
+                    log_sum = tl.load(lse2 + of_row, mask=live, other=0.0)
+                    correction = tl.load(delta + of_row, mask=live, other=0.0)
+                    s = _inner(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
+                    s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
+                    p = probability(s, log_sum[None, :], ACC, WEIGHTED)
+                    if CLEAN:
+                        visible = (within[:, None] <= reach[None, :]) & live[None, :]
+                        bad = not_finite(do0, do1, V1, ACC)
+                        do0, do1 = without(do0, do1, bad, V1)
+                        q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
+                        # What is not finite of a query reaches the keys that it sees, and no others.
+                        p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
+                    dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
+                    if V1 > 0:
+                        dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
+                    ds = p * (_inner(v0, v1, do0, do1, V1, ACC, PRECISION) - correction[None, :])
+                    if CLEAN:
+                        ds = tl.where(visible, ds, 0.0)
+                    ds = ds.to(q0.dtype)
+                    dk0 = dot(ds, q0, dk0, ACC, PRECISION)
+                    if K1 > 0:
+                        dk1 = dot(ds, q1, dk1, ACC, PRECISION)
+                    if SCATTER:
+                        dq0 = dot(tl.trans(ds), clean_k0, None, ACC, PRECISION) * scale
+                        dq1 = dq0
+                        if K1 > 0:
+                            dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
+                        place = ((owner // blocks - first_head) * num_queries + query) * SLOTS + member % SLOTS
+                        place = (place * (BLOCK // KEYS) + tl.program_id(1)) * G + row % G
+                        _store_chunks(partial_dq, place * DK, live, dq0, dq1, DK, K0, K1)
+
+                if not CLEAN:
+                    again = any_not_finite(dk0, dk1, K1, ACC) | any_not_finite(dv0, dv1, V1, ACC)
+                    if SCATTER:  # a key that no query sees leaves no trace in its own gradients
+                        again = again | any_not_finite(k0, k1, K1, ACC)
+                dk0 *= scale
+                dk1 *= scale
+                # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
+                if siblings == 1:
+                    rows = (batch * num_keys + keys) * HEADS + head
+                    _store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                    _store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+                else:
+                    rows = (tl.load(shared + owner) - siblings + piece).to(tl.int64) * BLOCK + within
+                    _store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                    _store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -548,7 +610,7 @@ def _gather_dq_kernel(
         block = tl.load(
             indices + query * index_strides[1] + step // (BLOCK // KEYS) * index_strides[3], mask=live, other=-1
         )
-        valid = (block >= 0) & (block <= position // BLOCK)
+        valid = _sees(block, position, BLOCK)
         part0, part1 = _load_chunks(partial_dq, (place + step * G) * DK, valid, DK, K0, K1)
         dq0 += part0.to(ACC)
         if K1 > 0:
@@ -689,7 +751,7 @@ def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _parameters(name: str, q: Tensor, k: Tensor, v: Tensor) -> Launch:
     group = q.shape[2] // k.shape[2]
-    found = launch(name, q.dtype, k.shape[3], v.shape[3], group)
+    found = launch(name, q.dtype, k.shape[3], v.shape[3], group, q.device)
     chunk = 2 if triton.knobs.runtime.interpret else 2048
     return {"SCATTER": group < 8, "CHUNK": chunk, **found}
 

@@ -82,8 +82,10 @@ def padded(dim: int) -> int:
     return sum(chunks(dim))
 
 
-def launch(name: str, dtype: torch.dtype, dk: int, dv: int, group: int = 1) -> Launch:
-    """Parameters for kernel `name` on the current device; what nobody has measured gets blocks that fit anywhere.
+def launch(
+    name: str, dtype: torch.dtype, dk: int, dv: int, group: int = 1, device: torch.device | None = None
+) -> Launch:
+    """Parameters for kernel `name`; what nobody has measured gets blocks that fit anywhere.
 
     Of the entries measured for kernel, architecture, element size and head dims, that of the nearest group is taken:
     nearest by ratio, of two equally near the smaller.
@@ -93,11 +95,13 @@ def launch(name: str, dtype: torch.dtype, dk: int, dv: int, group: int = 1) -> L
         dtype: of the inputs.
         dk, dv: head dimensions of keys and values.
         group: query heads a KV head.
+        device: of the inputs; the current one unless given.
     """
     if triton.knobs.runtime.interpret:
         found = _INTERPRETED
     else:
-        found = _choose(name, architecture(torch.cuda.current_device()), dtype, padded(dk), padded(dv), group)
+        index = device.index if device is not None and device.index is not None else torch.cuda.current_device()
+        found = _choose(name, architecture(index), dtype, padded(dk), padded(dv), group)
     return {**found, **_OVERRIDES.get(name, {})}
 
 

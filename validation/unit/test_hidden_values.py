@@ -1,0 +1,149 @@
+"""Tokens have no influence on queries that do not attend to them, nor those queries on them, whatever they hold.
+
+Padding of real batches is garbage. A key, a value, a query or a gradient that is infinite or no number may spoil what
+depends on it: everything else must keep every bit that it has when all is finite. Who depends on whom is read off the
+oracle, with rows of an identity matrix for values.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import kernels
+from nsa.config import NSAConfig
+from validation import oracle
+from validation.implementations import Implementation
+from validation.numerics import assert_equal
+from validation.unit.cases import BY_ID, STAGES, Case, Stage, Tensors, draw, draw_cotangent, select_blocks, upcast, whole
+
+pytestmark = [
+    pytest.mark.usefixtures("on_device"),
+    # NumPy, which Triton's interpreter computes with, warns of what is tried here.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
+
+NAMES = ["compressed_attention", "selected_attention", "sliding_window_attention", "nsa_attention"]
+CASES = [BY_ID["small"], BY_ID["group_16"], BY_ID["packed_last_queries"]]
+if not kernels.INTERPRETED:
+    # The shapes that launch parameters were measured for: tensor descriptors, and loops of their own without masks.
+    CASES += [
+        Case("by_query", whole(1100), NSAConfig(), kv_heads=1, group=16, key_dim=128, value_dim=128),
+        Case("by_block", whole(1100), NSAConfig(), group=4, key_dim=128, value_dim=128),
+    ]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES], indirect=True)
+each_stage = pytest.mark.parametrize("stage", [STAGES[name] for name in NAMES], ids=NAMES)
+each_value = pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+
+
+def attended(stage: Stage, case: Case, tensors: Tensors, values: str) -> Tensor:
+    """Which keys `[B, Tq, Hk, T]` the queries of a KV head attend to in the branch with these `values`."""
+    batch, length, heads, _ = tensors[values].shape
+    width = case.num_keys
+    inputs = upcast(tensors)
+    for name in stage.inputs:
+        if name.startswith("v"):
+            inputs[name] = torch.zeros(*inputs[name].shape[:3], width, dtype=torch.float64)
+    inputs[values] += torch.eye(length, width, dtype=torch.float64)[:, None]
+    out = stage.run(oracle, replace(case, value_dim=width), inputs)["out"]
+    return (out[..., :length] != 0).unflatten(2, (heads, -1)).any(3)
+
+
+def results(stage: Stage, impl: Implementation, case: Case, tensors: Tensors, cotangent: Tensor) -> Tensors:
+    return dict(stage.results(impl, case, tensors, cotangent=cotangent))
+
+
+def check(
+    stage: Stage,
+    impl: Implementation,
+    case: Case,
+    tensors: Tensors,
+    changed: Tensors,
+    cotangents: tuple[Tensor, Tensor],
+    queries: Tensor,
+    *,
+    spoiled: bool,
+) -> None:
+    """Hold everything but what depends on these `queries [B, Tq, Hk]` to the bits it has with finite inputs."""
+    expected = results(stage, impl, case, tensors, cotangents[0])
+    actual = results(stage, impl, case, changed, cotangents[1])
+    per_head = queries.repeat_interleave(case.group, 2)
+    for name, x in expected.items():
+        source = name.removeprefix("gradient of ")
+        if source[0] in "kv":
+            values = source.replace("k", "v", 1)
+            hit = (attended(stage, case, tensors, values) & queries.unsqueeze(-1)).any(1).mT
+        else:
+            hit = per_head
+        assert_equal(actual[name][~hit], x[~hit], what=f"{name} of {stage.name} where nothing that is not finite reaches")
+    if spoiled:
+        assert not actual["out"][per_head].isfinite().all(-1).any(), "an output does not show what its query attends to"
+
+
+@each_value
+@each_stage
+@each_case
+@pytest.mark.parametrize("narrow", [False, True], ids=["widest", "bfloat16"])
+def test_keys_and_values(impl: Implementation, case: Case, stage: Stage, value: float, narrow: bool) -> None:
+    dtype = torch.bfloat16 if narrow else impl.widest
+    tensors = draw(case, dtype)
+    cotangent = draw_cotangent(case, stage.run(impl, case, tensors)["out"], dtype)
+    for keys in (name for name in stage.inputs if name.startswith("k")):
+        values = keys.replace("k", "v", 1)
+        # One key and another value, late enough to leave queries that attend to neither.
+        places = [(tensors[keys].shape[1] * 3) // 5, (tensors[keys].shape[1] * 4) // 5]
+        changed = {**tensors, keys: tensors[keys].clone(), values: tensors[values].clone()}
+        changed[keys][:, places[0]] = value
+        changed[values][:, places[1]] = value
+        queries = attended(stage, case, tensors, values)[..., places].any(-1)
+        assert not queries.all(), "every query attends to what is changed: this case shows nothing"
+        # An infinite key may as well have no weight at all.
+        check(stage, impl, case, tensors, changed, (cotangent, cotangent), queries, spoiled=value != value)
+
+
+@each_stage
+@each_case
+@pytest.mark.parametrize("what", ["query", "gradient"])
+def test_queries_and_gradients(impl: Implementation, case: Case, stage: Stage, what: str) -> None:
+    tensors = draw(case, impl.widest)
+    cotangent = draw_cotangent(case, stage.run(impl, case, tensors)["out"], impl.widest)
+    place = case.num_queries // 3
+    changed, changed_cotangent = {**tensors, "q": tensors["q"].clone()}, cotangent.clone()
+    (changed["q"] if what == "query" else changed_cotangent)[:, place] = torch.nan
+    queries = torch.zeros(case.batch, case.num_queries, case.kv_heads, dtype=torch.bool)
+    queries[:, place] = True
+    check(stage, impl, case, tensors, changed, (cotangent, changed_cotangent), queries, spoiled=False)
+
+
+@each_case
+def test_selection(impl: Implementation, case: Case) -> None:
+    tensors = draw(case, impl.widest)
+    place = (tensors["k_cmp"].shape[1] * 3) // 5
+    changed = {**tensors, "k_cmp": tensors["k_cmp"].clone()}
+    changed["k_cmp"][:, place] = torch.nan
+    stage = STAGES["compressed_attention"]
+    changed["lse"] = stage.run(impl, case, changed)["lse"]
+    queries = attended(stage, case, tensors, "v_cmp")[..., place]
+    clean = {**tensors, "lse": stage.run(impl, case, tensors)["lse"]}
+    assert_equal(
+        select_blocks(impl, case, changed)[~queries],
+        select_blocks(impl, case, clean)[~queries],
+        what="indices of queries that do not attend to the block",
+    )
+
+
+@pytest.mark.parametrize("case", [BY_ID["packed_mean"], BY_ID["packed"]], ids=["mean", "mlp"], indirect=True)
+def test_blocks_that_do_not_exist(impl: Implementation, case: Case) -> None:
+    """Packed sequences leave room for blocks; what fills it must not reach parameters."""
+    tensors = draw(case, impl.widest)
+    # No block covers the tokens of the sequences that are shorter than one.
+    short = [keys < case.config.compress_block_size for _, keys in case.lengths]
+    uncovered = torch.cat([torch.full((keys,), flag) for flag, (_, keys) in zip(short, case.lengths, strict=True)])
+    assert uncovered[0], "the first token must belong to no block"
+    changed = {**tensors, "k": tensors["k"].masked_fill(uncovered.view(1, -1, 1, 1), torch.nan)}
+    stage = STAGES["compress_keys"]
+    expected = dict(stage.results(impl, case, tensors))
+    for name, x in stage.results(impl, case, changed):
+        assert_equal(x, expected[name], what=f"{name} of compression with tokens that no block covers")
