@@ -1,0 +1,119 @@
+"""Paths of our code that exist for large sizes, forced at small size, and the proof that they were taken.
+
+A path that was not taken would be tested by nothing, however right the results: every `Path` says how its calls show.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa import kernels
+from validation import oracle
+from validation.implementations import load
+from validation.numerics import assert_selection_matches
+from validation.unit.cases import EVERY, Case, Tensors, compare, importance, select_blocks
+from validation.unit.ways import launched
+
+DTYPE = torch.float64 if kernels.INTERPRETED else torch.float32
+SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "TMA": False, "SPLIT": True}
+"""Tiles so small that small cases have many, on a GPU too."""
+
+Calls = list[SimpleNamespace]
+"""Arguments, by name, of the calls of one function or the launches of one kernel."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path, how it is forced and how it shows.
+
+    Attributes:
+        id: what happens on it.
+        stages: names of the stages that take it, of `EVERY`.
+        cases: what it is tried on.
+        seen: by `module.function` or `module.kernel` of our package, whether its calls are those of the path.
+        constants: what replaces constants and functions of our package, `module.name`.
+        kernels: names of the kernels, as the table of launch parameters has them, to be launched in small tiles.
+        launch: other launch parameters of these kernels.
+        backend: whose path it is.
+    """
+
+    id: str
+    stages: tuple[str, ...]
+    cases: tuple[Case, ...]
+    seen: Mapping[str, Callable[[Calls], bool]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    launch: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "triton"
+
+
+class Watched:
+    """A function or kernel whose calls are written down."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.calls: Calls = []
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        given = inspect.signature(self.function).bind(*arguments, **named).arguments
+        self.calls.append(SimpleNamespace(**given))
+        return self.function(*arguments, **named)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*arguments: Any, **named: Any) -> Any:
+            given = dict(zip(self.function.arg_names, arguments, strict=False))
+            self.calls.append(SimpleNamespace(**given, **named))
+            return self.function[grid](*arguments, **named)
+
+        return launch
+
+
+def _place(name: str) -> tuple[ModuleType, str]:
+    """The module below `nsa` and the attribute that `module.attribute` names."""
+    module, _, attribute = name.rpartition(".")
+    return import_module(f"nsa.{module}"), attribute
+
+
+def check(stage: str, case: Case, backend: str, tensors: Tensors) -> None:
+    """Hold a stage to the oracle, gradients included."""
+    subject = load(backend)
+    if stage != "select_blocks":
+        compare(subject, EVERY[stage], case, tensors, DTYPE, beside_plain=not kernels.INTERPRETED)
+        return
+    indices, expected = select_blocks(subject, case, tensors), select_blocks(oracle, case, tensors)
+    scores = importance(case, tensors)
+    assert_selection_matches(indices, expected, scores, case.config, DTYPE, **case.selection)
+
+
+def each(paths: tuple[Path, ...]) -> Any:
+    return pytest.mark.parametrize(
+        ("path", "stage", "case"),
+        [
+            pytest.param(path, stage, case, id=f"{path.id}-{stage}-{case.id}")
+            for path in paths
+            for stage in path.stages
+            for case in path.cases
+        ],
+    )
+
+
+def forced(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold a stage to the oracle on the path, and see that it was taken."""
+    for name, value in path.constants.items():
+        monkeypatch.setattr(*_place(name), value)
+    watched = {name: Watched(getattr(*_place(name))) for name in path.seen}
+    for name, function in watched.items():
+        monkeypatch.setattr(*_place(name), function)
+    with launched(path.kernels, **{**SMALL_TILES, **path.launch}):
+        check(stage, case, path.backend, tensors)
+    for name, taken in path.seen.items():
+        calls = watched[name].calls
+        assert calls, f"{name} was not called"
+        was_taken = taken(calls)  # said apart, for a message without the arguments of all calls
+        assert was_taken, f"{path.id}: the path was not taken in {len(calls)} calls of {name}"
