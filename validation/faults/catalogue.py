@@ -34,8 +34,9 @@ class Fault:
         file: below `nsa/`.
         old: text that stands in the file exactly once.
         new: what is put in its place.
-        tests: ids of the unit tests, below `validation/unit/`, that are tried first: one of them should fail.
+        tests: ids of the tests, below the folder of the layer, that are tried first: one of them should fail.
         models: the public bug it is an example of, by its number.
+        layer: the layer whose tests should kill it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Fault:
     new: str
     tests: tuple[str, ...]
     models: int | None = None
+    layer: str = "unit"
 
     def apply(self, root: Path) -> None:
         """Makes the change in the copy of the repository at `root`.

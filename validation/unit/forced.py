@@ -4,7 +4,8 @@ A path that was not taken would be tested by nothing, however right the results:
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -14,11 +15,11 @@ import pytest
 import torch
 
 from nsa import kernels
+from nsa.kernels.tuning import override
 from validation import oracle
 from validation.implementations import load
 from validation.numerics import assert_selection_matches
 from validation.unit.cases import EVERY, Case, Tensors, compare, importance, select_blocks
-from validation.unit.ways import launched
 
 DTYPE = torch.float64 if kernels.INTERPRETED else torch.float32
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "TMA": False, "SPLIT": True}
@@ -36,10 +37,9 @@ class Path:
         id: what happens on it.
         stages: names of the stages that take it, of `EVERY`.
         cases: what it is tried on.
-        seen: by `module.function` or `module.kernel` of our package, whether its calls are those of the path.
-        constants: what replaces constants and functions of our package, `module.name`.
-        kernels: names of the kernels, as the table of launch parameters has them, to be launched in small tiles.
-        launch: other launch parameters of these kernels.
+        seen: by `module.function` or `module.kernel` below `nsa`, whether its calls are those of the path.
+        constants: by `module.name` below `nsa`, what replaces constants and functions.
+        launch: launch parameters by the name that the kernel has in their table.
         backend: whose path it is.
     """
 
@@ -48,9 +48,13 @@ class Path:
     cases: tuple[Case, ...]
     seen: Mapping[str, Callable[[Calls], bool]]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    kernels: tuple[str, ...] = ()
-    launch: Mapping[str, Any] = field(default_factory=dict)
+    launch: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "triton"
+
+
+def at(names: Sequence[str], **parameters: Any) -> dict[str, dict[str, Any]]:
+    """Launch parameters for kernels of these names: small tiles, and what is given."""
+    return {name: {**SMALL_TILES, **parameters} for name in names}
 
 
 class Watched:
@@ -91,26 +95,23 @@ def check(stage: str, case: Case, backend: str, tensors: Tensors) -> None:
     assert_selection_matches(indices, expected, scores, case.config, DTYPE, **case.selection)
 
 
-def each(paths: tuple[Path, ...]) -> Any:
-    return pytest.mark.parametrize(
-        ("path", "stage", "case"),
-        [
-            pytest.param(path, stage, case, id=f"{path.id}-{stage}-{case.id}")
-            for path in paths
-            for stage in path.stages
-            for case in path.cases
-        ],
-    )
+@contextmanager
+def launched_as(path: Path) -> Iterator[None]:
+    """Kernels are launched as the path wants it."""
+    with ExitStack() as stack:
+        for name, parameters in path.launch.items():
+            stack.enter_context(override(name, **parameters))
+        yield
 
 
-def forced(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a stage to the oracle on the path, and see that it was taken."""
     for name, value in path.constants.items():
         monkeypatch.setattr(*_place(name), value)
     watched = {name: Watched(getattr(*_place(name))) for name in path.seen}
     for name, function in watched.items():
         monkeypatch.setattr(*_place(name), function)
-    with launched(path.kernels, **{**SMALL_TILES, **path.launch}):
+    with launched_as(path):
         check(stage, case, path.backend, tensors)
     for name, taken in path.seen.items():
         calls = watched[name].calls
