@@ -5,7 +5,7 @@ A path that was not taken would be tested by nothing, however right the results:
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -104,14 +104,28 @@ def launched_as(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def fresh_memory_is_poisoned() -> Iterator[None]:
+    """PyTorch fills what `empty` and its kin return, floats with NaN and integers with their largest value."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold a stage to the oracle on the path, and see that it was taken."""
+    """Hold a stage to the oracle on the path, and see that it was taken.
+
+    On a CPU memory that was never written is NaN meanwhile; on a GPU the oracle has no deterministic products.
+    """
     for name, value in path.constants.items():
         monkeypatch.setattr(*_place(name), value)
     watched = {name: Watched(getattr(*_place(name))) for name in path.seen}
     for name, function in watched.items():
         monkeypatch.setattr(*_place(name), function)
-    with launched_as(path):
+    with launched_as(path), fresh_memory_is_poisoned() if kernels.INTERPRETED else nullcontext():
         check(stage, case, path.backend, tensors)
     for name, taken in path.seen.items():
         calls = watched[name].calls
