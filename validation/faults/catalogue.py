@@ -1129,6 +1129,14 @@ _LARGE_SIZES = [
         (_forced("blocks_of_four_pieces", "compress_keys", "linear"),),
     ),
     Fault(
+        "every-program-adds-up-the-first-rows",
+        "every program of the gated sum makes its first rows",
+        "kernels/attention.py",
+        "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n    column",
+        "row = tl.arange(0, ROWS)\n    column",
+        (_oracle("paper", "nsa_attention"),),
+    ),
+    Fault(
         "eager-later-tiles-begin-anew",
         "queries of every tile stand at the positions of the first",
         "eager.py",

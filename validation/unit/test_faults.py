@@ -1,6 +1,6 @@
 """The catalogue of seeded faults: it fits the source, leaves no public bug out, and its trials tell kills from noise.
 
-Whether unit tests kill every fault takes minutes, and is asked by `make faults`.
+Whether tests kill every fault takes minutes, and is asked by `make faults`.
 """
 
 import re
