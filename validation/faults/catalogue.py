@@ -953,6 +953,22 @@ _LARGE_SIZES = [
         (_chosen("keys_in_two_chunks", "80"),),
     ),
     Fault(
+        "table-of-tiles-one-short",
+        "the table of tiles of packed sequences has an entry less than there could be tiles",
+        "kernels/common.py",
+        "tile = torch.arange(total // block + len(lengths)",
+        "tile = torch.arange(total // block + len(lengths) - 1",
+        (_forced("full_tables", "sliding_window_attention", "packed"),),
+    ),
+    Fault(
+        "table-of-blocks-one-short",
+        "the table of blocks of packed sequences has an entry less than there could be blocks",
+        "kernels/selected.py",
+        "count = num_keys // size + len(lengths)\n",
+        "count = num_keys // size + len(lengths) - 1\n",
+        (_attended("full_tables", "packed"),),
+    ),
+    Fault(
         "share-of-queries-begins-early",
         "queries of a key tile that are left over by a division among programs count twice or not at all",
         "kernels/contiguous.py",

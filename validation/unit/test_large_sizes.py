@@ -39,10 +39,22 @@ PACKED = shaped("packed", ((40, 170), (0, 30), (3, 250), (21, 95)))
 FAR = shaped("far", ((5, 1609),), 40, **FREE)
 FAR_TILES = shaped("far_tiles", ((21, 1609),), 40, **FREE)
 PACKED_FAR = shaped("packed_far", ((3, 1100), (0, 8), (2, 1063)), 40, **FREE)
+# Every sequence ends with a tile of few rows, so that tables of tiles and of blocks have no entry to spare.
+FULL_TABLES = (shaped("packed", ((17, 100), (18, 147)), group=3),)
 TILE_BYTES = 2 * 2 * 8 * 21 * DTYPE.itemsize
 """Of the importances of one tile of queries of `WHOLE`."""
 
+
+def full(calls: Calls) -> bool:
+    """Whether the last entry of the table of tiles is used."""
+    return all(bool(call.tiles[-1, 0] >= 0) for call in calls)
+
+
 SELECTION = (
+    Path(
+        "full_tables", ("select_blocks",), FULL_TABLES, {"kernels.select._importance_kernel": full}, {},
+        at(["importance"]),
+    ),
     Path(
         "one_tile_of_queries_at_a_time", ("select_blocks",),
         (*WHOLE, PACKED, shaped("overlapping", ((30, 250),), blocks=(32, 8, 32))),
@@ -119,6 +131,10 @@ ATTENTION = (
     shares(2, "queries_in_two_shares", TWO_SHARES, programs=1000),
     shares(2, "queries_in_two_shares_all_masked", TWO_SHARES, programs=1000, SPLIT=False),
     shares(3, "queries_in_three_shares", {"kernels.contiguous._MOST_SHARES": 3}, programs=1000),
+    Path(
+        "full_tables", CONTIGUOUS, FULL_TABLES, {f"kernels.contiguous.{kernel}": full for kernel in QUERY_KERNELS}, {},
+        at(KERNELS),
+    ),
     tiles("tall_tiles", 32, 16),
     tiles("broad_tiles", 16, 32),
     Path(
@@ -194,10 +210,14 @@ SELECTED_BLOCKS = (
     by_heads("as_many_heads_as_a_grid_takes", 2, {"kernels.selected._LARGEST_GRID": 2}),
     *(in_pieces(way, 3, *LISTS) for way in WAYS),
     in_pieces("by_block", 8, *LISTS),
+    Path(
+        "full_tables", ("selected_attention",), FULL_TABLES,
+        {"kernels.selected._keys_kernel": lambda calls: bool(calls[0].spans[-1, 2] > 0)}, {}, at(SELECTED, **BY_BLOCK),
+    ),
     in_parts("by_block", BLOCK_KERNELS),
     in_parts("by_query", QUERY_KERNELS),
     *map(wide_heads, WAYS),
-)
+)  # fmt: skip
 
 
 # 4. The whole, whose branches add to one gradient of queries, under gates.
