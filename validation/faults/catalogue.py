@@ -1065,6 +1065,14 @@ _LARGE_SIZES = [
         (_attended("lists_in_pieces_of_3_by_query", "whole"),),
     ),
     Fault(
+        "single-pieces-have-places",
+        "lists of one piece are given places for partial sums, for which there is no room",
+        "kernels/selected.py",
+        "shared = (counts * (counts > 1)).cumsum(",
+        "shared = counts.cumsum(",
+        (_attended("lists_in_pieces_of_32_by_query", "many_lists"),),
+    ),
+    Fault(
         "first-piece-dropped",
         "the first piece of a block's list of queries is not added to its gradient",
         "kernels/selected.py",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nsa import kernels
 from nsa.kernels.tuning import override
@@ -115,17 +116,41 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def workspaces_are_guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `new_empty` returns lies within memory of the same value, which must still be there afterwards."""
+    new_empty, guarded = torch.Tensor.new_empty, []
+
+    def inside(self: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        x = new_empty(self, *sizes, **options)
+        room = x.numel() + 1024
+        fill = torch.finfo(x.dtype).max if x.is_floating_point() else torch.iinfo(x.dtype).max
+        whole = new_empty(self, x.numel() + 2 * room, **options).fill_(fill)
+        guarded.append((whole, room, fill))
+        return whole[room : room + x.numel()].view(x.shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", inside)
+        yield
+    for whole, room, fill in guarded:
+        beside = torch.cat((whole[:room], whole[-room:])) != fill
+        assert not beside.any(), f"{int(beside.sum())} elements were written beside a tensor of {len(whole) - 2 * room}"
+
+
 def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a stage to the oracle on the path, and see that it was taken.
 
-    On a CPU memory that was never written is NaN meanwhile; on a GPU the oracle has no deterministic products.
+    Meanwhile nothing may be written beside what kernels work in, and on a CPU memory that was never written is NaN
+    (on a GPU the oracle has no deterministic products).
     """
     for name, value in path.constants.items():
         monkeypatch.setattr(*_place(name), value)
     watched = {name: Watched(getattr(*_place(name))) for name in path.seen}
     for name, function in watched.items():
         monkeypatch.setattr(*_place(name), function)
-    with launched_as(path), fresh_memory_is_poisoned() if kernels.INTERPRETED else nullcontext():
+    poisoned = fresh_memory_is_poisoned() if kernels.INTERPRETED else nullcontext()
+    guards = workspaces_are_guarded(monkeypatch) if path.backend == "triton" else nullcontext()
+    with launched_as(path), poisoned, guards:
         check(stage, case, path.backend, tensors)
     for name, taken in path.seen.items():
         calls = watched[name].calls

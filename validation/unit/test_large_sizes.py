@@ -15,7 +15,7 @@ from nsa.kernels import selected
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.cases import Case, config, draw, select_blocks, whole, with_selection
-from validation.unit.forced import DTYPE, Calls, Path, Watched, at, force, launched_as
+from validation.unit.forced import DTYPE, Calls, Path, Watched, at, force, launched_as, workspaces_are_guarded
 from validation.unit.ways import SELECTED, WAYS
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -210,6 +210,8 @@ SELECTED_BLOCKS = (
     by_heads("as_many_heads_as_a_grid_takes", 2, {"kernels.selected._LARGEST_GRID": 2}),
     *(in_pieces(way, 3, *LISTS) for way in WAYS),
     in_pieces("by_block", 8, *LISTS),
+    # Many more lists than there is room for partial sums of pieces.
+    in_pieces("by_query", 32, shaped("many_lists", ((40, 800),))),
     Path(
         "full_tables", ("selected_attention",), FULL_TABLES,
         {"kernels.selected._keys_kernel": lambda calls: bool(calls[0].spans[-1, 2] > 0)}, {}, at(SELECTED, **BY_BLOCK),
@@ -291,6 +293,17 @@ PATHS = [
 @pytest.mark.parametrize(("path", "stage", "case"), PATHS)
 def test_matches_the_oracle(path: Path, stage: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     force(path, stage, case, draw(case, DTYPE), monkeypatch)
+
+
+@pytest.mark.parametrize("place", [-1, 12])
+def test_what_is_written_beside_a_workspace_is_noticed(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> None:
+        with workspaces_are_guarded(monkeypatch):
+            x = torch.zeros(1).new_empty(3, 4)
+            x.as_strided((1,), (1,), x.storage_offset() + place).zero_()
+
+    with pytest.raises(AssertionError, match="1 elements were written beside a tensor of 12"):
+        write()
 
 
 SHARED_OUT = [(path, case) for path in SELECTION if path.id.startswith("blocks_shared_out") for case in path.cases]
