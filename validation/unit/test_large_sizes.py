@@ -210,8 +210,8 @@ SELECTED_BLOCKS = (
     by_heads("as_many_heads_as_a_grid_takes", 2, {"kernels.selected._LARGEST_GRID": 2}),
     *(in_pieces(way, 3, *LISTS) for way in WAYS),
     in_pieces("by_block", 8, *LISTS),
-    # Many more lists than there is room for partial sums of pieces.
-    in_pieces("by_query", 32, shaped("many_lists", ((40, 800),))),
+    # More lists than there are places for partial sums of pieces.
+    in_pieces("by_query", 32, shaped("many_lists", ((40, 320),), kv_heads=3)),
     Path(
         "full_tables", ("selected_attention",), FULL_TABLES,
         {"kernels.selected._keys_kernel": lambda calls: bool(calls[0].spans[-1, 2] > 0)}, {}, at(SELECTED, **BY_BLOCK),
