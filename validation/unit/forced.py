@@ -118,23 +118,24 @@ def fresh_memory_is_poisoned() -> Iterator[None]:
 
 @contextmanager
 def workspaces_are_guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `new_empty` returns lies within memory of the same value, which must still be there afterwards."""
+    """What `new_empty` returns lies within memory of NaN, or the largest integer, which must be there afterwards."""
     new_empty, guarded = torch.Tensor.new_empty, []
 
     def inside(self: Tensor, *sizes: Any, **options: Any) -> Tensor:
         x = new_empty(self, *sizes, **options)
         room = x.numel() + 1024
-        fill = torch.finfo(x.dtype).max if x.is_floating_point() else torch.iinfo(x.dtype).max
+        fill = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
         whole = new_empty(self, x.numel() + 2 * room, **options).fill_(fill)
-        guarded.append((whole, room, fill))
+        guarded.append((whole, room))
         return whole[room : room + x.numel()].view(x.shape)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", inside)
         yield
-    for whole, room, fill in guarded:
-        beside = torch.cat((whole[:room], whole[-room:])) != fill
-        assert not beside.any(), f"{int(beside.sum())} elements were written beside a tensor of {len(whole) - 2 * room}"
+    for whole, room in guarded:
+        beside = torch.cat((whole[:room], whole[-room:]))
+        kept = beside.isnan() if beside.is_floating_point() else beside == torch.iinfo(beside.dtype).max
+        assert kept.all(), f"{int((~kept).sum())} elements were written beside a tensor of {len(whole) - 2 * room}"
 
 
 def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
