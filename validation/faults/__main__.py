@@ -18,8 +18,9 @@ from validation.faults.trial import Outcome
 
 PAGE = """# Seeded faults
 
-The unit layer is itself under test: every change below is made to a copy of `nsa/`, one at a time, and some unit test
-must fail. Each is the first that did. "Bug" is the number of the public bug that a fault is an example of.
+Tests are themselves under test: every change below is made to a copy of `nsa/`, one at a time, and some test must fail,
+a unit test unless another layer is named. Each is the first that did. "Bug" is the number of the public bug that a
+fault is an example of.
 
 ```sh
 make faults                                                  # prints this table, fails if a fault survives

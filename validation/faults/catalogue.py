@@ -34,8 +34,9 @@ class Fault:
         file: below `nsa/`.
         old: text that stands in the file exactly once.
         new: what is put in its place.
-        tests: ids of the unit tests, below `validation/unit/`, that are tried first: one of them should fail.
+        tests: ids of the tests, below the folder of the layer, that are tried first: one of them should fail.
         models: the public bug it is an example of, by its number.
+        layer: the layer whose tests should kill it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Fault:
     new: str
     tests: tuple[str, ...]
     models: int | None = None
+    layer: str = "unit"
 
     def apply(self, root: Path) -> None:
         """Makes the change in the copy of the repository at `root`.
@@ -847,6 +849,404 @@ _ATTENTION_KERNELS = [
     ),
 ]
 
+
+def _forced(path: str, stage: str, case: str) -> str:
+    """The test that forces a path of large sizes in a stage on a case."""
+    return f"test_large_sizes.py::test_matches_the_oracle[{path}-{stage}-{case}]"
+
+
+def _chosen(path: str, case: str) -> str:
+    return _forced(path, "select_blocks", case)
+
+
+def _attended(path: str, case: str) -> str:
+    return _forced(path, "selected_attention", case)
+
+
+_LARGE_SIZES = [
+    Fault(
+        "later-parts-begin-anew",
+        "of importance made in parts, every part has that of the first tiles of queries",
+        "kernels/select.py",
+        "        num_blocks,\n        first_tile + local_tile,",
+        "        num_blocks,\n        local_tile,",
+        (_chosen("one_tile_of_queries_at_a_time", "whole"),),
+    ),
+    Fault(
+        "later-parts-choose-for-the-first",
+        "of importance made in parts, every part chooses for the first tiles of queries",
+        "kernels/select.py",
+        "        first_tile + local_row // QUERIES,",
+        "        local_row // QUERIES,",
+        (_chosen("one_tile_of_queries_at_a_time", "whole"),),
+    ),
+    Fault(
+        "later-parts-reach-as-far-as-the-first",
+        "of importance made in parts, every part has room for the blocks that the first can see",
+        "kernels/select.py",
+        "min((first + taken) * queries, num_queries)",
+        "min(taken * queries, num_queries)",
+        (_chosen("one_tile_of_queries_at_a_time", "nothing_forced"),),
+    ),
+    Fault(
+        "part-reaches-a-token-too-little",
+        "of importance made in parts, a part has no room for the block that its last query is the first of",
+        "kernels/select.py",
+        "min((first + taken) * queries, num_queries)",
+        "min((first + taken) * queries - 1, num_queries)",
+        (_chosen("one_tile_of_queries_at_a_time", "nothing_forced"),),
+    ),
+    Fault(
+        "last-part-left-out",
+        "of importance made in parts, the last tile of queries is in none",
+        "kernels/select.py",
+        "for first in range(0, count, step):",
+        "for first in range(0, count - 1, step):",
+        (_chosen("one_tile_of_queries_at_a_time", "whole"),),
+    ),
+    Fault(
+        "importance-rows-as-long-as-a-share",
+        "importance is stored in rows as long as a program's share of the blocks",
+        "kernels/select.py",
+        "scores += ((batch * HEADS + head) * num_tiles + local_tile) * QUERIES * width",
+        "scores += ((batch * HEADS + head) * num_tiles + local_tile) * QUERIES * span",
+        (_chosen("blocks_shared_out", "far"),),
+    ),
+    Fault(
+        "share-of-blocks-begins-late",
+        "of blocks shared out, every share lacks its first",
+        "kernels/select.py",
+        "begin = tl.program_id(1) * span",
+        "begin = tl.program_id(1) * span + 1",
+        (_chosen("blocks_shared_out", "far"),),
+    ),
+    Fault(
+        "remainder-of-blocks-left-out",
+        "of blocks shared out, those that are left over by a division are in no share",
+        "kernels/select.py",
+        "triton.cdiv(width, parts), scale",
+        "width // parts, scale",
+        (_chosen("blocks_shared_out", "far"),),
+    ),
+    Fault(
+        "tiles-of-blocks-do-not-overlap",
+        "a compressed block that reaches into the next tile of blocks does not count there",
+        "kernels/select.py",
+        "for start in range(begin, end, BLOCKS - BEFORE):",
+        "for start in range(begin, end, BLOCKS):",
+        (_chosen("one_tile_of_queries_at_a_time", "whole"),),
+    ),
+    Fault(
+        "rows-of-a-tile-choose-for-its-first",
+        "where many candidates leave room for some rows of a tile at a time, all are taken for the first ones",
+        "kernels/select.py",
+        "query = first + local_row % QUERIES + row",
+        "query = first + row",
+        (_chosen("more_candidates_than_fit_beside_a_tile_of_queries", "far"),),
+    ),
+    Fault(
+        "second-chunk-alone-is-important",
+        "importance is made of the second chunk of the columns of keys",
+        "kernels/select.py",
+        "            s = dot(k1, tl.trans(q1), s, ACC, PRECISION)",
+        "            s = dot(k1, tl.trans(q1), None, ACC, PRECISION)",
+        (_chosen("keys_in_two_chunks", "80"),),
+    ),
+    Fault(
+        "table-of-tiles-one-short",
+        "the table of tiles of packed sequences has an entry less than there could be tiles",
+        "kernels/common.py",
+        "tile = torch.arange(total // block + len(lengths)",
+        "tile = torch.arange(total // block + len(lengths) - 1",
+        (_forced("full_tables", "sliding_window_attention", "packed"),),
+    ),
+    Fault(
+        "table-of-blocks-one-short",
+        "the table of blocks of packed sequences has an entry less than there could be blocks",
+        "kernels/selected.py",
+        "count = num_keys // size + len(lengths)\n",
+        "count = num_keys // size + len(lengths) - 1\n",
+        (_attended("full_tables", "packed"),),
+    ),
+    Fault(
+        "share-of-queries-begins-early",
+        "queries of a key tile that are left over by a division among programs count twice or not at all",
+        "kernels/contiguous.py",
+        "x = count * share // shares",
+        "x = count // shares * share",
+        (_forced("queries_in_three_shares", "compressed_attention", "packed"),),
+    ),
+    Fault(
+        "shares-of-queries-in-one-place",
+        "programs that share the queries of a key tile write their partial sums over one another",
+        "kernels/contiguous.py",
+        "dk += share64 * dk_strides[0] +",
+        "dk +=",
+        (_forced("queries_in_three_shares", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "last-share-not-added",
+        "the partial sums of the last program that shares the queries of a key tile are left out",
+        "kernels/contiguous.py",
+        "x[0] if shares == 1 else x.sum(0)",
+        "x[0] if shares == 1 else x[:-1].sum(0)",
+        (_forced("queries_in_three_shares", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "every-share-has-the-first-tiles",
+        "every program that shares the queries of a key tile takes the first of them",
+        "kernels/contiguous.py",
+        "(x + _part(i // G, a - x, b - x, MASKED))",
+        "_part(i // G, a - x, b - x, MASKED)",
+        (_forced("queries_in_three_shares", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "tile-without-mask-taken-twice",
+        "the loop over masked tiles takes the first of those that need no mask, and leaves out a masked one",
+        "kernels/contiguous.py",
+        "return i + tl.where(i < a, 0, b - a)",
+        "return i + tl.where(i <= a, 0, b - a)",
+        (_forced("queries_in_one_share", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "last-query-of-a-window-left-out",
+        "the last query that sees a key tile is left out where it is the first of a tile of queries",
+        "kernels/contiguous.py",
+        "query_stop = tl.minimum(num_queries, last + window - shift)",
+        "query_stop = tl.minimum(num_queries, last + window - shift - 1)",
+        (_forced("queries_in_one_share", "sliding_window_attention", "whole"),),
+    ),
+    Fault(
+        "second-chunk-of-values-is-the-first",
+        "gradients of keys read the first columns of the values for the second chunk",
+        "kernels/contiguous.py",
+        "v1 = load_rows(v, key * v_strides[1], held, V0, V1, DV, True)",
+        "v1 = load_rows(v, key * v_strides[1], held, 0, V1, DV, True)",
+        (_forced("heads_in_two_chunks", "sliding_window_attention", "16_and_72"),),
+    ),
+    Fault(
+        "every-launch-has-the-first-lists",
+        "of heads taken some at a time, every launch makes the partial results of the first ones",
+        "kernels/selected.py",
+        "first * packing.blocks, first, scale, heads, ROWS=parameters",
+        "0, 0, scale, heads, ROWS=parameters",
+        (_attended("one_head_at_a_time", "whole"),),
+    ),
+    Fault(
+        "gradients-of-the-first-heads-only",
+        "of heads taken some at a time, gradients of queries are put together for the first ones only",
+        "kernels/selected.py",
+        "indices.stride(), num_queries, shift, first, heads,\n                    ROWS=tile, ADD=add,",
+        "indices.stride(), num_queries, shift, 0, heads,\n                    ROWS=tile, ADD=add,",
+        (_attended("four_heads_at_a_time", "whole"),),
+    ),
+    Fault(
+        "every-share-is-of-the-first-heads",
+        "of heads taken some at a time, partial results are put together for the first ones only",
+        "kernels/selected.py",
+        "indices.stride(), num_queries, shift, first,\n",
+        "indices.stride(), num_queries, shift, 0,\n",
+        (_attended("two_heads_at_a_time", "packed"),),
+    ),
+    Fault(
+        "last-heads-left-out",
+        "of heads taken some at a time, one that is left over is in no launch",
+        "kernels/selected.py",
+        "for first in range(0, heads, step)]",
+        "for first in range(0, heads - 1, step)]",
+        (_attended("two_heads_at_a_time", "packed"),),
+    ),
+    Fault(
+        "pieces-in-one-place",
+        "the pieces of a list write their partial sums over one another",
+        "kernels/selected.py",
+        "rows = (tl.load(shared + owner) - siblings + piece)",
+        "rows = (tl.load(shared + owner) - siblings)",
+        (_attended("lists_in_pieces_of_3_by_query", "whole"),),
+    ),
+    Fault(
+        "single-pieces-have-places",
+        "lists of one piece are given places for partial sums, for which there is no room",
+        "kernels/selected.py",
+        "shared = (counts * (counts > 1)).cumsum(",
+        "shared = counts.cumsum(",
+        (_attended("lists_in_pieces_of_32_by_query", "many_lists"),),
+    ),
+    Fault(
+        "first-piece-dropped",
+        "the first piece of a block's list of queries is not added to its gradient",
+        "kernels/selected.py",
+        "for piece in range(0, count):",
+        "for piece in range(1, count):",
+        (_attended("lists_in_pieces_of_3_by_query", "whole"),),
+    ),
+    Fault(
+        "every-part-of-a-block-is-the-first",
+        "of a block that is taken in parts, every part reads the first keys",
+        "kernels/selected.py",
+        "within = part * KEYS + tl.arange(0, KEYS)",
+        "within = tl.arange(0, KEYS)",
+        (_attended("blocks_in_parts_by_block", "whole"),),
+    ),
+    Fault(
+        "parts-of-a-block-in-one-place",
+        "the parts of a block write what they make of a query's gradient over one another",
+        "kernels/selected.py",
+        "place = (place * (BLOCK // KEYS) + tl.program_id(1)) * G + row % G",
+        "place = place * (BLOCK // KEYS) * G + row % G",
+        (_attended("blocks_in_parts_by_block", "whole"),),
+    ),
+    Fault(
+        "every-step-has-the-first-keys",
+        "going by query, every step through a block reads its first keys",
+        "kernels/selected.py",
+        "first = tl.where(valid, block, 0) * BLOCK + step % (BLOCK // KEYS) * KEYS",
+        "first = tl.where(valid, block, 0) * BLOCK",
+        (_attended("blocks_in_parts_by_query", "whole"),),
+    ),
+    Fault(
+        "first-part-of-a-block-reduced",
+        "partial sums are added up for the first part of a block only",
+        "kernels/selected.py",
+        "_reduce_kernel[(batch * heads * packing.blocks, parts)]",
+        "_reduce_kernel[(batch * heads * packing.blocks, 1)]",
+        (_attended("blocks_in_parts_by_query", "whole"),),
+    ),
+    Fault(
+        "second-chunk-not-reduced",
+        "partial sums of the second chunk of the values' columns are not added up",
+        "kernels/selected.py",
+        "                dv1 += part1\n",
+        "                dv1 += 0 * part1\n",
+        (_attended("heads_in_two_chunks_by_query", "16_and_72"),),
+    ),
+    Fault(
+        "lists-overflow-16-bits",
+        "lists are numbered in 16 bits however many they are",
+        "kernels/selected.py",
+        "if lists < 2**15 - 1 else torch.int32",
+        "if lists < 2**31 - 1 else torch.int32",
+        ("test_large_sizes.py::test_lists_have_numbers_wide_enough[65542-torch.int32]",),
+    ),
+    Fault(
+        "every-program-has-the-first-blocks",
+        "every program of the mean makes the first compressed blocks",
+        "kernels/compress.py",
+        "block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)",
+        "block = tl.arange(0, ROWS)",
+        (_forced("several_programs", "compress_keys", "packed"),),
+    ),
+    Fault(
+        "two-pieces-at-most",
+        "the mean gives a token gradients of two blocks, however many it belongs to",
+        "kernels/compress.py",
+        "for back in tl.static_range(LENGTH // STRIDE):",
+        "for back in tl.static_range(2):",
+        (_forced("tokens_of_four_blocks", "compress_keys", "whole"),),
+    ),
+    Fault(
+        "pieces-not-shifted",
+        "every part of a compressed block is made of the tokens of its first",
+        "kernels/compress.py",
+        "products[:, :, m : m + count, m]",
+        "products[:, :, :count, m]",
+        (_forced("blocks_of_four_pieces", "compress_keys", "linear"),),
+    ),
+    Fault(
+        "every-program-adds-up-the-first-rows",
+        "every program of the gated sum makes its first rows",
+        "kernels/attention.py",
+        "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n    column",
+        "row = tl.arange(0, ROWS)\n    column",
+        (_oracle("paper", "nsa_attention"),),
+    ),
+    Fault(
+        "eager-later-tiles-begin-anew",
+        "queries of every tile stand at the positions of the first",
+        "eager.py",
+        "yield _Tile(slice(start, stop), start + offset, stop + offset - 1)",
+        "yield _Tile(slice(start, stop), segment.first_position, segment.first_position + stop - start - 1)",
+        (_forced("tiles_of_4", "sliding_window_attention", "whole"),),
+    ),
+    Fault(
+        "eager-tile-one-short",
+        "a tile of queries lacks its last one, which is in no other",
+        "eager.py",
+        "stop = min(start + rows, segment.queries.stop)",
+        "stop = min(start + max(1, rows - 1), segment.queries.stop)",
+        (_forced("tiles_of_4", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "eager-last-tile-has-all-gradients",
+        "keys have the gradient of the last tile of queries that sees them, not the sum over tiles",
+        "eager.py",
+        "dk[:, :, span] += tile_dk",
+        "dk[:, :, span] = tile_dk",
+        (_forced("tiles_of_4", "compressed_attention", "whole"),),
+    ),
+    Fault(
+        "eager-blocks-of-a-tile-overwritten",
+        "blocks have the gradient of the last tile of queries that chose them",
+        "eager.py",
+        "_scatter_add(dk_table, rows, tile_dk)",
+        "_scatter_add(dk_table.zero_(), rows, tile_dk)",
+        (_forced("tiles_of_4", "selected_attention", "whole"),),
+    ),
+    Fault(
+        "eager-tile-sees-what-its-first-query-sees",
+        "importance of a tile reaches as far as the blocks of its first query",
+        "eager.py",
+        "tile.last // config.select_block_size + 1",
+        "tile.first // config.select_block_size + 1",
+        (_chosen("tiles_of_4", "whole"),),
+    ),
+    Fault(
+        "turns-in-reverse",
+        "under context parallelism, heads that wait for their turn come out in reverse order",
+        "context.py",
+        "outs.append(torch.cat([attention(*part, *blocks, *ks) for part, ks in zip(parts, seen, strict=True)], 1))",
+        "outs.insert(0, torch.cat([attention(*part, *blocks, *ks) for part, ks in zip(parts, seen, strict=True)], 1))",
+        ("test_attention.py::test_is_that_of_one_process[cp2-two-heads-a-turn]",),
+        layer="integration",
+    ),
+    Fault(
+        "every-turn-has-the-first-blocks",
+        "under context parallelism, heads that wait for their turn get the compressed blocks of the first",
+        "context.py",
+        "attention(*part, *blocks, *ks)",
+        "attention(*part, *(x.chunk(turns, 2)[0] for x in compressed), *ks)",
+        ("test_attention.py::test_is_that_of_one_process[cp2-two-heads-a-turn]",),
+        layer="integration",
+    ),
+    Fault(
+        "pieces-of-a-parameter-drawn-alike",
+        "all pieces of a large parameter are drawn from the same numbers",
+        "model.py",
+        'f"{name} {piece}" if piece else name',
+        'f"{name}"',
+        ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
+        layer="integration",
+    ),
+    Fault(
+        "piece-of-a-parameter-misplaced",
+        "a process whose part begins within a piece takes the beginning of the piece",
+        "model.py",
+        "drawn[(slice(start - first, stop - first), *columns)]",
+        "drawn[(slice(0, stop - start), *columns)]",
+        ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
+        layer="integration",
+    ),
+    Fault(
+        "epochs-end-with-one-row",
+        "after the last row of the corpus it is repeated, instead of the first that follows it",
+        "data.py",
+        "torch.arange(first, first + self.batch_size) % self.num_rows]",
+        "torch.arange(first, first + self.batch_size).clamp(max=self.num_rows - 1)]",
+        ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
+    ),
+]
+"""Of paths that exist for large sizes, most of which are forced at small size."""
+
 FAULTS = [
     *_CONFIG,
     *_FUNCTIONS,
@@ -858,4 +1258,5 @@ FAULTS = [
     *_CONTIGUOUS_KERNELS,
     *_SELECTED_KERNELS,
     *_ATTENTION_KERNELS,
+    *_LARGE_SIZES,
 ]

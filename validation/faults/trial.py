@@ -67,17 +67,22 @@ def run(arguments: Sequence[str], fault: Fault | None = None) -> Outcome:
 
 
 def attempt(fault: Fault) -> Outcome:
-    """Tries to kill a fault: by the tests that should, then, if they let it live, by the whole unit layer."""
+    """Tries to kill a fault: by the tests that should, then, if they let it live, by the whole layer."""
     first = run(["-x", *related(fault)], fault)
     if first.killer or first.problem:
         return first
-    second = run(["-x", UNIT, f"--ignore={OWN_TESTS}"], fault)
+    second = run(["-x", folder(fault), f"--ignore={OWN_TESTS}"], fault)
     return Outcome(second.killer, second.message, second.problem, second.passed, first.seconds + second.seconds)
 
 
 def related(fault: Fault) -> list[str]:
     """Ids of the tests tried first, from the root of the repository."""
-    return [UNIT + test for test in fault.tests]
+    return [folder(fault) + test for test in fault.tests]
+
+
+def folder(fault: Fault) -> str:
+    """The folder of the layer whose tests should kill the fault, from the root of the repository."""
+    return f"validation/{fault.layer}/"
 
 
 def _first_line(text: str) -> str:

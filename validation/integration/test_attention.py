@@ -20,7 +20,7 @@ SIZES = {"compress_block_size": 16, "compress_stride": 8, "select_block_size": 1
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and how it is shared out; `sizes` are of its NSAConfig, `gathered` bytes a time.
+    """A layer and how it is shared out; `sizes` are of its NSAConfig, `gathered` bytes a time, in `turns`.
 
     Inputs are `[batch, length, 16 * heads]`, with two query heads for each of keys and values.
     """
@@ -33,6 +33,7 @@ class Case:
     backend: str = "eager"
     sizes: dict[str, Any] = field(default_factory=dict)
     gathered: int | None = None
+    turns: int = 1
     batch: int = 2
     length: int = 128
     heads: int = 8
@@ -44,7 +45,8 @@ CASES = (
     Case("tp2-mean", tp=2, sizes={"compression": "mean"}),
     Case("cp2", cp=2),
     Case("cp2-headtail", cp=2, balancer="headtail"),
-    Case("cp2-head-by-head", cp=2, balancer="headtail", gathered=1),
+    Case("cp2-head-by-head", cp=2, balancer="headtail", gathered=1, turns=4),
+    Case("cp2-two-heads-a-turn", cp=2, balancer="headtail", gathered=1 << 18, turns=2),
     Case("cp2-blocks-apart", cp=2, balancer="headtail", sizes={"compress_stride": 16}),
     Case("cp2-shared-kv", cp=2, balancer="headtail", sizes={"shared_kv": True, "compression": "linear"}),
     Case("cp4", cp=4),
@@ -97,12 +99,16 @@ def compare(case):
         apply_tp(model, mesh["tp"], loss_parallel=False, enable_float8_tensorwise_tp=False)
     if case.cp > 1:
         context.GATHERED_BYTES = case.gathered or context.GATHERED_BYTES
+        calls = counted(context, "nsa_attention")
         share_tokens(model, context.ContextParallel(mesh["cp"], case.balancer is not None))
         (tokens,), _ = cp_shard(mesh["cp"], (tokens.unsqueeze(0),), None, case.balancer)
         tokens = tokens.squeeze(0)
         positions = tokens.expand(case.batch, -1)
     mine = tokens.chunk(case.tp)[mesh["tp"].get_local_rank()]  # sequence parallel, as llama3's norms are
     actual = run(model, x[:, mine], dout[:, mine], positions)
+    if case.cp > 1 and case.attention == "nsa":
+        chunks = 2 if case.balancer else 1
+        assert len(calls) == case.turns * chunks, f"{len(calls)} calls for {chunks} chunks in {case.turns} turns"
 
     for name, of_whole in expected.items():
         part = actual[name]
@@ -127,6 +133,18 @@ def make(case, backend):
     model = Transformer(ModelArgs(**heads, **kind, vocab_size=64, max_seq_len=case.length))
     model.init_weights()
     return model.double()
+
+
+def counted(module, name):
+    """A list that gets an entry at every call of a function of a module."""
+    function, calls = getattr(module, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        return function(*arguments, **options)
+
+    setattr(module, name, call)
+    return calls
 
 
 def run(model, x, dout, positions=None):

@@ -11,9 +11,8 @@ import triton
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
 from nsa.kernels import attention, contiguous, select, selected
-from validation import oracle
 from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
+from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import (
     BY_ID,
     DIFFERENTIATED,
@@ -26,8 +25,6 @@ from validation.unit.cases import (
     draw,
     draw_inputs,
     fitted,
-    importance,
-    select_blocks,
     whole,
 )
 from validation.unit.conftest import ROUNDED, tried
@@ -94,12 +91,6 @@ def test_launch_parameters_change_nothing_else(parameters):
         check(STAGES["nsa_attention"], FITTED["many_blocks"], WIDEST)
 
 
-def test_partial_results_of_one_head_at_a_time(monkeypatch):
-    monkeypatch.setattr(selected, "PARTIAL_BYTES", 1)
-    with launched(SELECTED, **WAYS["by_block"]):
-        check(STAGES["selected_attention"], FITTED["scrambled_last_queries"], WIDEST)
-
-
 def test_more_slots_than_a_tile_holds():
     case = Case("slots", whole(70), config((16, 8, 16), 2**21, 20), kv_heads=1, group=1, key_dim=16, value_dim=16)
     tensors = draw_inputs(case, torch.float32)
@@ -108,14 +99,6 @@ def test_more_slots_than_a_tile_holds():
     own = torch.arange(70)[:, None] // 16
     assert_equal(indices[0, :, 0, :5], torch.arange(5).where(torch.arange(5) <= own, -1).int(), what="indices")
     assert (indices[..., 5:] == -1).all()
-
-
-def test_importance_of_one_tile_of_queries_at_a_time(monkeypatch):
-    monkeypatch.setattr(select, "WORKSPACE_BYTES", 1)
-    for case in (FITTED["packed"], FITTED["batch"]):
-        tensors, dtype = draw(case, getattr(torch, WIDEST)), getattr(torch, WIDEST)
-        indices, expected = select_blocks(TRITON, case, tensors), select_blocks(oracle, case, tensors)
-        assert_selection_matches(indices, expected, importance(case, tensors), case.config, dtype, **case.selection)
 
 
 @each_branch

@@ -3,8 +3,7 @@
 Memory that was never written and memory beyond the inputs are filled with NaN. What differs was computed from it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from nsa.config import NSAConfig
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.cases import EVERY, Case, Tensors, config, draw, whole
+from validation.unit.forced import fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -70,17 +70,6 @@ def test_repeated_runs_give_the_same_bits(subject: str, case: Case) -> None:
 
 
 # 2. Memory that was never written.
-
-
-@contextmanager
-def fresh_memory_is_poisoned() -> Iterator[None]:
-    """PyTorch fills what `empty` and its kin return, floats with NaN and integers with their largest value."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @each_subject
