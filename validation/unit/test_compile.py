@@ -1,7 +1,9 @@
 """What PyTorch does to a program, done to this one: compilation to one graph, operators under test, recomputation."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nsa import NativeSparseAttention, NSAConfig, kernels, rope_table
+from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, rope_table
 from nsa.operators import sizes_of
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import Case, Tensors, config, cumulative, draw, whole
@@ -66,6 +68,115 @@ def test_compiles_once_to_the_same_function(packed: bool, backend: str) -> None:
             # A GPU's cuBLAS may take another algorithm for a compiled product, and inductor fuses roundings away.
             assert_matches(actual[name], x.double(), what=f"compiled {name}", reduction=24 * HEADS * HEAD_DIM)
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times for one set of shapes"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("tokens", [40, 100])  # fewer and more than the width of the layer: Inductor fuses otherwise
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_compiled_gradients_are_those_of_the_layer(backend: str, compression: str, tokens: int, packed: bool) -> None:
+    settings = config((16, 8, 16), 3, 12, num_local_blocks=1, compression=compression)
+    layer = NativeSparseAttention(64, 4, 2, HEAD_DIM, settings, backend=backend)
+    inputs = (torch.randn(1, tokens, 64), rope_table(tokens, HEAD_DIM))
+    inputs += (cumulative((17, 0, tokens - 17)) if packed else None,)
+    expected = gradients(layer, layer, *inputs)
+    for name, x in gradients(layer, torch.compile(layer, fullgraph=True), *inputs).items():
+        assert_matches(x, expected[name].double(), what=f"compiled {name}", reduction=tokens * 4 * HEAD_DIM)
+
+
+LENGTHS = {
+    "whole": ((2, (40,)), (3, (48,)), (4, (72,))),
+    "packed": ((1, (17, 23)), (1, (3, 0, 45)), (1, (60, 1, 2, 9))),
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("batches", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_another_length_batch_or_packing_compiles_nothing(backend: str, compression: str, batches: tuple) -> None:
+    layer = NativeSparseAttention(
+        DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
+    )
+    rope, counter = rope_table(80, HEAD_DIM), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counter)
+    for batch, lengths in batches:
+        offsets = cumulative(lengths) if len(lengths) > 1 else None
+        # What the graph does is for other tests to say: only its number counts here.
+        compiled(torch.randn(batch, sum(lengths), DIM), rope, offsets).sum()
+    assert counter.frame_count == 1, f"compiled {counter.frame_count} times for {len(batches)} batches"
+
+
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_exported_with_a_length_that_varies(backend: str, compression: str) -> None:
+    layer = NativeSparseAttention(
+        DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
+    )
+    length = torch.export.Dim("length", min=32, max=4096)
+    program = torch.export.export(layer, (torch.randn(2, 48, DIM),), dynamic_shapes=({1: length},))
+    x = torch.randn(2, 56, DIM)
+    assert_matches(program.module()(x), layer(x).double(), what="what was exported", reduction=HEADS * HEAD_DIM)
+
+
+OFFSETS = {
+    "falling": [0, 30, 10, 48],
+    "not_from_0": [9, 20, 48],
+    "not_to_the_end": [0, 20, 40],
+    "past_the_end": [0, 20, 96],
+    "below_0": [-500, 20, 48],
+    "far_away": [0, 2**31 - 1, -(2**31)],
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "fresh_memory_is_poisoned")
+@pytest.mark.parametrize("kind", OFFSETS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_offsets_that_nobody_can_check_lead_nowhere(backend: str, kind: str) -> None:
+    """Compiled, what would be refused is made legal: tokens outside of every sequence give 0, and nothing to others."""
+    given = torch.tensor(OFFSETS[kind], dtype=torch.int32)
+    case = Case("unchecked", whole(48), ALL_BLOCKS, kv_heads=1, key_dim=16, value_dim=16)
+    names = ("k", "v", "q", "k_slc", "v_slc", "k_win", "v_win", "gates")
+    drawn = draw(case, torch.float32)
+    tensors = {name: drawn[name].requires_grad_() for name in names}
+
+    def attend(offsets: Tensor, k: Tensor, v: Tensor, q: Tensor, *others: Tensor) -> Tensor:
+        k_cmp, v_cmp = (compress(x, None, ALL_BLOCKS, cu_seqlens=offsets, backend=backend) for x in (k, v))
+        return nsa_attention(q, k_cmp, v_cmp, *others, ALL_BLOCKS, cu_seqlens_q=offsets, backend=backend)
+
+    out = torch.compile(attend, backend="aot_eager", fullgraph=True)(given, *tensors.values())
+    found = torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out), materialize_grads=True)
+    legal = given.clamp(0, 48).cummax(0).values.tolist()
+    alone = [sum(x) for x in zip(*(results_of_one(attend, tensors, a, b) for a, b in pairwise(legal)), strict=True)]
+    for name, actual, expected in zip(["out", *tensors], (out, *found), alone, strict=True):
+        assert_matches(actual, expected.double(), what=f"compiled {name}", reduction=48 * HEADS * HEAD_DIM)
+
+
+def results_of_one(attend: Callable[..., Tensor], tensors: Tensors, start: int, stop: int) -> list[Tensor]:
+    """Output and gradients of one sequence by itself, among zeros."""
+    leaves = list(tensors.values())
+    out = torch.zeros_like(tensors["q"])
+    if start == stop:
+        return [out, *map(torch.zeros_like, leaves)]
+    part = attend(cumulative((stop - start,)), *(x[:, start:stop] for x in leaves))
+    out[:, start:stop] = part.detach()
+    return [out, *torch.autograd.grad(part, leaves, torch.ones_like(part), allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@each_packing
+def test_a_default_device_is_no_reason_to_break_a_graph(backend: str, compression: str, packed: bool) -> None:
+    layer = NativeSparseAttention(
+        DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
+    )
+    inputs = (torch.randn(1, 24, DIM), rope_table(24, HEAD_DIM), cumulative(PACKED[0]) if packed else None)
+    expected = layer(*inputs)
+    with torch.device("meta"):
+        actual = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_matches(actual, expected.double(), what="output", reduction=HEADS * HEAD_DIM)
 
 
 # 2. Operators.

@@ -16,7 +16,18 @@ from nsa.config import NSAConfig
 from validation import oracle
 from validation.implementations import Implementation
 from validation.numerics import assert_equal
-from validation.unit.cases import BY_ID, STAGES, Case, Stage, Tensors, draw, draw_cotangent, select_blocks, upcast, whole
+from validation.unit.cases import (
+    BY_ID,
+    STAGES,
+    Case,
+    Stage,
+    Tensors,
+    draw,
+    draw_cotangent,
+    select_blocks,
+    upcast,
+    whole,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),
@@ -40,7 +51,7 @@ each_value = pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan"
 
 def attended(stage: Stage, case: Case, tensors: Tensors, values: str) -> Tensor:
     """Which keys `[B, Tq, Hk, T]` the queries of a KV head attend to in the branch with these `values`."""
-    batch, length, heads, _ = tensors[values].shape
+    length, heads = tensors[values].shape[1:3]
     width = case.num_keys
     inputs = upcast(tensors)
     for name in stage.inputs:
@@ -77,7 +88,9 @@ def check(
             hit = (attended(stage, case, tensors, values) & queries.unsqueeze(-1)).any(1).mT
         else:
             hit = per_head
-        assert_equal(actual[name][~hit], x[~hit], what=f"{name} of {stage.name} where nothing that is not finite reaches")
+        assert_equal(
+            actual[name][~hit], x[~hit], what=f"{name} of {stage.name} where nothing that is not finite reaches"
+        )
     if spoiled:
         assert not actual["out"][per_head].isfinite().all(-1).any(), "an output does not show what its query attends to"
 

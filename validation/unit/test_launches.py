@@ -1,8 +1,11 @@
 """The table of launch parameters: what it holds, and which entry a lookup takes."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
+from nsa import NSAConfig
 from nsa.kernels import tuning
 from nsa.kernels.tuning import Entry, read_table, write_table
 
@@ -72,3 +75,80 @@ def test_a_head_dim_is_cut_into_powers_of_two_that_cover_it_and_are_not_narrow(d
     assert second <= first
     assert {width for width in (first, second) if width} <= {32, 64, 128, 256}
     assert first + second <= max(32, 1 << (dim - 1).bit_length()), "more than one power of two would take"
+
+
+def test_parameters_are_those_of_the_inputs_device(on_hopper, monkeypatch):
+    monkeypatch.setattr(tuning, "architecture", lambda index: ("sm90", "sm80")[index])
+    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16, torch.device("cuda", 0)) == {"BLOCK_M": 64}
+    elsewhere = tuning.launch("window_forward", torch.bfloat16, 128, 128, 16, torch.device("cuda", 1))
+    assert elsewhere.keys() >= CONTIGUOUS, "nothing was measured for the device of the inputs"
+
+
+MOST = 65_535
+"""Blocks along the second and the third side of a grid that CUDA takes."""
+
+
+class Recorder:
+    """Stands for a kernel, and keeps the grids it would be launched with."""
+
+    def __init__(self, grids):
+        self.grids = grids
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.grids.append(grid)
+
+
+def launch_windows(q, k, lse, indices, config):
+    contiguous = import_module("nsa.kernels.contiguous")
+    contiguous.window_forward(q, k, k, None, None, None, k.shape[1], config, 1.0)
+    contiguous.window_backward(q, q, k, k, q, lse, None, None, None, k.shape[1], config, 1.0)
+
+
+def launch_compressed(q, k, lse, indices, config):
+    contiguous, blocks = import_module("nsa.kernels.contiguous"), k[:, :1]
+    contiguous.compressed_forward(q, blocks, blocks, None, None, None, k.shape[1], config, 1.0)
+    contiguous.compressed_backward(q, q, blocks, blocks, q, lse, None, None, None, k.shape[1], config, 1.0)
+
+
+def launch_selected(q, k, lse, indices, config):
+    selected = import_module("nsa.kernels.selected")
+    selected.forward(q, k, k, indices, None, None, k.shape[1], config, 1.0)
+    selected.backward(q, q, k, k, q, lse, indices, None, None, k.shape[1], config, 1.0)
+
+
+def launch_selection(q, k, lse, indices, config):
+    import_module("nsa.kernels.select").select_blocks(q, k[:, :1], lse, config, k.shape[1], None, None, 1.0)
+
+
+def launch_compress(q, k, lse, indices, config):
+    compress = import_module("nsa.kernels.compress")
+    out = compress._mean(k, None, 1, config.compress_block_size, config.compress_stride)
+    compress._mean_backward(out, None, k.shape[1], config.compress_block_size, config.compress_stride)
+
+
+def launch_combine(q, k, lse, indices, config):
+    import_module("nsa.kernels.attention").combine((q, q, q), torch.zeros(*q.shape[:3], 3))
+
+
+@pytest.mark.parametrize(
+    "launches",
+    [launch_windows, launch_compressed, launch_selected, launch_selection, launch_compress, launch_combine],
+    ids=lambda function: function.__name__.removeprefix("launch_"),
+)
+def test_grids_have_one_side(launches, monkeypatch):
+    """No batch is too large for a grid: what grows with it lies along the side that has no low limit."""
+    grids = []
+    for name in ("attention", "compress", "contiguous", "select", "selected"):
+        module = import_module(f"nsa.kernels.{name}")
+        for kernel in (name for name in vars(module) if name.endswith("_kernel")):
+            monkeypatch.setattr(module, kernel, Recorder(grids))
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", True)
+    batch, config = MOST + 1, NSAConfig(16, 16, 16, 1, 0, 0, 1, "mean")
+    q = torch.zeros(batch, 1, 1, 16)
+    k = torch.zeros(1, 16, 1, 16).expand(batch, -1, -1, -1)
+    indices = torch.zeros(batch, 1, 1, 1, dtype=torch.int32)
+    launches(q, k, torch.zeros(batch, 1, 1), indices, config)
+    assert grids
+    for grid in grids:
+        assert max((1, *grid[1:])) <= MOST, grid
+        assert grid[0] < 2**31, grid
