@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsa.train_spec import METRICS_FILE
+from nsa.metrics import METRICS_FILE
 from validation import runs
 from validation.integration.layouts import BFLOAT16, BY_NAME, Layout
 
