@@ -34,8 +34,10 @@ OPTIONS = {
     "training": ("dataset", "seq_len", "max_norm", "dtype", "mixed_precision_param"),
 }
 SCHEDULE = "lr_scheduler.total_steps"
+# Fields without which a position in the data means nothing.
+_DATA = {"corpus", "tokenizer", "training.dataset", "training.dataset_path"}
 # Arguments of the model that another option stands for, or that change nothing but how it is computed.
-_ARGUMENTS_APART = ("nsa", "seed", "backend", "max_seq_len", "attention", "attn_mask_type", "attn_type")
+_ARGUMENTS_APART = ("_enforced", "nsa", "seed", "backend", "max_seq_len", "attention", "attn_mask_type", "attn_type")
 
 
 def job_of(trainer: Any) -> dict[str, Any]:
@@ -211,7 +213,7 @@ class Checkpoints(CheckpointManager):
             return step, excluded
         changes = self._require_job(step, checkpoint, shapes)
         runs.require_steps_left(checkpoint, step, self._trainer.job_config.training.steps)
-        if {"corpus", "tokenizer"} & changes.keys():
+        if _DATA & changes.keys():
             excluded.append(DATALOADER)
         self._require_state(checkpoint, excluded)
         if DATALOADER in excluded:
@@ -254,14 +256,14 @@ class Checkpoints(CheckpointManager):
         return changes
 
     def _warn_of_schedule(self, step: int, old: int, new: int) -> None:
-        options = self._trainer.job_config.lr_scheduler
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        factors = [build_lr_schedulers([optimizer], options, n).schedulers[0].lr_lambdas[0](step) for n in (old, new)]
-        before, after = (factor * self._trainer.job_config.optimizer.lr for factor in factors)
-        logger.warning(
-            f"The schedule of the learning rate is now made for {new} steps, and was for {old}: step {step + 1} has "
-            f"{after:.3g} in place of {before:.3g}. --{SCHEDULE} {old} keeps it as it was"
-        )
+        options = self._trainer.job_config
+        before, after = (_learning_rates(options, total) for total in (old, new))
+        changed = (n for n in range(step, options.training.steps) if before(n) != after(n))
+        if (first := next(changed, None)) is not None:
+            logger.warning(
+                f"The learning rate falls over {new} steps, no longer over {old}: step {first + 1} has "
+                f"{after(first):.3g} in place of {before(first):.3g}. --{SCHEDULE} {old} keeps it as it was"
+            )
 
     def _misfits(self, checkpoint: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
         saved = _metadata(checkpoint)
@@ -289,15 +291,15 @@ class Checkpoints(CheckpointManager):
                 f"{str(checkpoint)!r} has the model alone (checkpoint.last_save_model_only), which is too little to go "
                 f"on from: start another run with --job.dump_folder DIR --checkpoint.initial_load_path {checkpoint}"
             )
-        loader = self.states[DATALOADER]
-        if isinstance(loader, CorpusLoader) and DATALOADER not in excluded:
-            missing = [name for name in loader.state_dict() if f"{DATALOADER}.{name}" not in saved]
-            if missing:
-                raise runs.Refused(
-                    f"the position in the data in {str(checkpoint)!r} is of another loader or an older version, without "
-                    f"{missing}. Go on all the same, with the first token of the data, with "
-                    f"--checkpoint.exclude_from_loading {DATALOADER}"
-                )
+        if DATALOADER in excluded:
+            return
+        missing = [name for name in self.states[DATALOADER].state_dict() if f"{DATALOADER}.{name}" not in saved]
+        if missing:
+            raise runs.Refused(
+                f"{str(checkpoint)!r} has a position in the data of another loader or of an older version, without "
+                f"{missing}: go on all the same, with the first token of the data, with "
+                f"--checkpoint.exclude_from_loading {DATALOADER}"
+            )
 
     # Saving
 
@@ -354,6 +356,17 @@ class Checkpoints(CheckpointManager):
         if self.keep_latest_k > 0 and dist.get_rank() == 0:
             for checkpoint in runs.stale_checkpoints(self.path, self.keep_latest_k):
                 self.purge_queue.put(str(checkpoint))
+
+
+def _learning_rates(options: JobConfig, total: int) -> Callable[[int], float]:
+    """The learning rate by the number of steps that were trained, on a schedule made for so many steps in all."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    logger.disabled = True  # what is said of a schedule was said when the run's own was made
+    try:
+        (factor,) = build_lr_schedulers([optimizer], options.lr_scheduler, total).schedulers[0].lr_lambdas
+    finally:
+        logger.disabled = False
+    return lambda step: options.optimizer.lr * factor(step)
 
 
 def _metadata(checkpoint: Path) -> dict[str, Any] | None:

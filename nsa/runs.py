@@ -64,7 +64,7 @@ class InUse(Refused):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of `path` at the end, whole and at once, unless there is an error.
+    """Gives a path to write to, which takes the place of `path` at the end, whole and at once, unless something fails.
 
     The temporary name keeps the suffix, by which some writers choose a format.
     """

@@ -97,7 +97,10 @@ class Trainer(torchtitan.train.Trainer):
         if not (steps_left and self._interrupted):
             self._steps_left = steps_left
             return steps_left
-        logger.info(f"{signal.Signals(self._interrupted).name}: stopped after step {self.step}; {self._save()}")
+        message = f"{signal.Signals(self._interrupted).name}: stopped after step {self.step}; {self._save()}"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            message += ". A traceback that follows is torchrun's, which was stopped or saw that its processes were"
+        logger.info(message)
         if self._steps_left:  # TorchTitan would go on to say that training is completed
             raise SystemExit(128 + self._interrupted)
         return False

@@ -144,8 +144,13 @@ def test_training_goes_on_after_a_rank_was_killed(victim, moment, mode, one_proc
 
 @ranks.needs(2)
 def test_a_signal_to_one_rank_stops_all_after_the_step(one_process, tmp_path):
-    with interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job:
+    with (
+        pytest.raises(ranks.RankFailed) as failure,
+        interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job,
+    ):
         job.wait()
+    assert failure.value.exits == dict.fromkeys((0, 1), 128 + signal.SIGTERM)
+    assert failure.match("stopped after step 4; it is saved")
     assert complete(tmp_path) == [3, 4]
     assert list(runs.read_metrics(tmp_path)[runs.LOSS]) == [1, 2, 3, 4]
     train(BY_NAME["fsdp2"], tmp_path)
