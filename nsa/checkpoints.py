@@ -338,13 +338,13 @@ class Checkpoints(CheckpointManager):
 
     def _failed(self, step: int, error: BaseException, last: bool) -> None:
         def account() -> None:
-            remains = self.path / f"step-{step}"
+            reason, remains = _reason(error, self.path.parent), self.path / f"step-{step}"
             if not runs.is_whole(remains):
                 shutil.rmtree(remains, ignore_errors=True)
             saved = runs.saved_steps(self.path)
-            stands = f"the last one that stands is {self.path / f'step-{saved[-1]}'}" if saved else "there is none yet"
-            goes_on = "The run ends without it" if last else "Training goes on"
-            message = f"The checkpoint of step {step} could not be saved: {_reason(error)}. {goes_on}; {stands}"
+            stands = f"{self.path / f'step-{saved[-1]}'} is the last one" if saved else "no other one is there"
+            then = "the run ends without it" if last else "training goes on"
+            message = f"The checkpoint of step {step} could not be saved ({reason}): {then}, and {stands}"
             if last:
                 raise runs.Refused(message)
             logger.error(message)
@@ -376,8 +376,9 @@ def _metadata(checkpoint: Path) -> dict[str, Any] | None:
     return FileSystemReader(checkpoint).read_metadata().state_dict_metadata
 
 
-def _reason(error: BaseException) -> str:
-    """The first line that says something of what failed on some rank."""
+def _reason(error: BaseException, folder: Path) -> str:
+    """What failed on some rank, and the room on the disk, because PyTorch's writer does not always tell a full one."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{first_line}; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB were free then"
