@@ -346,7 +346,18 @@ def test_an_empty_state_leaves_the_loader_where_it_is() -> None:
         ({"corpus": "other"}, "the state is of another corpus: 'other', where this loader has '84 tokens, sha256 "),
         ({"tokenizer": "other"}, "the state is of another tokenizer: 'other', where this loader has ''"),
     ],
-    ids=str,
+    ids=[
+        "token before the first",
+        "token behind the last",
+        "passes",
+        "float",
+        "bool",
+        "none",
+        "int for text",
+        "another field",
+        "another corpus",
+        "another tokenizer",
+    ],
 )
 def test_a_senseless_state_is_an_error_and_changes_nothing(change: dict[str, Any], message: str) -> None:
     loader = CorpusLoader(stream(10), L, 2)
