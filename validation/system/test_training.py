@@ -169,6 +169,12 @@ def test_torchtitan_runs_our_config_files(whole, tmp_path):
     assert run[LOSS] == read_metrics(whole)[LOSS]
 
 
+def test_torchtitan_s_own_entry_refuses_another_job(whole):
+    options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--optimizer.lr=1")
+    with pytest.raises(RuntimeError, match=r"optimizer\.lr is 1\.0, and was 0\.003"):
+        train(options, whole, module="torchtitan.train", processes=1)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

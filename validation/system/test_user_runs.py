@@ -238,6 +238,16 @@ def test_a_save_that_fails_does_not_end_training(tmp_path):
     assert status == 0, said
 
 
+def test_loggers_that_fail_do_not_end_training(tmp_path):
+    (tmp_path / "tb").touch()  # where folders of TensorBoard's would be
+    (tmp_path / "metrics.jsonl").mkdir()
+    arguments = (*TINY, f"--job.dump_folder={tmp_path}", "--metrics.enable_tensorboard")
+    status, said = ended(ranks.train_here, arguments, folder=tmp_path)
+    assert status == 0, said
+    assert said.count("training goes on without them") == 1
+    assert said.count("JsonLines lost metrics") == 1
+
+
 def test_initial_weights_are_loaded_beside_a_first_save_that_was_killed(tmp_path):
     def run(name, *options):
         status, said = ended(
