@@ -181,10 +181,11 @@ class Checkpoints(CheckpointManager):
             folder = str(self.path)
             self.folder = str(self.path / "none")
             try:
-                return super().load(-1)
+                loaded = super().load(-1)
             finally:
                 self.folder = folder
-        loaded = super().load(found)
+        else:
+            loaded = super().load(found)
         self._start = self._trainer.step
         return loaded
 
@@ -242,10 +243,8 @@ class Checkpoints(CheckpointManager):
         if before is None:
             logger.warning(f"{checkpoint} does not say of which job it is: nothing tells whether it is this one")
         changes: dict[str, tuple[Any, Any]] = {} if before is None else runs.differences(before, job)
-        schedule = self._trainer.job_config.lr_scheduler
-        if (
-            schedule.total_steps is None and SCHEDULE in changes
-        ):  # it follows training.steps, and training on is ordinary
+        follows_steps = self._trainer.job_config.lr_scheduler.total_steps is None
+        if SCHEDULE in changes and follows_steps:  # training on is ordinary
             self._warn_of_schedule(step, *changes.pop(SCHEDULE))
         allowed = getattr(self._trainer.job_config, "nsa", None)
         runs.require_same_job(
@@ -307,7 +306,7 @@ class Checkpoints(CheckpointManager):
         """Saves a checkpoint if one is due.
 
         Raises:
-            SystemExit: the last one failed; rank 0 has said why.
+            SystemExit: the last one failed, or the step was saved by an earlier run; rank 0 has said why.
         """
         if not self._should_save(curr_step, last_step):
             return
@@ -316,7 +315,7 @@ class Checkpoints(CheckpointManager):
             return
         try:
             if not self._recorded:
-                self._decide(self._record)
+                self._decide(lambda: self._record(curr_step))
                 self._recorded = True
             super().save(curr_step, last_step)
         except (CheckpointException, OSError) as error:
@@ -324,7 +323,11 @@ class Checkpoints(CheckpointManager):
         else:
             self._saved = curr_step
 
-    def _record(self) -> None:
+    def _record(self, step: int) -> None:
+        """Records the job before its first save; a checkpoint that is there is not saved over."""
+        checkpoint = self.path / f"step-{step}"
+        if runs.is_whole(checkpoint):
+            raise runs.Refused(f"{str(checkpoint)!r} is there already: remove it, or name another --job.dump_folder")
         runs.record_job(self.path, job_of(self._trainer), self._start, environment())
 
     def _finish(self, last: bool) -> None:

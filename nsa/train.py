@@ -99,7 +99,7 @@ class Trainer(torchtitan.train.Trainer):
             return steps_left
         message = f"{signal.Signals(self._interrupted).name}: stopped after step {self.step}; {self._save()}"
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            message += ". A traceback that follows is torchrun's, which was stopped or saw that its processes were"
+            message += " (torchrun, which stops as well, ends with a traceback of its own)"
         logger.info(message)
         if self._steps_left:  # TorchTitan would go on to say that training is completed
             raise SystemExit(128 + self._interrupted)

@@ -217,6 +217,15 @@ def test_a_full_disk_costs_no_more_than_the_saves_that_fail(tmp_path):
     assert sorted(runs.read_metrics(kept / "outputs" / "debug")[runs.LOSS]) == [1, 2, 3]
 
 
+def test_initial_weights_that_are_there_are_not_saved_over(tmp_path):
+    arguments = (*TINY, f"--job.dump_folder={tmp_path}", "--checkpoint.create_seed_checkpoint")
+    status, said = ended(ranks.train_here, arguments, folder=tmp_path)
+    assert status == 0, said
+    status, said = ended(ranks.train_here, (*arguments, "--debug.seed=1"), folder=tmp_path)
+    assert status == 1, said
+    assert re.search("step-0' is there already", said)
+
+
 def train_with_little_room(arguments):
     """Trains where files cannot grow beyond 1 MiB."""
     import resource
