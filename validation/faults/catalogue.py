@@ -1240,8 +1240,8 @@ _LARGE_SIZES = [
         "epochs-end-with-one-row",
         "after the last row of the corpus it is repeated, instead of the first that follows it",
         "data.py",
-        "torch.arange(first, first + self.batch_size) % self.num_rows]",
-        "torch.arange(first, first + self.batch_size).clamp(max=self.num_rows - 1)]",
+        "return over + 1 + passes, (row + 1) * self.seq_len",
+        "return over, token + left * self.seq_len",
         ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
     ),
 ]
