@@ -24,9 +24,8 @@ keys), the queries of a tile are shared out among several programs, which write 
 Rows that see nothing get `lse = +inf` there, which makes `p = 0` without a special case.
 
 What a query does not see has no part in its results, whatever it holds: a masked weight of 0 is not enough, for 0
-times NaN is NaN. Kernels look at their sums once, at the end. Where one is not finite they do the same again (CLEAN),
-and in tiles with masks take rows that are not finite out of products; they count as NaN for those who see them. All
-other results keep their bits.
+times NaN is NaN. Kernels look at their sums once, at the end. Where one is not finite they do the same again with care
+(CLEAN): they take rows that are not finite out of products with masks, and count them as NaN for those who see them.
 
 In the forward and the `dq` kernel a row is a (token, head) pair, token-major: the `G` query heads of a KV head stand
 together, whatever `G`. A tile then spans few tokens and its rows see nearly the same keys. Everywhere, tiles that need
@@ -46,7 +45,6 @@ from nsa.kernels.common import (
     LN2,
     LOG2E,
     accumulator,
-    any_not_finite,
     block_offsets,
     describable,
     descriptors,
@@ -63,9 +61,13 @@ from nsa.kernels.common import (
     tile_table,
     weigh,
     without,
+    zero_unless_finite,
 )
 from nsa.kernels.tuning import chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
+
+_FEW = tl.constexpr(16)
+"""Rows of a tile that is gone through with care, at a time."""
 
 # Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
 # nothing by it.
@@ -127,6 +129,86 @@ def _logits(a0, a1, b0, b1, K1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.c
     return product
 
 
+@triton.jit
+def _attend(
+    first, q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
+    batch, head, query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window, HEADS,
+    scale_log2, STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Attention of `ROWS` rows from `first` on to `count` tiles of keys; returns 0 if all of their sums are finite."""
+    rows = first + tl.arange(0, ROWS)
+    inside = rows < num_queries * G
+    position = rows // G + shift
+    token = (query_start + rows // G).to(tl.int64)
+    query_head = (head * G + rows % G).to(tl.int64)
+    num_seen = _num_seen(position, STRIDE, LAST)
+    first_seen = position - window + 1
+    q_offsets = token * q_strides[1] + query_head * q_strides[2]
+    q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
+    q1 = q0
+    if K1:
+        q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
+    k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
+    v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
+    acc0 = tl.zeros([ROWS, V0], ACC)
+    acc1 = tl.zeros([ROWS, V1 if V1 else 16], ACC)
+    m = tl.full([ROWS], float("-inf"), ACC)
+    z = tl.zeros([ROWS], ACC)
+    for MASKED in tl.static_range(0 if SPLIT and not CLEAN else 1, 2):
+        for i in range(0, count if CLEAN else count - (b - a) if MASKED else b - a):
+            start = key_first + (i if CLEAN else _part(i, a, b, MASKED)) * BLOCK_N
+            keys = start + tl.arange(0, BLOCK_N)
+            held = keys < key_stop
+            row = key_start + start
+            k0, k1 = fetch(
+                k_tiles0, k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
+                MASKED, TMA and not CLEAN,
+            )  # fmt: skip
+            x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION)
+            if MASKED:
+                visible = keys[None, :] < num_seen[:, None]
+                if WINDOWED:
+                    visible = visible & (keys[None, :] >= first_seen[:, None])
+                # Scaled before it is masked: a scale of 0 must not meet an infinity.
+                x = tl.where(visible, x * scale_log2, float("-inf"))
+                peak = tl.maximum(m, tl.max(x, 1))
+                # A row may have seen nothing yet; -inf less -inf is no number.
+                anchor = tl.where(peak == float("-inf"), 0.0, peak)
+                p = tl.exp2(x - anchor[:, None])
+            else:
+                peak = tl.maximum(m, tl.max(x, 1) * scale_log2)
+                anchor = peak
+                p = tl.exp2(x * scale_log2 - anchor[:, None])
+            rescale = tl.exp2(m - anchor)
+            m = peak
+            z = z * rescale + tl.sum(p, 1)
+            v0, v1 = fetch(
+                v_tiles0, v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
+                MASKED, TMA and not CLEAN,
+            )  # fmt: skip
+            if CLEAN:
+                bad = not_finite(v0, v1, V1, ACC)
+                v0, v1 = without(v0, v1, bad, V1)
+                p = tl.where(visible & bad[None, :], float("nan"), p)
+            p = p.to(v0.dtype)
+            acc0 = dot(p, v0, acc0 * rescale[:, None], ACC, PRECISION)
+            if V1:
+                acc1 = dot(p, v1, acc1 * rescale[:, None], ACC, PRECISION)
+
+    blind = z == 0
+    z = tl.where(blind, 1.0, z)
+    out_offsets = token * out_strides[1] + query_head * out_strides[2]
+    store_rows(out, out_offsets, inside, acc0 / z[:, None], 0, V0, DV)
+    if V1:
+        store_rows(out, out_offsets, inside, acc1 / z[:, None], V0, V1, DV)
+    of_row = token * (HEADS * G) + query_head
+    tl.store(lse + of_row, tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2), mask=inside)
+    return zero_unless_finite(acc0, acc1, V1, ACC)
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
@@ -153,79 +235,21 @@ def _forward_kernel(
         first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
         LAST, WINDOWED, BLOCK_N, SPLIT,
     )  # fmt: skip
-
-    again = True
-    for CLEAN in tl.static_range(2):
-        if again:
-            rows = first + tl.arange(0, BLOCK_M)
-            inside = rows < num_queries * G
-            position = rows // G + shift
-            token = (query_start + rows // G).to(tl.int64)
-            query_head = (head * G + rows % G).to(tl.int64)
-            num_seen = _num_seen(position, STRIDE, LAST)
-            first_seen = position - window + 1
-            q_offsets = token * q_strides[1] + query_head * q_strides[2]
-            q0 = load_rows(q, q_offsets, inside, 0, K0, DK, True)
-            q1 = q0
-            if K1:
-                q1 = load_rows(q, q_offsets, inside, K0, K1, DK, True)
-            k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
-            v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
-            acc0 = tl.zeros([BLOCK_M, V0], ACC)
-            acc1 = tl.zeros([BLOCK_M, V1 if V1 else 16], ACC)
-            m = tl.full([BLOCK_M], float("-inf"), ACC)
-            z = tl.zeros([BLOCK_M], ACC)
-            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
-                for i in range(0, count - (b - a) if MASKED else b - a):
-                    start = key_first + _part(i, a, b, MASKED) * BLOCK_N
-                    keys = start + tl.arange(0, BLOCK_N)
-                    held = keys < key_stop
-                    row = key_start + start
-                    k0, k1 = fetch(
-                        k_tiles0, k_tiles1, k, k_offsets, held, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
-                        MASKED, TMA,
-                    )  # fmt: skip
-                    x = _logits(q0, q1, k0, k1, K1, ACC, PRECISION)
-                    if MASKED:
-                        visible = keys[None, :] < num_seen[:, None]
-                        if WINDOWED:
-                            visible = visible & (keys[None, :] >= first_seen[:, None])
-                        # Scaled before it is masked: a scale of 0 must not meet an infinity.
-                        x = tl.where(visible, x * scale_log2, float("-inf"))
-                        peak = tl.maximum(m, tl.max(x, 1))
-                        # A row may have seen nothing yet; -inf less -inf is no number.
-                        anchor = tl.where(peak == float("-inf"), 0.0, peak)
-                        p = tl.exp2(x - anchor[:, None])
-                    else:
-                        peak = tl.maximum(m, tl.max(x, 1) * scale_log2)
-                        anchor = peak
-                        p = tl.exp2(x * scale_log2 - anchor[:, None])
-                    rescale = tl.exp2(m - anchor)
-                    m = peak
-                    z = z * rescale + tl.sum(p, 1)
-                    v0, v1 = fetch(
-                        v_tiles0, v_tiles1, v, v_offsets, held, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
-                        MASKED, TMA,
-                    )  # fmt: skip
-                    if CLEAN and MASKED:
-                        bad = not_finite(v0, v1, V1, ACC)
-                        v0, v1 = without(v0, v1, bad, V1)
-                        p = tl.where(visible & bad[None, :], float("nan"), p)
-                    p = p.to(v0.dtype)
-                    acc0 = dot(p, v0, acc0 * rescale[:, None], ACC, PRECISION)
-                    if V1:
-                        acc1 = dot(p, v1, acc1 * rescale[:, None], ACC, PRECISION)
-
-            blind = z == 0
-            z = tl.where(blind, 1.0, z)
-            out_offsets = token * out_strides[1] + query_head * out_strides[2]
-            store_rows(out, out_offsets, inside, acc0 / z[:, None], 0, V0, DV)
-            if V1:
-                store_rows(out, out_offsets, inside, acc1 / z[:, None], V0, V1, DV)
-            of_row = token * (HEADS * G) + query_head
-            tl.store(lse + of_row, tl.where(blind, float("-inf"), (m + tl.log2(z)) * LN2), mask=inside)
-            if not CLEAN:
-                again = any_not_finite(acc0, acc1, V1, ACC)
+    spoiled = _attend(
+        first, q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
+        batch, head, query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window, HEADS,
+        scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0, K1, DV, V0, V1, ACC, PRECISION, BLOCK_M, BLOCK_N, TMA, SPLIT,
+        False,
+    )  # fmt: skip
+    if spoiled != 0:
+        # With care, a few rows at a time: whatever has the same shape as before would take registers all along.
+        for few in range(0, BLOCK_M, _FEW):
+            _attend(
+                first + few, q, k, v, None, None, None, None, out, lse, q_strides, k_strides, v_strides, out_strides,
+                batch, head, query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window,
+                HEADS, scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0, K1, DV, V0, V1, ACC, PRECISION, _FEW, BLOCK_N,
+                False, False, True,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -258,9 +282,9 @@ def _queries_kernel(
         LAST, WINDOWED, BLOCK_N, SPLIT,
     )  # fmt: skip
 
-    again = True
+    spoiled = 1.0
     for CLEAN in tl.static_range(2):
-        if again:
+        if spoiled != 0:
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < num_queries * G
             position = rows // G + shift
@@ -330,8 +354,8 @@ def _queries_kernel(
 
             stored = inside
             if not CLEAN:
-                again = any_not_finite(dq0, dq1, K1, ACC)
-                stored = inside & (not again)  # what is added cannot be taken back
+                spoiled = zero_unless_finite(dq0, dq1, K1, ACC)
+                stored = tl.where(inside, spoiled, 1.0) == 0  # what is added cannot be taken back
             factor = scale * weight
             dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
             store_rows(dq, dq_offsets, stored, dq0 * factor[:, None], 0, K0, DK, ADD)
@@ -385,9 +409,9 @@ def _keys_kernel(
     a = tl.minimum(tl.maximum(a, x), y)
     b = tl.minimum(tl.maximum(b, x), y)
 
-    again = True
+    spoiled = 1.0
     for CLEAN in tl.static_range(2):
-        if again:
+        if spoiled != 0:
             keys = first + tl.arange(0, BLOCK_N)
             held = keys < num_keys
             key = (key_start + keys).to(tl.int64)
@@ -463,7 +487,7 @@ def _keys_kernel(
             if V1:
                 store_rows(dv, key * dv_strides[2], held, dv1, V0, V1, DV)
             if not CLEAN:
-                again = any_not_finite(dk0, dk1, K1, ACC) | any_not_finite(dv0, dv1, V1, ACC)
+                spoiled = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
 
 
 # Launchers.

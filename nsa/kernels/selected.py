@@ -37,7 +37,6 @@ from nsa.kernels.common import (
     LN2,
     LOG2E,
     accumulator,
-    any_not_finite,
     describable,
     descriptors,
     dot,
@@ -50,6 +49,7 @@ from nsa.kernels.common import (
     store_rows,
     weigh,
     without,
+    zero_unless_finite,
 )
 from nsa.kernels.tuning import Launch, chunks, launch
 from nsa.operators import accumulation_dtype, register, sizes_of
@@ -168,9 +168,9 @@ def _forward_kernel(
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
 
-    again = True
+    spoiled = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
-        if again:
+        if spoiled != 0:
             row = tl.arange(0, ROWS)
             live = row < G
             q0, q1 = _load_chunks(q, row.to(tl.int64) * q_strides[2], live, DK, K0, K1)
@@ -214,7 +214,7 @@ def _forward_kernel(
             _store_chunks(out, rows * DV, live, out0 / z[:, None], out1 / z[:, None], DV, V0, V1)
             if TMA and not CLEAN:
                 # Pointers leave out the keys that the query does not see, descriptors do not.
-                again = any_not_finite(out0, out1, V1, ACC)
+                spoiled = zero_unless_finite(out0, out1, V1, ACC)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -235,9 +235,9 @@ def _queries_kernel(
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     steps = _num_steps(indices, position, index_strides[3], SLOTS, SPAN, BLOCK, KEYS)
 
-    again = True
+    spoiled = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
-        if again:
+        if spoiled != 0:
             row = tl.arange(0, ROWS)
             live = row < G
             rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
@@ -269,8 +269,8 @@ def _queries_kernel(
                     dq1 = dot(ds, k1, dq1, ACC, PRECISION)
             stored = live
             if TMA and not CLEAN:
-                again = any_not_finite(dq0, dq1, K1, ACC)
-                stored = live & (not again)  # what is added cannot be taken back
+                spoiled = zero_unless_finite(dq0, dq1, K1, ACC)
+                stored = tl.where(live, spoiled, 1.0) == 0  # what is added cannot be taken back
             factor = tl.full([ROWS], 1.0, ACC) * scale
             if gate is not None:
                 factor *= tl.load(gate + 3 * rows, mask=live, other=0.0).to(ACC)
@@ -394,16 +394,16 @@ def _scatter_kernel(
         start, position, length = _find_block(spans, owner % blocks, num_keys, BLOCK, PACKED)
         head = (owner // blocks % HEADS).to(tl.int64)
         batch = (owner // blocks // HEADS).to(tl.int64)
-        within = part * KEYS + tl.arange(0, KEYS)
-        real = within < length
-        keys = start + within.to(tl.int64)
         k += batch * k_strides[0] + head * k_strides[2]
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
 
-        again = True
+        spoiled = 1.0
         for CLEAN in tl.static_range(2):
-            if again:
+            if spoiled != 0:
+                within = part * KEYS + tl.arange(0, KEYS)
+                real = within < length
+                keys = start + within.to(tl.int64)
                 k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
                 v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
                 if CLEAN:
@@ -438,7 +438,7 @@ def _scatter_kernel(
                     tl.store(partial_lse + place, tl.where(blind, float("-inf"), base + tl.log2(total)), mask=live)
                     _store_chunks(partial, place * DV, live, out0, out1, DV, V0, V1)
                 if not CLEAN:
-                    again = any_not_finite(v0, v1, V1, ACC)
+                    spoiled = zero_unless_finite(v0, v1, V1, ACC)
 
 
 @triton.jit
@@ -511,18 +511,18 @@ def _keys_kernel(
         start, position, length = _find_block(spans, owner % blocks, num_keys, BLOCK, PACKED)
         head = (owner // blocks % HEADS).to(tl.int64)
         batch = (owner // blocks // HEADS).to(tl.int64)
-        within = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-        real = within < length
-        keys = start + within.to(tl.int64)
         k += batch * k_strides[0] + head * k_strides[2]
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
         dout += batch * do_strides[0] + head * G * do_strides[2]
         first_row = (batch * num_queries * HEADS + head) * G
 
-        again = True
+        spoiled = 1.0
         for CLEAN in tl.static_range(2):
-            if again:
+            if spoiled != 0:
+                within = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+                real = within < length
+                keys = start + within.to(tl.int64)
                 k0, k1 = _load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
                 v0, v1 = _load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
                 dk0 = tl.zeros([KEYS, K0], dtype=ACC)
@@ -576,9 +576,9 @@ def _keys_kernel(
                         _store_chunks(partial_dq, place * DK, live, dq0, dq1, DK, K0, K1)
 
                 if not CLEAN:
-                    again = any_not_finite(dk0, dk1, K1, ACC) | any_not_finite(dv0, dv1, V1, ACC)
+                    spoiled = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
                     if SCATTER:  # a key that no query sees leaves no trace in its own gradients
-                        again = again | any_not_finite(k0, k1, K1, ACC)
+                        spoiled += zero_unless_finite(k0, k1, K1, ACC)
                 dk0 *= scale
                 dk1 *= scale
                 # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
