@@ -6,10 +6,30 @@ Notation follows the paper (arXiv 2502.11089, section 3): `l`, `d`, `l'`, `n`, `
 
 import operator
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Compression = Literal["mlp", "linear", "mean"]
 """How a block of keys or values becomes one vector (paper, section 3.3.1)."""
+
+LARGEST = 2**31 - 1
+"""The largest size or count: kernels hold them in 32 bits."""
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        TypeError: `value` is not an integer; a bool is none.
+        ValueError: `value` is below `least` or above `LARGEST`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -44,14 +64,9 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.type is int:
-                if isinstance(value, bool) or not hasattr(value, "__index__"):
-                    raise TypeError(f"{field.name} must be an int, got {value!r} ({type(value).__name__})")
-                object.__setattr__(self, field.name, operator.index(value))
                 least = 0 if field.name in ("num_initial_blocks", "num_local_blocks") else 1
-                if value < least:
-                    raise ValueError(f"{field.name} must be at least {least}, got {value}")
+                object.__setattr__(self, field.name, integer(field.name, getattr(self, field.name), least))
         if not isinstance(self.shared_kv, bool):
             raise TypeError(f"shared_kv must be a bool, got {self.shared_kv!r} ({type(self.shared_kv).__name__})")
         if self.compression not in get_args(Compression):
