@@ -37,14 +37,15 @@ class NSAConfig:
     """Block sizes and counts of Native Sparse Attention, in tokens; the defaults are the paper's.
 
     Attributes:
-        compress_block_size: `l`, tokens under one compressed key.
-        compress_stride: `d`, tokens between the starts of neighbouring compressed blocks; divides `l` and `l'`.
-        select_block_size: `l'`, tokens in one selectable block; at least `l`.
-        num_selected_blocks: `n`, blocks each query attends to, the forced ones included.
-        num_initial_blocks: forced blocks at the start of the sequence.
-        num_local_blocks: forced blocks that end with the query's own.
-        window_size: `w`, tokens a query sees in the window branch, itself included.
-        compression: `"mlp"` (two layers, as in the paper), `"linear"` (one layer) or `"mean"` (nothing learned).
+        compress_block_size: `l`, tokens under one compressed key; a multiple of `d`, at most `l'`.
+        compress_stride: `d`, tokens from the start of one compressed block to the next; divides `l` and `l'`.
+        select_block_size: `l'`, tokens in one selectable block; a multiple of `d`, at least `l`.
+        num_selected_blocks: `n`, blocks each query attends to, the forced ones included; at least those, and 1.
+        num_initial_blocks: forced blocks at the start of the sequence; at least 0.
+        num_local_blocks: forced blocks that end with the query's own; at least 0.
+        window_size: `w`, tokens a query sees in the window branch, itself included; at least 1.
+        compression: how a block becomes one key or value, `"mlp"` (two layers, as in the paper), `"linear"` (one layer)
+            or `"mean"` (nothing learned).
         shared_kv: one key and value projection for all three branches instead of one each (paper, section 3.3.3).
 
     Raises:
