@@ -251,7 +251,10 @@ DRAWN = 1 << 18
 
 
 def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:
-    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter."""
+    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter.
+
+    They are drawn on the CPU: generators of other devices give other numbers.
+    """
     if not local.numel():
         return
     rows = max(1, DRAWN // math.prod(shape[1:]))
@@ -259,12 +262,12 @@ def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float
     columns = tuple(slice(first, first + size) for first, size in zip(offset[1:], local.shape[1:], strict=True))
     for piece in range(begin // rows, -(-end // rows)):
         first = piece * rows
-        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device=local.device)
+        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device="cpu")
         code = zlib.crc32((f"{name} {piece}" if piece else name).encode()) ^ seed
-        generator = torch.Generator(local.device).manual_seed(code)
+        generator = torch.Generator("cpu").manual_seed(code)
         nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
         start, stop = max(begin, first), min(end, first + rows)
-        local[start - begin : stop - begin] = drawn[(slice(start - first, stop - first), *columns)]
+        local[start - begin : stop - begin].copy_(drawn[(slice(start - first, stop - first), *columns)])
 
 
 class Transformer(LlamaTransformer):
@@ -283,7 +286,8 @@ class Transformer(LlamaTransformer):
         """Draws every parameter from generators of its own, seeded by its name.
 
         A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
-        stage it lies or in which order layers are made. Distributions are llama3's, cut at three standard deviations.
+        stage or device it lies, or in which order layers are made. Distributions are llama3's, cut at three standard
+        deviations.
         """
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()

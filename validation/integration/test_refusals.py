@@ -9,7 +9,7 @@ from nsa import parallelize
 from nsa.parallelize import FLOAT8, check_layout, stages_again
 from nsa.train_spec import JobConfig, NSAOptions
 from validation import runs
-from validation.integration import ranks
+from validation.integration import ranks, throughput
 from validation.integration.layouts import TRAINING, has_schedule
 
 pytestmark = pytest.mark.smoke
@@ -241,3 +241,14 @@ def test_every_rank_refuses_before_training(options, tmp_path):
         assert len(log.splitlines()) == 1, f"more than a line of rank {rank}: {log}"
     assert "Traceback" not in str(failure.value)
     assert not runs.read_metrics(tmp_path).records
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_throughput_is_not_measured_without_gpus(gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(runs, "train", lambda *args, **kwargs: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as ended:
+        throughput.main(["--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert f"error: needs 2 GPUs, {gpus} found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
