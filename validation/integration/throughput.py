@@ -2,8 +2,8 @@
 
     python -m validation.integration.throughput --out out/throughput
 
-Every run is one that torchrun starts over two GPUs, without which nothing is run; its metrics are kept as `out/throughput/tp2-32k.jsonl` and so on,
-and the table of all is printed. Options after `--` are passed on to each.
+Every run is one that torchrun starts over two GPUs, without which nothing is run; its metrics are kept as
+`out/throughput/tp2-32k.jsonl` and so on, and the table of all is printed. Options after `--` are passed on to each.
 """
 
 import argparse
