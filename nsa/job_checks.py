@@ -314,7 +314,8 @@ def _check_backend(args: ModelArgs) -> None:
     with FakeTensorMode():
         head = torch.empty(args.dim // args.n_heads, device="cuda" if torch.cuda.is_available() else "cpu")
     reason = kernels.why_not(args.nsa, head)
-    require(reason is None, "nsa.backend", f'be "auto" or "eager" with {reason}', args.backend)
+    if reason is not None:
+        raise JobError(f'nsa.backend must be "auto" or "eager" where Triton lacks support, got "triton" and {reason}')
 
 
 def _check_converters(job_config: JobConfig, parallel_dims: ParallelDims) -> None:

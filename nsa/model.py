@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,7 @@ from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotat
 from nsa.refusals import JobError, require
 
 ATTENTION_KINDS = ("dense", "nsa")
-MaskKind = Literal["causal", "block_causal"]
-MASK_KINDS = get_args(MaskKind)
+MASK_KINDS = ("causal", "block_causal")
 
 
 def build_tokenizer(job_config: JobConfig) -> BaseTokenizer | ByteTokenizer:

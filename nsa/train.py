@@ -181,11 +181,11 @@ def refuse(error: JobError) -> NoReturn:
         Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
     if not report or os.environ["RANK"] == "0":
         print(line, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; a job that cannot be ends with one line on stderr and exit code 2."""
+    """Trains as the command line says; one that cannot be ends with one line on stderr and status 1."""
     for name, value in _LONE_PROCESS.items():
         os.environ.setdefault(name, value)
     try:

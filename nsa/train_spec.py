@@ -32,9 +32,8 @@ from torchtitan.tools.logging import logger
 from nsa.config import NSAConfig
 from nsa.cpu import prepare_cpu
 from nsa.data import DATASETS, CorpusLoader, corpus_tokens
-from nsa.functional import Backend
 from nsa.job_checks import check_job
-from nsa.model import MaskKind, ModelArgs, Transformer, build_tokenizer
+from nsa.model import ModelArgs, Transformer, build_tokenizer
 from nsa.parallelize import parallelize_nsa, pipeline_nsa
 from nsa.refusals import naming, require
 
@@ -74,8 +73,8 @@ class _Flavors(Mapping[str, ModelArgs]):
 
 _NSA_OPTIONS: dict[str, Any] = {
     "attention": str | list[str],
-    "attn_mask_type": MaskKind,
-    "backend": Backend,
+    "attn_mask_type": str,
+    "backend": str,
     **{option.name: option.type for option in fields(NSAConfig)},
 }
 

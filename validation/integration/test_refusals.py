@@ -233,7 +233,7 @@ def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypa
     ],
 )
 def test_every_rank_refuses_before_training(options, tmp_path):
-    with pytest.raises(ranks.RankFailed, match=r"^rank \d exited with 2, rank \d exited with 2\n") as failure:
+    with pytest.raises(ranks.RankFailed, match=r"^rank \d exited with 1, rank \d exited with 1\n") as failure:
         ranks.train((*TRAINING, *options, "--training.local_batch_size=8"), tmp_path, processes=2)
     for rank in range(2):
         log = (tmp_path / f"rank-{rank}.log").read_text()
