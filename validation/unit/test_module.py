@@ -112,7 +112,7 @@ BAD_LAYERS = {
         "num_heads must be a multiple of num_kv_heads (4), got 6",
     ),
     "dim_not_divided": (
-        {"num_heads": 5},
+        {"num_heads": 5, "num_kv_heads": 1},
         ValueError,
         "dim must be a multiple of num_heads (5) without a head_dim, got 24",
     ),
