@@ -2,19 +2,22 @@
 
 The corpus is the source code of the running Python's standard library, or a folder of text the user names. It becomes
 one stream of tokens, each document followed by end-of-sequence, and the stream is cut into rows of `L` tokens. The
-loader hands rows out by their number alone, so what a training step sees depends on the global batch size and on
-nothing else: not on the data-parallel degree, not on gradient accumulation, not on where a run was interrupted.
+loader hands rows out by their place in the stream alone, so what a training step sees depends on the global batch size
+and on nothing else: not on the data-parallel degree, not on gradient accumulation, not on where a run was interrupted.
 
 Shapes: `T` tokens of a text or stream, `b` rows a rank and iteration, `L` sequence length.
 """
 
+import ctypes
+import hashlib
+import json
 import operator
 import os
 import sysconfig
 import zlib
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -156,15 +159,30 @@ def _corpus_tokens(split: Split, tokenizer: Tokenizer, path: str | None) -> Tens
     return torch.tensor(ids, dtype=torch.int32)
 
 
+def tokenizer_name(tokenizer: Any) -> str:
+    """A name that equal tokenizers share: `"bytes"`, or the class and a hash of the vocabulary."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return "bytes"
+    name = type(tokenizer).__name__
+    if not hasattr(tokenizer, "get_vocab"):
+        return name
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=operator.itemgetter(1))).encode()
+    return f"{name} {hashlib.sha256(vocabulary).hexdigest()[:12]}"
+
+
 class CorpusLoader:
     """Batches of a token stream, the same whatever the layout, exactly resumable in any layout.
 
-    Row `i` is `tokens[i L : i L + L + 1]`, `i` modulo the number of whole rows: the first `L` are the input, the last
-    `L` the labels. From position `p`, data-parallel rank `k` of `n` gets rows `p + k b` to `p + k b + b - 1`, and the
-    position moves on to `p + n b`. A step of `a` iterations thus sees the next `a n b` rows of the stream, however
-    that product is made up, and the position is the same number on every rank.
+    A row is `L` tokens and their successors: the row at token `p` has `tokens[p : p + L]` as its input and
+    `tokens[p + 1 : p + L + 1]` as its labels, and the next row is at `p + L`. The first row of a pass over the stream
+    is at token 0; where the tokens left do not make a row, the next pass begins. With `n` ranks a batch is the next
+    `n b` rows, of which data-parallel rank `k` gets the `k`-th `b`. A step of `a` iterations thus sees the next `a n b`
+    rows of the stream, however that product is made up, and the position is the same on every rank.
 
     Iterating yields `({"input": int64 [b, L]}, labels int64 [b, L])`.
+
+    The position is kept in tokens. A run that is resumed with another `L` goes on with the first token that was not an
+    input yet, wherever that lies between its own rows: nothing is skipped and nothing seen twice.
 
     Args:
         tokens: the stream, integers `[T]`.
@@ -174,8 +192,9 @@ class CorpusLoader:
         dp_world_size: `n`.
         infinite: go on with the first row after the last, for ever; otherwise stop where the rows left do not make a
             batch for every rank, so that all ranks get equally many.
-        restart: every `iter()` begins at row 0, as validation wants it; otherwise it goes on from the position, as
+        restart: every `iter()` begins at token 0, as validation wants it; otherwise it goes on from the position, as
             training wants it. By default only an infinite loader goes on.
+        tokenizer: the name of what made the tokens, see `tokenizer_name`.
 
     Raises:
         TypeError: a size or rank that is not an integer, or tokens that are not a tensor of integers.
@@ -193,6 +212,7 @@ class CorpusLoader:
         *,
         infinite: bool = True,
         restart: bool | None = None,
+        tokenizer: str = "",
     ) -> None:
         self.seq_len = _at_least("seq_len", seq_len, 1)
         self.batch_size = _at_least("batch_size", batch_size, 1)
@@ -206,8 +226,9 @@ class CorpusLoader:
             raise ValueError(f"tokens must have one dimension, got shape {tuple(tokens.shape)}")
         if len(tokens) <= self.seq_len:
             raise ValueError(f"tokens must hold a sequence, seq_len + 1 = {self.seq_len + 1}, got {len(tokens)}")
-        self._rows = tokens.unfold(0, self.seq_len + 1, self.seq_len)  # [rows, L + 1], a view
-        self.num_rows = len(self._rows)
+        self.tokens = tokens
+        self._rows = tokens.unfold(0, self.seq_len + 1, 1)  # [T - L, L + 1], a view: the row at every token
+        self.num_rows = self._rows_from(0)
         self._global_batch_size = self.batch_size * self.dp_world_size
         if not infinite and self.num_rows < self._global_batch_size:
             raise ValueError(
@@ -216,39 +237,88 @@ class CorpusLoader:
             )
         self.infinite = infinite
         self.restart = restart if restart is not None else not infinite
-        self._position = 0
+        self.tokenizer = tokenizer
+        self._position = (0, 0)  # passes that are over, and the token of the next row
+
+    @cached_property
+    def corpus(self) -> str:
+        """What tells the stream from others: its length and a hash of its tokens."""
+        tokens = self.tokens.to(torch.int32).contiguous()
+        view = (ctypes.c_char * tokens.nbytes).from_address(tokens.data_ptr())  # no copy, and no need of NumPy
+        return f"{len(tokens)} tokens, sha256 {hashlib.sha256(view).hexdigest()[:16]}"
+
+    def _rows_from(self, token: int) -> int:
+        """The number of whole rows from a token to the end of the pass."""
+        return (len(self.tokens) - 1 - token) // self.seq_len
+
+    def _advance(self, position: tuple[int, int], rows: int) -> tuple[int, int]:
+        """The position so many rows further on, which may be the end of a pass: no row need be left there."""
+        over, token = position
+        left = self._rows_from(token)
+        if rows <= left:
+            return over, token + rows * self.seq_len
+        passes, row = divmod(rows - left - 1, self.num_rows)
+        return over + 1 + passes, (row + 1) * self.seq_len
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        own = 0  # restarting iterators do not disturb one another; the others are all one stream
+        own = (0, 0)  # restarting iterators do not disturb one another; the others are all one stream
         while True:
             start = own if self.restart else self._position
-            own = start + self._global_batch_size
-            if not self.infinite and own > self.num_rows:
+            if not self.infinite and self._rows_from(start[1]) < self._global_batch_size:
                 return
             # Moved before the batch is handed over: a state taken while the batch is in use counts it as seen.
-            self._position = own
-            first = start + self.dp_rank * self.batch_size
-            rows = self._rows[torch.arange(first, first + self.batch_size) % self.num_rows].long()  # [b, L + 1]
+            self._position = own = self._advance(start, self._global_batch_size)
+            first = self.dp_rank * self.batch_size
+            ends = [self._advance(start, first + row + 1)[1] for row in range(self.batch_size)]
+            rows = self._rows[torch.tensor(ends) - self.seq_len].long()  # [b, L + 1]
             yield {"input": rows[:, :-1].contiguous()}, rows[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, `{"rows": rows handed out so far to all ranks together}`: the same on every rank."""
-        return {"rows": self._position}
+        """The position and what it is a position in, the same on every rank.
+
+        `passes` over the stream are over and the next row is at `token`, unless no row is left there; rows were of
+        `seq_len` tokens, of the stream `corpus` made by `tokenizer`.
+        """
+        passes, token = self._position
+        return {
+            "passes": passes,
+            "token": token,
+            "seq_len": self.seq_len,
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Move to a position saved in this or any other layout; an empty state leaves the loader where it is.
 
-        A loader that restarts begins at row 0 all the same.
+        Another row length is taken on from the same token. A loader that restarts begins at token 0 all the same.
 
         Raises:
-            ValueError: a state that `state_dict` does not make.
+            ValueError: a state that `state_dict` does not make, or one of another corpus or tokenizer.
         """
         if not state_dict:
             return
-        rows = state_dict.get("rows")
-        if len(state_dict) != 1 or isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-            raise ValueError(f'state_dict must be {{"rows": an int of at least 0}}, got {state_dict!r}')
-        self._position = rows
+        fields = {"passes": int, "token": int, "seq_len": int, "corpus": str, "tokenizer": str}
+        if state_dict.keys() != fields.keys() or any(
+            type(state_dict[name]) is not kind for name, kind in fields.items()
+        ):
+            raise ValueError(f"state_dict must have {_typed(fields)}, got {dict(state_dict)!r}")
+        for name in ("tokenizer", "corpus"):
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(
+                    f"the state is of another {name}: {state_dict[name]!r}, where this loader has "
+                    f"{getattr(self, name)!r}, in which its position means nothing"
+                )
+        passes, token = state_dict["passes"], state_dict["token"]
+        if passes < 0 or not 0 <= token < len(self.tokens):
+            raise ValueError(
+                f"passes must be at least 0 and token in [0, {len(self.tokens)}), got {passes} and {token}"
+            )
+        self._position = (passes, token)
+
+
+def _typed(fields: Mapping[str, type]) -> str:
+    return ", ".join(f"{name}: {kind.__name__}" for name, kind in fields.items())
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

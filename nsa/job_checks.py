@@ -32,6 +32,7 @@ from nsa.data import DATASETS
 from nsa.model import ModelArgs
 from nsa.parallelize import check_layout
 from nsa.refusals import JobError, naming, require
+from nsa.runs import require_writable
 
 OPTIMIZERS = ("Adam", "AdamW")
 """Names that TorchTitan's `build_optimizers` knows."""
@@ -199,7 +200,7 @@ def check_job(job_config: JobConfig) -> None:
         must = f"be a folder with the files of a tokenizer for model.name {job_config.model.name!r}"
         require(os.path.isdir(assets), "model.hf_assets_path", must, assets)
     _check_converters(job_config, parallel_dims)
-    _check_folder(job_config.job.dump_folder)
+    require_writable(Path(job_config.job.dump_folder))
 
 
 def _value(job_config: JobConfig, option: str) -> Any:
@@ -227,9 +228,11 @@ def _check_names(job_config: JobConfig) -> None:
     if job_config.validation.enable:
         sections["validation"] = job_config.validation
     for section, options in sections.items():
-        require(options.dataset in known, f"{section}.dataset", f"be one of {known}", options.dataset)
+        # By default the validation split of what is trained on.
+        dataset = options.dataset or f"{job_config.training.dataset}_validation"
+        require(dataset in known, f"{section}.dataset", f"be one of {known}", dataset)
         folder = options.dataset_path
-        if options.dataset in DATASETS and folder:
+        if dataset in DATASETS and folder:
             require(os.path.isdir(folder), f"{section}.dataset_path", "be a folder", folder)
     compiler = job_config.compile
     for component in compiler.components:
@@ -278,16 +281,13 @@ def _check_steps(job_config: JobConfig) -> None:
 
 
 def _check_checkpoints(job_config: JobConfig, spec: TrainSpec) -> None:
-    folder, options = Path(job_config.job.dump_folder), job_config.checkpoint
+    options = job_config.checkpoint
     for name in options.exclude_from_loading:
         require(name in LOADABLE, "checkpoint.exclude_from_loading", f"be among {LOADABLE}", name)
     for name in ("last_save_in_hf", "initial_load_in_hf", "initial_load_in_hf_quantized"):
         asked = options.enable and getattr(options, name)
         must = f"be false for model.name {job_config.model.name!r}, whose weights have no Hugging Face form"
         require(not asked or spec.state_dict_adapter is not None, f"checkpoint.{name}", must, True)
-    path = options.initial_load_path
-    if options.enable and path and not (folder / options.folder).exists():
-        require(os.path.isdir(path), "checkpoint.initial_load_path", "be the folder of a checkpoint", path)
     if options.create_seed_checkpoint:
         require(options.enable, "checkpoint.enable", "be true for checkpoint.create_seed_checkpoint", options.enable)
         processes = number_of_processes(job_config)
@@ -324,14 +324,6 @@ def _check_converters(job_config: JobConfig, parallel_dims: ParallelDims) -> Non
     except (AssertionError, ImportError, ValueError) as error:
         converters = job_config.model.converters
         raise JobError(f"model.converters must be such as this machine has, got {converters}: {error}") from error
-
-
-def _check_folder(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise JobError(f"job.dump_folder must be a folder that can be made, got {folder!r}: {error}") from error
-    require(os.access(folder, os.W_OK), "job.dump_folder", "be a folder that can be written to", folder)
 
 
 def _check_degrees(job_config: JobConfig, processes: int) -> ParallelDims:

@@ -8,9 +8,14 @@ from typing import Any
 class JobError(ValueError):
     """A mistake in the options of a job: the message names the option, what it must be and what it is.
 
-    `python -m nsa.train` prints it as one line and exits; any other error is a fault of the program and has its
-    traceback.
+    `python -m nsa.train` prints it as one line and exits with its status; any other error is a fault of the program and
+    has its traceback.
+
+    Attributes:
+        status: exit status of the process.
     """
+
+    status = 1
 
 
 def require(condition: bool, option: str, must: str, got: Any) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -21,13 +21,14 @@ from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import torchtitan.train
-from torchtitan import config as titan
-from torchtitan.config import ConfigManager
-from torchtitan.distributed.utils import dist_max
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 import nsa.train_spec  # noqa: F401  (registers the spec)
+from nsa.checkpoints import Checkpoints, lock_folder, require_lock
 from nsa.job_checks import check_job, check_table
 from nsa.refusals import JobError
 
@@ -37,48 +38,120 @@ CONFIGS = Path(__file__).parent / "configs"
 _LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-class Trainer(torchtitan.train.Trainer):
-    """TorchTitan's Trainer, which on SIGINT or SIGTERM ends the step, saves a full checkpoint and stops.
+# Trainers look the manager up by this name: ours in TorchTitan's module, TorchTitan's own in the main one, as which
+# that module runs a second time.
+for _module in (torchtitan.train, sys.modules["__main__"]):
+    if hasattr(_module, "CheckpointManager"):
+        setattr(_module, "CheckpointManager", Checkpoints)  # noqa: B010 (a type checker knows no such name)
 
-    Of several processes one alone may have got the signal; then it is the next step that is logged. A second signal
-    stops at once. Without `checkpoint.enable` there is nothing to save and the first one does.
+
+class Trainer(torchtitan.train.Trainer):
+    """TorchTitan's Trainer, which has its folder to itself, and on SIGINT or SIGTERM saves what it has trained.
+
+    The first signal ends the step in progress, the same one in all processes, saves a full checkpoint and ends the
+    process with status 128 + the number of the signal. Validation is broken off, a save is finished. A second signal
+    stops at once, and so does the first one before training begins or where nothing would be saved.
     """
 
-    _interrupted = False
+    _interrupted = 0  # the number of the signal
+    _steps_left: bool | None = None  # None before the first step
+    _control: dist.ProcessGroup | None = None
+
+    def __init__(self, job_config: JobConfig):
+        super().__init__(job_config)
+        if job_config.validation.enable:
+            self.validator.stopped = self._all_interrupted
+
+    def init_distributed(self) -> ParallelDims:
+        lock_folder(self.job_config)
+        parallel_dims = super().init_distributed()
+        require_lock(self.job_config)
+        if parallel_dims.world_size > 1 and self.job_config.comm.mode == "default":
+            # Through it processes agree on when to stop, without waiting for their GPUs.
+            self._control = dist.new_group(backend="gloo")
+        return parallel_dims
 
     def train(self) -> None:
-        with _signals(self._interrupt) if self.job_config.checkpoint.enable else _signals(None):
-            super().train()
+        with _signals(self._interrupt, signal.SIGINT, signal.SIGTERM):
+            try:
+                super().train()
+            except SystemExit:
+                self.close()
+                raise
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        logger.info(f"{signal.Signals(number).name}: stopping at the end of a step; once more stops at once")
+        name, checkpoint = signal.Signals(number).name, self.job_config.checkpoint
+        if self._steps_left is None:
+            _stop(number, "before training began")
+        if self._steps_left and not checkpoint.enable:
+            _stop(number, f"in step {self.step}; nothing was saved: checkpoint.enable is false")
+        if self._steps_left and checkpoint.load_only:
+            _stop(number, f"in step {self.step}; nothing was saved: checkpoint.load_only")
+        self._interrupted = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        promise = (
+            f"step {self.step} is ended and saved" if self._steps_left else "all steps are trained, the run is ending"
+        )
+        logger.info(f"{name}: {promise}; a second signal stops at once")
 
     def should_continue_training(self) -> bool:
-        if self._all_interrupted():
-            if self.step and not self.checkpointer._should_save(self.step):
-                self.checkpointer.last_save_model_only = False
-                self.checkpointer.save(self.step, last_step=True)
-            logger.info(f"Interrupted after step {self.step}; the same command resumes from there")
-            return False
-        return super().should_continue_training()
+        self._interrupted = self._all_interrupted()
+        steps_left = super().should_continue_training()
+        if not (steps_left and self._interrupted):
+            self._steps_left = steps_left
+            return steps_left
+        message = f"{signal.Signals(self._interrupted).name}: stopped after step {self.step}; {self._save()}"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            message += " (torchrun, which stops as well, ends with a traceback of its own)"
+        logger.info(message)
+        if self._steps_left:  # TorchTitan would go on to say that training is completed
+            raise SystemExit(128 + self._interrupted)
+        return False
 
-    def _all_interrupted(self) -> bool:
-        """Whether any rank was; all must agree, and where metrics are logged they wait for one another anyway."""
-        if self.parallel_dims.world_size == 1:
+    def _save(self) -> str:
+        """Saves all that a run goes on with, and says how to go on."""
+        checkpointer, checkpoint = self.checkpointer, self.job_config.checkpoint
+        checkpointer.last_save_model_only = checkpointer.last_save_in_hf = False
+        checkpointer.save(self.step, last_step=True)
+        if not checkpointer._should_save(self.step, last_step=True):
+            return "nothing was saved"
+        unlike = [f"checkpoint.{name}" for name in _ONCE if getattr(checkpoint, name, None) not in (None, -1, [])]
+        if unlike:
+            return f"it is saved, and the command without {' and '.join(unlike)} resumes from there"
+        return "it is saved, and the same command resumes from there"
+
+    def _all_interrupted(self) -> int:
+        """The signal that any of the processes got, or 0; all get the same answer, and all must ask."""
+        if self._control is None:
             return self._interrupted
-        if not self.step or not self.metrics_processor.should_log(self.step):
-            return False
-        return bool(dist_max(torch.tensor(float(self._interrupted), device=self.device), self.parallel_dims.world_mesh))
+        number = torch.tensor(self._interrupted)
+        dist.all_reduce(number, dist.ReduceOp.MAX, self._control)
+        return int(number)
+
+
+# Options of `checkpoint` that say what to begin with. A run that was interrupted goes on from what it saved.
+_ONCE = ("load_step", "exclude_from_loading")
+
+
+def _stop(number: int, when: str) -> NoReturn:
+    logger.info(f"{signal.Signals(number).name}: stopped at once, {when}")
+    raise SystemExit(128 + number)
 
 
 @contextmanager
-def _signals(handler: Any) -> Iterator[None]:
-    """Handles SIGINT and SIGTERM by `handler` meanwhile, unless it is None."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if handler else ()
-    before = {number: signal.signal(number, handler) for number in numbers}
+def _signals(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Handles signals by `handler` meanwhile; processes that are forked meanwhile leave them to this one."""
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(number, frame)
+        elif number != signal.SIGINT:  # which a terminal sends to all
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -129,7 +202,7 @@ class _Manager(ConfigManager):
 
     def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
         # Called for sections too, whose names and types are right by then.
-        if issubclass(cls, titan.JobConfig):
+        if issubclass(cls, JobConfig):
             check_table(cls, data)
         return super()._dict_to_dataclass(cls, data)
 
@@ -140,7 +213,7 @@ class _Manager(ConfigManager):
             raise JobError(f"job.custom_config_module must be a module that has a JobConfig: {error}") from error
 
 
-def parse(arguments: Sequence[str]) -> titan.JobConfig:
+def parse(arguments: Sequence[str]) -> JobConfig:
     """The job of a command line and its TOML file.
 
     Raises:
@@ -181,18 +254,24 @@ def refuse(error: JobError) -> NoReturn:
         Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
     if not report or os.environ["RANK"] == "0":
         print(line, file=sys.stderr)
-    sys.exit(1)
+    sys.exit(error.status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the command line says; one that cannot be ends with one line on stderr and status 1."""
+    """Trains as the command line says; a job that cannot be ends with one line on stderr.
+
+    Raises:
+        SystemExit: with 1 where it is refused or the last checkpoint could not be saved, 3 where nothing is left to
+            train, and 128 + the number of the signal that stopped it.
+    """
     for name, value in _LONE_PROCESS.items():
         os.environ.setdefault(name, value)
     try:
         job_config = parse(sys.argv[1:] if arguments is None else arguments)
         check_job(job_config)
         torchtitan.train.ConfigManager = lambda: SimpleNamespace(parse_args=lambda: job_config)
-        torchtitan.train.main(Trainer)
+        with _signals(lambda number, frame: _stop(number, "before training began"), signal.SIGINT):
+            torchtitan.train.main(Trainer)
     except JobError as error:
         refuse(error)
 

@@ -1,4 +1,4 @@
-"""The TorchTitan TrainSpec `nsa`: flavors, job options, data, metrics. The one file that knows TorchTitan's registry.
+"""The TorchTitan TrainSpec `nsa`: flavors, job options, data. The one file that knows TorchTitan's registry.
 
 Importing it registers the spec. A job reaches it with `experimental.custom_import = "nsa.train"`, and the `[nsa]`
 section of its options with `job.custom_config_module = "nsa.train_spec"`, which also imports it; `python -m nsa.train`
@@ -7,32 +7,30 @@ does both. Without either TorchTitan knows neither the model nor how to run on a
 
 import copy
 import inspect
-import json
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torchtitan import config as titan
 from torchtitan.components import validate
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.config import job_config as titan_sections
-from torchtitan.distributed import ParallelDims
+from torchtitan.hf_datasets.text_datasets import DATASETS as OTHER_DATASETS
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from nsa.config import NSAConfig
 from nsa.cpu import prepare_cpu
-from nsa.data import DATASETS, CorpusLoader, corpus_tokens
+from nsa.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
 from nsa.job_checks import check_job
+from nsa.metrics import build_metrics_processor
 from nsa.model import ModelArgs, Transformer, build_tokenizer
 from nsa.parallelize import parallelize_nsa, pipeline_nsa
 from nsa.refusals import naming, require
@@ -78,7 +76,13 @@ _NSA_OPTIONS: dict[str, Any] = {
     **{option.name: option.type for option in fields(NSAConfig)},
 }
 
-NSAOptions = make_dataclass("NSAOptions", [(name, kind | None, None) for name, kind in _NSA_OPTIONS.items()])
+NSAOptions = make_dataclass(
+    "NSAOptions",
+    [
+        *((name, kind | None, None) for name, kind in _NSA_OPTIONS.items()),
+        ("allow_changes", list[str], field(default_factory=list)),
+    ],
+)
 
 
 def _describe_options() -> str:
@@ -94,7 +98,8 @@ def _describe_options() -> str:
         each = [f"{value} ({', '.join(names)})" for value, names in flavors.items()]
         defaults = "; ".join(each) if len(each) > 1 else next(iter(flavors))
         lines.append(f"    {name}: {described.get(name, '')} Unless given, the flavor's: {defaults}.")
-    return "\n".join(lines)
+    changes = "fields of the job that may differ from those of the checkpoint that is resumed, named as in job.json."
+    return "\n".join((*lines, f"    allow_changes: {changes}"))
 
 
 def _described(kind: type) -> dict[str, str]:
@@ -125,7 +130,8 @@ class Training(titan_sections.Training):
 
 @dataclass
 class Validation(titan_sections.Validation):
-    dataset: str = "python_stdlib_validation"
+    dataset: str = ""
+    """By default the validation split of what is trained on, `training.dataset_path` included."""
 
 
 @dataclass
@@ -163,8 +169,21 @@ _build_other_validation_dataloader = validate.build_text_validation_dataloader
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: Any, job_config: titan.JobConfig, infinite: bool = False
 ) -> Any:
-    """The loader of `validation.dataset`; over our corpus every validation sees the same rows."""
-    options = job_config.validation
+    """The loader of `validation.dataset`; over our corpus every validation sees the same rows.
+
+    Raises:
+        ValueError: a dataset that does not exist, or a folder with no file for validation.
+    """
+    options, training = job_config.validation, job_config.training
+    if not options.dataset:
+        path = options.dataset_path or training.dataset_path
+        options = replace(options, dataset=f"{training.dataset}_validation", dataset_path=path)
+        job_config = replace(job_config, validation=options)
+    known = (*DATASETS, *OTHER_DATASETS)
+    if options.dataset not in known:
+        raise ValueError(
+            f"validation.dataset must be one of {known}, or validation.enable false, got {options.dataset!r}"
+        )
     if options.dataset not in DATASETS:
         return _build_other_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
     return _corpus_loader("validation", options, tokenizer, dp_rank, dp_world_size, infinite=infinite, restart=True)
@@ -179,79 +198,42 @@ def _corpus_loader(
 ) -> CorpusLoader:
     with naming(f"{section}.dataset: "):
         tokens = corpus_tokens(DATASETS[options.dataset], tokenizer, options.dataset_path)
-        return CorpusLoader(tokens, options.seq_len, options.local_batch_size, dp_rank, dp_world_size, **kwargs)
+        sizes = (options.seq_len, options.local_batch_size, dp_rank, dp_world_size)
+        return CorpusLoader(tokens, *sizes, tokenizer=tokenizer_name(tokenizer), **kwargs)
 
 
-# Metrics: TorchTitan's, and what a person or a plot wants of a run beside them.
-
-METRICS_FILE = "metrics.jsonl"
-"""In `job.dump_folder`: a JSON object a line, `step` and the metrics TorchTitan logs under their own names."""
+class _Stopped(Exception):
+    """Validation is over before its end."""
 
 
-class _JsonLines(BaseLogger):
-    """Appends metrics to a file; after a resume the steps that are trained again replace those written before."""
+class Validator(validate.Validator):
+    """TorchTitan's validator, which can be stopped between two batches.
 
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._continued = False
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        if not self._continued:
-            self._continued = True
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] < step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
-class _Progress(BaseLogger):
-    """Says how far the run is and how long it will go on."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-        self._first: tuple[int, float] | None = None
-
-    def log(self, metrics: dict[str, Any], step: int) -> None:
-        if "loss_metrics/global_avg_loss" not in metrics:
-            return
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = step, now
-            return
-        first_step, since = self._first
-        seconds = round((self.steps - step) * (now - since) / (step - first_step))
-        logger.info(f"{step} of {self.steps} steps done, {seconds // 60}:{seconds % 60:02} left")
-
-
-class _Processor(MetricsProcessor):
-    """TorchTitan's metrics processor, with the validation loss of a token under context parallelism too."""
-
-    def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        # The validator divides by the tokens of one part of each row, and adds up the losses of all of them.
-        super().log_validation(loss / self.parallel_dims.cp, step, extra_metrics)
-
-
-def build_metrics_processor(
-    job_config: titan.JobConfig, parallel_dims: ParallelDims, model_args: Any = None, tag: str | None = None
-) -> MetricsProcessor:
-    """TorchTitan's metrics processor, which also writes `METRICS_FILE` and tells the time left.
-
-    With `metrics.save_for_all_ranks` every other process `r` writes one into the folder `rank_r` in there.
+    Attributes:
+        stopped: asked before every batch; all ranks must be given the same answer.
     """
-    processor, folder = _Processor(job_config, parallel_dims, tag), Path(job_config.job.dump_folder)
-    parts: list[BaseLogger] = []
-    if (rank := torch.distributed.get_rank()) == _get_metrics_rank(parallel_dims, job_config):
-        parts = [_JsonLines(folder / METRICS_FILE), _Progress(job_config.training.steps)]
-    elif job_config.metrics.save_for_all_ranks:
-        parts = [_JsonLines(folder / f"rank_{rank}" / METRICS_FILE)]
-    if parts:
-        loggers = LoggerContainer()
-        for part in (processor.logger, *parts):
-            loggers.add_logger(part)
-        processor.logger = loggers
-    return processor
+
+    validation_dataloader: Any
+    stopped: Callable[[], Any] = staticmethod(lambda: False)
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Logs the validation loss, unless it is stopped: then no loss is logged for this step."""
+        loader = self.validation_dataloader
+        self.validation_dataloader = self._until_stopped(loader)
+        try:
+            super().validate(model_parts, step)
+        except _Stopped:
+            logger.info(f"Validation of step {step} was stopped, and is not logged")
+        finally:
+            self.validation_dataloader = loader
+            for model in model_parts:
+                model.train()
+
+    def _until_stopped(self, loader: Any) -> Iterator[Any]:
+        for batch in loader:
+            if self.stopped():
+                raise _Stopped
+            yield batch
 
 
 if not torch.accelerator.is_available():
@@ -269,7 +251,7 @@ register_train_spec(
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_checked_tokenizer,
         build_loss_fn=build_cross_entropy_loss,
-        build_validator_fn=validate.build_validator,
+        build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics_processor,
     ),
 )

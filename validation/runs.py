@@ -1,6 +1,5 @@
 """Training runs as a user starts them: a command of their own, their output and their metrics."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from nsa.runs import read_records
 
 LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
@@ -39,13 +40,12 @@ class Metrics:
 
 def read_metrics(folder: Path) -> Metrics:
     """Metrics of the run that dumped into `folder`; none if it did not get that far."""
-    file = folder / "metrics.jsonl"
-    return read_log(file) if file.exists() else Metrics(())
+    return read_log(folder / "metrics.jsonl")
 
 
 def read_log(file: Path) -> Metrics:
-    """Metrics in what a run logged, a record a line."""
-    return Metrics(tuple(map(json.loads, file.read_text().splitlines())))
+    """Metrics in what a run logged, a record a line; a line that a kill has cut off is left out."""
+    return Metrics(tuple(read_records(file)))
 
 
 def read_parameters(folder: Path, step: int) -> dict[str, Tensor]:

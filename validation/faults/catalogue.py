@@ -1240,8 +1240,8 @@ _LARGE_SIZES = [
         "epochs-end-with-one-row",
         "after the last row of the corpus it is repeated, instead of the first that follows it",
         "data.py",
-        "torch.arange(first, first + self.batch_size) % self.num_rows]",
-        "torch.arange(first, first + self.batch_size).clamp(max=self.num_rows - 1)]",
+        "return over + 1 + passes, (row + 1) * self.seq_len",
+        "return over, token + left * self.seq_len",
         ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
     ),
 ]
@@ -1373,11 +1373,111 @@ _HIDDEN_VALUES = [
     ),
 ]
 
+_DATA = [
+    Fault(
+        "position-in-rows",
+        "a position in the data is taken for one in rows of the length at hand",
+        "data.py",
+        """        passes, token = state_dict["passes"], state_dict["token"]
+""",
+        """        passes, token = state_dict["passes"], state_dict["token"] // state_dict["seq_len"] * self.seq_len
+""",
+        ("test_data.py::test_another_row_length_goes_on_with_the_next_token",),
+    ),
+    Fault(
+        "corpus-not-compared",
+        "a position in another corpus is taken for one in this one",
+        "data.py",
+        """for name in ("tokenizer", "corpus"):
+            if state_dict""",
+        """for name in ("tokenizer",):
+            if state_dict""",
+        ("test_data.py::test_a_senseless_state_is_an_error_and_changes_nothing",),
+    ),
+    Fault(
+        "tail-read-twice",
+        "the pass after one whose last rows were wanted begins with its second row",
+        "data.py",
+        "divmod(rows - left - 1, self.num_rows)",
+        "divmod(rows - left, self.num_rows)",
+        ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
+    ),
+]
+
+_RUNS = [
+    Fault(
+        "other-jobs-resumed",
+        "a checkpoint of another job is gone on from as long as some field may differ",
+        "runs.py",
+        "    if not refused and not misfits:\n",
+        "    if (not refused or allowed) and not misfits:\n",
+        ("test_runs.py::test_another_job_is_refused_by_every_field_old_and_new",),
+    ),
+    Fault(
+        "fields-that-went-not-compared",
+        "a field of the recorded job that this one has not got is no difference",
+        "runs.py",
+        "for name in (*old, *(name for name in new if name not in old))",
+        "for name in new",
+        ("test_runs.py::test_differences_are_named_with_both_values",),
+    ),
+    Fault(
+        "job-of-a-save-that-never-came",
+        "the job of a run that saved nothing stands for the checkpoint it began with",
+        "runs.py",
+        """entry["job"] for entry in reversed(read_jobs(folder)) if entry["after_step"] < step""",
+        """entry["job"] for entry in reversed(read_jobs(folder)) if entry["after_step"] <= step""",
+        ("test_runs.py::test_a_job_is_that_of_the_steps_after_it_began",),
+    ),
+    Fault(
+        "finished-run-is-a-success",
+        "a run with nothing left to train ends as if it had trained",
+        "runs.py",
+        "    status = 3\n",
+        "    status = 0\n",
+        ("test_runs.py::test_a_finished_run_has_nothing_left_to_train",),
+    ),
+    Fault(
+        "lock-shared",
+        "two runs may use one folder",
+        "runs.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        ("test_runs.py::test_a_folder_is_one_run_s_until_it_ends",),
+    ),
+    Fault(
+        "replaced-before-it-is-written",
+        "a file that could not be written takes the place of the one before",
+        "runs.py",
+        "        temporary.replace(path)\n    finally:\n        temporary.unlink(missing_ok=True)\n",
+        "    finally:\n        temporary.replace(path)\n",
+        ("test_runs.py::test_a_file_whose_writing_fails_stays_as_it_was",),
+    ),
+    Fault(
+        "part-of-a-record-left",
+        "a record that a full disk cuts off stays in the log",
+        "runs.py",
+        "                file.truncate(end)\n",
+        "",
+        ("test_runs.py::test_a_log_holds_whole_lines_when_room_runs_out",),
+    ),
+    Fault(
+        "unfinished-saves-counted",
+        "a save that did not end counts among the latest that are kept",
+        "runs.py",
+        "oldest_kept = saved_steps(folder)[-keep:][:1]",
+        "oldest_kept = list(checkpoints(folder))[-keep:][:1]",
+        ("test_runs.py::test_only_whole_checkpoints_count_as_the_latest",),
+    ),
+]
+
 FAULTS = [
     *_CONFIG,
     *_FUNCTIONS,
     *_MODULE,
     *_OPERATORS,
+    *_DATA,
+    *_RUNS,
     *_EAGER,
     *_COMPRESSION_KERNELS,
     *_SELECTION_KERNELS,

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from nsa.parallelize import stages_again
+from nsa.runs import lock
 from validation import runs
 from validation.integration import ranks
 from validation.integration.layouts import BY_NAME, STEPS, TRAINING, assert_same, train
@@ -143,9 +144,30 @@ def test_training_goes_on_after_a_rank_was_killed(victim, moment, mode, one_proc
 
 
 @ranks.needs(2)
+def test_all_ranks_end_where_another_run_uses_their_folder(tmp_path):
+    with lock(tmp_path), pytest.raises(ranks.RankFailed, match="is in use by another run") as failure:
+        train(BY_NAME["fsdp2"], tmp_path)
+    assert failure.value.exits == {0: 1, 1: 1}
+    assert not complete(tmp_path)
+
+
+@ranks.needs(2)
+def test_all_ranks_end_where_the_checkpoint_is_of_another_job(half_way, tmp_path):
+    shutil.copytree(half_way(BY_NAME["fsdp2"]), tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ranks.RankFailed, match=r"optimizer\.lr is 0\.01, and was 0\.003") as failure:
+        train(BY_NAME["fsdp2"], tmp_path, "--optimizer.lr=1e-2")
+    assert failure.value.exits == {0: 1, 1: 1}
+
+
+@ranks.needs(2)
 def test_a_signal_to_one_rank_stops_all_after_the_step(one_process, tmp_path):
-    with interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job:
+    with (
+        pytest.raises(ranks.RankFailed) as failure,
+        interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job,
+    ):
         job.wait()
+    assert failure.value.exits == dict.fromkeys((0, 1), 128 + signal.SIGTERM)
+    assert failure.match("stopped after step 4; it is saved")
     assert complete(tmp_path) == [3, 4]
     assert list(runs.read_metrics(tmp_path)[runs.LOSS]) == [1, 2, 3, 4]
     train(BY_NAME["fsdp2"], tmp_path)

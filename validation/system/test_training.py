@@ -80,9 +80,11 @@ def test_interruption_leaves_a_resumable_checkpoint(whole, tmp_path, number):
         time.sleep(0.02)
     run.send_signal(number)
     output, _ = run.communicate(timeout=120)
-    assert run.returncode == 0, output
+    assert run.returncode == 128 + number, output
     stopped_after = max(read_metrics(tmp_path)[LOSS])
     assert stopped_after < 6, f"the run was over before the signal came:\n{output}"
+    assert f"{number.name}: stopped after step {stopped_after}; it is saved, and the same command resumes" in output
+    assert "completed" not in output
     assert (tmp_path / "checkpoint" / f"step-{stopped_after}" / ".metadata").exists(), output
     assert exact(train(options, tmp_path)) == exact(read_metrics(whole))
 
@@ -165,6 +167,12 @@ def test_torchtitan_runs_our_config_files(whole, tmp_path):
     options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--checkpoint.no-enable")
     run = train(options, tmp_path, module="torchtitan.train", processes=1)
     assert run[LOSS] == read_metrics(whole)[LOSS]
+
+
+def test_torchtitan_s_own_entry_refuses_another_job(whole):
+    options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--optimizer.lr=1")
+    with pytest.raises(RuntimeError, match=r"optimizer\.lr is 1\.0, and was 0\.003"):
+        train(options, whole, module="torchtitan.train", processes=1)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """`make train`: the debug model and its dense twin on the same text, their losses side by side.
 
 Both train through `python -m nsa.train` as anybody would start them, at the same time and on half of the cores each:
-models this small gain little from a second thread. What an earlier call left unfinished is resumed.
+models this small gain little from a second thread. What an earlier call left unfinished is resumed, and what it has
+finished is reused.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
+from nsa.runs import NothingLeft, replacing, write_whole
 from validation.runs import (
     LOSS,
     MEMORY_GIB,
@@ -32,6 +34,7 @@ from validation.runs import (
 
 TWINS = {"NSA": "debug", "dense": "debug_dense"}
 UNIFORM_LOSS = 5.545  # ln 256 nats a byte: guessing
+FINISHED = (0, NothingLeft.status)  # trained now, or by an earlier call with the same options
 LAST_STEPS = 10  # logged losses averaged at the end: one batch alone says little
 
 
@@ -67,7 +70,8 @@ def plot(runs: dict[str, Metrics], file: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=150)
     plt.close(figure)
 
 
@@ -91,7 +95,11 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def train_both(commands: dict[str, list[str]]) -> int:
-    """Runs the commands at once, each line of their output behind the name; the first status that is not 0."""
+    """Runs the commands at once, each line of their output behind the name.
+
+    Returns:
+        The first status of a run that is not finished, or 0.
+    """
     runs = {
         name: subprocess.Popen(
             arguments, env=environment(len(commands)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -117,7 +125,7 @@ def train_both(commands: dict[str, list[str]]) -> int:
     finally:
         for reader in readers:
             reader.join()
-    return next((run.returncode for run in runs.values() if run.returncode), 0)
+    return next((run.returncode for run in runs.values() if run.returncode not in FINISHED), 0)
 
 
 def main() -> int:
@@ -137,7 +145,7 @@ def main() -> int:
     summary = summarise(runs)
     plot(runs, folder / "loss.png")
     records = {name: metrics.records for name, metrics in runs.items()}
-    (folder / "metrics.json").write_text(json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
+    write_whole(folder / "metrics.json", json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
     print(f"\n{report(summary)}\n\ncurves in {folder / 'loss.png'}, figures in {folder / 'metrics.json'}")
     return 0
 

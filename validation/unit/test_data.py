@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from nsa.data import DATASETS, ByteTokenizer, CorpusLoader, Split, corpus_files, corpus_tokens
+from nsa.data import DATASETS, ByteTokenizer, CorpusLoader, Split, corpus_files, corpus_tokens, tokenizer_name
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -241,6 +241,11 @@ def steps(loaders: list[CorpusLoader], iterations: int, count: int) -> list[list
     return seen
 
 
+def state_at(loader: CorpusLoader, row: int, *, passes: int = 0) -> dict[str, Any]:
+    """The state of a loader of this kind whose next row is `row`."""
+    return loader.state_dict() | {"passes": passes, "token": row * L}
+
+
 def test_a_batch_is_rows_of_the_stream_and_their_successors() -> None:
     tokens = torch.randint(0, 259, (100,), dtype=torch.int32)
     batch, labels = next(islice(CorpusLoader(tokens, L, 3, dp_rank=1, dp_world_size=2), 1, None))
@@ -278,7 +283,7 @@ def test_a_run_resumes_exactly_in_the_same_and_in_any_other_layout(
     first = ranks(tokens, *before[:2])
     assert steps(first, before[2], 4) == uninterrupted[:4]
     states = [loader.state_dict() for loader in first]
-    assert states == [{"rows": 4 * GLOBAL_BATCH}] * before[0]
+    assert states == [state_at(first[0], 4 * GLOBAL_BATCH - 21, passes=1)] * before[0]
     second = ranks(tokens, *after[:2])
     for loader in second:
         loader.load_state_dict(states[0])
@@ -291,8 +296,14 @@ def test_a_state_is_a_snapshot() -> None:
     next(iterator)
     state = loader.state_dict()
     next(iterator)
-    assert state == {"rows": 2}
-    assert loader.state_dict() == {"rows": 4}
+    assert state == {
+        "passes": 0,
+        "token": 2 * L,
+        "seq_len": L,
+        "corpus": "84 tokens, sha256 a5aaf28332fd0a02",
+        "tokenizer": "",
+    }
+    assert loader.state_dict() == state | {"token": 4 * L}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -302,7 +313,7 @@ def test_a_state_survives_a_distributed_checkpoint(tmp_path: Path) -> None:
     next(iter(saved))
     dcp.save({"loader": saved}, checkpoint_id=tmp_path, no_dist=True)
     dcp.load({"loader": loaded}, checkpoint_id=tmp_path, no_dist=True)
-    assert loaded.state_dict() == {"rows": 3}
+    assert loaded.state_dict() == state_at(saved, 3)
     assert steps([loaded], 1, 1) == [[3, 4]]
 
 
@@ -310,7 +321,7 @@ def test_an_iterator_in_use_obeys_a_loaded_state() -> None:
     loader = CorpusLoader(stream(10), L, 1)
     iterator = iter(loader)
     next(iterator)
-    loader.load_state_dict({"rows": 7})
+    loader.load_state_dict(state_at(loader, 7))
     assert next(iterator)[0]["input"][0, 0] == 7 * L
 
 
@@ -318,29 +329,97 @@ def test_an_empty_state_leaves_the_loader_where_it_is() -> None:
     loader = CorpusLoader(stream(10), L, 2)
     steps([loader], 1, 2)
     loader.load_state_dict({})
-    assert loader.state_dict() == {"rows": 4}
+    assert loader.state_dict() == state_at(loader, 4)
 
 
 @pytest.mark.parametrize(
-    "state",
+    ("change", "message"),
     [
-        {"rows": -1},
-        {"rows": 1.0},
-        {"rows": True},
-        {"rows": None},
-        {"rows": "1"},
-        {"row": 1},
-        {"rows": 1, "world_size": 2},
-        {"dp_rank_0": b"", "world_size": 1},
+        ({"token": -1}, r"token in \[0, 84\), got 0 and -1"),
+        ({"token": 84}, r"token in \[0, 84\), got 0 and 84"),
+        ({"passes": -1}, "passes must be at least 0 .*, got -1 and 0"),
+        ({"token": 1.0}, "state_dict must have passes: int, token: int, .* got"),
+        ({"token": True}, "state_dict must have passes: int, token: int"),
+        ({"passes": None}, "state_dict must have passes: int, token: int"),
+        ({"corpus": 7}, "state_dict must have passes: int, token: int"),
+        ({"world_size": 2}, "state_dict must have passes: int, token: int"),
+        ({"corpus": "other"}, "the state is of another corpus: 'other', where this loader has '84 tokens, sha256 "),
+        ({"tokenizer": "other"}, "the state is of another tokenizer: 'other', where this loader has ''"),
     ],
-    ids=str,
+    ids=[
+        "token before the first",
+        "token behind the last",
+        "passes",
+        "float",
+        "bool",
+        "none",
+        "int for text",
+        "another field",
+        "another corpus",
+        "another tokenizer",
+    ],
 )
-def test_a_senseless_state_is_an_error_and_changes_nothing(state: dict[str, Any]) -> None:
+def test_a_senseless_state_is_an_error_and_changes_nothing(change: dict[str, Any], message: str) -> None:
     loader = CorpusLoader(stream(10), L, 2)
+    state = loader.state_dict()
     steps([loader], 1, 1)
-    with pytest.raises(ValueError, match=r'state_dict must be \{"rows": an int of at least 0\}, got \{'):
-        loader.load_state_dict(state)
-    assert loader.state_dict() == {"rows": 2}
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(state | change)
+    assert loader.state_dict() == state_at(loader, 2)
+
+
+def test_a_position_in_rows_of_unknown_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"state_dict must have passes: int, .* got \{'rows': 3\}"):
+        CorpusLoader(stream(10), L, 2).load_state_dict({"rows": 3})
+
+
+def test_one_token_more_or_less_makes_another_corpus() -> None:
+    tokens = stream(10)
+    name = CorpusLoader(tokens, L, 1).corpus
+    assert CorpusLoader(tokens.long(), 2 * L, 3).corpus == name  # whatever the dtype and the rows
+    assert CorpusLoader(tokens[:-1], L, 1).corpus != name
+    changed = tokens.clone()
+    changed[-1] += 1
+    assert CorpusLoader(changed, L, 1).corpus != name
+
+
+@pytest.mark.parametrize("length", [L // 2, L, L + 3, 2 * L, 5 * L])
+def test_another_row_length_goes_on_with_the_next_token(length: int) -> None:
+    tokens = stream(21)
+    short = CorpusLoader(tokens, L, 3)
+    steps([short], 1, 2)
+    long = CorpusLoader(tokens, length, 2)
+    long.load_state_dict(short.state_dict())
+    seen = [row for batch, _ in islice(long, 4) for row in batch["input"].tolist()]
+    starts, token = [], 6 * L
+    for _ in range(8):
+        token = token if token + length + 1 <= len(tokens) else 0  # the tokens left are no row: the next pass begins
+        starts.append(token)
+        token += length
+    assert seen == [list(range(start, start + length)) for start in starts]
+
+
+def test_another_row_length_late_in_a_pass_begins_the_next_one() -> None:
+    short = CorpusLoader(stream(10), L, 9)
+    next(iter(short))
+    long = CorpusLoader(stream(10), 2 * L, 1)
+    long.load_state_dict(short.state_dict())
+    assert next(iter(long))[0]["input"][0].tolist() == list(range(2 * L))
+    assert long.state_dict()["passes"] == 1
+
+
+def test_a_tokenizer_is_known_by_its_vocabulary() -> None:
+    class Vocabulary(CodePoints):
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        def get_vocab(self) -> dict[str, int]:
+            return {name: i for i, name in enumerate(self.names)}
+
+    assert tokenizer_name(ByteTokenizer()) == "bytes"
+    assert tokenizer_name(CodePoints()) == "CodePoints"
+    assert tokenizer_name(Vocabulary("a", "b")) == tokenizer_name(Vocabulary("a", "b"))
+    assert tokenizer_name(Vocabulary("a", "b")) != tokenizer_name(Vocabulary("b", "a"))
 
 
 @pytest.mark.parametrize("left_over", [0, 1, L - 1])
@@ -365,7 +444,7 @@ def test_a_fixed_number_of_validation_steps_sees_the_same_rows_each_time() -> No
     for _ in range(3):
         assert steps(loaders, 1, 4) == [[0, 1], [2, 3], [4, 0], [1, 2]]
     for loader in loaders:
-        loader.load_state_dict({"rows": 3})
+        loader.load_state_dict(state_at(loader, 3))
     assert steps(loaders, 1, 1) == [[0, 1]]
 
 
