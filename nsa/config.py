@@ -6,10 +6,30 @@ Notation follows the paper (arXiv 2502.11089, section 3): `l`, `d`, `l'`, `n`, `
 
 import operator
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Compression = Literal["mlp", "linear", "mean"]
 """How a block of keys or values becomes one vector (paper, section 3.3.1)."""
+
+LARGEST = 2**31 - 1
+"""The largest size or count: kernels hold them in 32 bits."""
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        TypeError: `value` is not an integer; a bool is none.
+        ValueError: `value` is below `least` or above `LARGEST`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -17,14 +37,15 @@ class NSAConfig:
     """Block sizes and counts of Native Sparse Attention, in tokens; the defaults are the paper's.
 
     Attributes:
-        compress_block_size: `l`, tokens under one compressed key.
-        compress_stride: `d`, tokens between the starts of neighbouring compressed blocks; divides `l` and `l'`.
-        select_block_size: `l'`, tokens in one selectable block; at least `l`.
-        num_selected_blocks: `n`, blocks each query attends to, the forced ones included.
-        num_initial_blocks: forced blocks at the start of the sequence.
-        num_local_blocks: forced blocks that end with the query's own.
-        window_size: `w`, tokens a query sees in the window branch, itself included.
-        compression: `"mlp"` (two layers, as in the paper), `"linear"` (one layer) or `"mean"` (nothing learned).
+        compress_block_size: `l`, tokens under one compressed key; a multiple of `d`, at most `l'`.
+        compress_stride: `d`, tokens from the start of one compressed block to the next; divides `l` and `l'`.
+        select_block_size: `l'`, tokens in one selectable block; a multiple of `d`, at least `l`.
+        num_selected_blocks: `n`, blocks each query attends to, the forced ones included; at least those, and 1.
+        num_initial_blocks: forced blocks at the start of the sequence; at least 0.
+        num_local_blocks: forced blocks that end with the query's own; at least 0.
+        window_size: `w`, tokens a query sees in the window branch, itself included; at least 1.
+        compression: how a block becomes one key or value, `"mlp"` (two layers, as in the paper), `"linear"` (one layer)
+            or `"mean"` (nothing learned).
         shared_kv: one key and value projection for all three branches instead of one each (paper, section 3.3.3).
 
     Raises:
@@ -44,14 +65,9 @@ class NSAConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.type is int:
-                if isinstance(value, bool) or not hasattr(value, "__index__"):
-                    raise TypeError(f"{field.name} must be an int, got {value!r} ({type(value).__name__})")
-                object.__setattr__(self, field.name, operator.index(value))
                 least = 0 if field.name in ("num_initial_blocks", "num_local_blocks") else 1
-                if value < least:
-                    raise ValueError(f"{field.name} must be at least {least}, got {value}")
+                object.__setattr__(self, field.name, integer(field.name, getattr(self, field.name), least))
         if not isinstance(self.shared_kv, bool):
             raise TypeError(f"shared_kv must be a bool, got {self.shared_kv!r} ({type(self.shared_kv).__name__})")
         if self.compression not in get_args(Compression):

@@ -320,8 +320,7 @@ def nsa_attention(
 
 def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
     """The module that implements the stages for these heads, `[B, T, H, D]`: Triton where it can, if left to choose."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    _check_backend(backend)
     if backend == "eager" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return eager
     from nsa import kernels
@@ -332,6 +331,11 @@ def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
     if backend == "triton":
         raise ValueError(f'backend must be "auto" or "eager" where Triton lacks support, got "triton" and {reason}')
     return eager
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

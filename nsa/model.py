@@ -31,8 +31,9 @@ from torchtitan.models.llama3.model.model import apply_rotary_emb
 from nsa.config import NSAConfig
 from nsa.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.data import ByteTokenizer
-from nsa.functional import Backend, block_starts
+from nsa.functional import Backend, _check_backend, block_starts
 from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotate
+from nsa.refusals import JobError, require
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
@@ -42,14 +43,17 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer | ByteTokenizer:
     """The Hugging Face tokenizer in `model.hf_assets_path`, or bytes where that is nothing, as it is by default.
 
     Raises:
-        ValueError: there is no such folder.
+        JobError: there is no such folder, or no tokenizer in it.
     """
     folder = job_config.model.hf_assets_path
     if folder == os.devnull:
         return ByteTokenizer()
-    if not os.path.isdir(folder):
-        raise ValueError(f"model.hf_assets_path must be a folder, or {os.devnull} for bytes as tokens, got {folder!r}")
-    return build_hf_tokenizer(job_config)
+    must = f"be a folder with the files of a tokenizer, or {os.devnull} for bytes as tokens"
+    require(os.path.isdir(folder), "model.hf_assets_path", must, folder)
+    try:
+        return build_hf_tokenizer(job_config)
+    except Exception as error:  # the library that reads the files has no class of its own for what is wrong with them
+        raise JobError(f"model.hf_assets_path must {must}, got {folder!r}: {error}") from error
 
 
 @dataclass
@@ -57,15 +61,17 @@ class ModelArgs(TransformerModelArgs):
     """llama3's arguments and what NSA adds; each field of the last four can be set from the job's `[nsa]` section.
 
     Attributes:
-        attention: kind of each layer, `"nsa"`, `"dense"` or a comma-separated pattern repeated over the depth.
-        attn_mask_type: `"causal"`, or `"block_causal"` for documents that end-of-text tokens separate.
-        backend: of the NSA layers.
+        attention: kind of each layer, `"nsa"`, `"dense"` or a pattern of them repeated over the depth, such as
+            `"dense,nsa"` or `["dense", "nsa"]`.
+        attn_mask_type: `"causal"`, or `"block_causal"`: documents that end-of-text tokens separate do not see one
+            another.
+        backend: implementation of the NSA layers, `"auto"`, `"eager"` or `"triton"`.
         nsa: block sizes and counts of the NSA layers.
         vocab_size: 0 takes the tokenizer's, rounded up so that matrix products stay aligned.
         seed: of the initial weights.
 
     Raises:
-        ValueError: an unknown kind of attention or mask; heads that do not divide one another or `dim`.
+        ValueError: an unknown kind of attention, mask or backend; heads that do not divide one another or `dim`.
     """
 
     vocab_size: int = 0
@@ -75,9 +81,12 @@ class ModelArgs(TransformerModelArgs):
     nsa: NSAConfig = PAPER
 
     def __post_init__(self) -> None:
+        if not isinstance(self.attention, str):
+            self.attention = ",".join(map(str, self.attention))
         unknown = set(self.attention.split(",")) - set(ATTENTION_KINDS)
         if unknown:
             raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
+        _check_backend(self.backend)
         if self.attn_mask_type not in MASK_KINDS:
             raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
         if self.dim % self.n_heads:
@@ -241,7 +250,10 @@ DRAWN = 1 << 18
 
 
 def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:
-    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter."""
+    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter.
+
+    They are drawn on the CPU: generators of other devices give other numbers.
+    """
     if not local.numel():
         return
     rows = max(1, DRAWN // math.prod(shape[1:]))
@@ -249,12 +261,12 @@ def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float
     columns = tuple(slice(first, first + size) for first, size in zip(offset[1:], local.shape[1:], strict=True))
     for piece in range(begin // rows, -(-end // rows)):
         first = piece * rows
-        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device=local.device)
+        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device="cpu")
         code = zlib.crc32((f"{name} {piece}" if piece else name).encode()) ^ seed
-        generator = torch.Generator(local.device).manual_seed(code)
+        generator = torch.Generator("cpu").manual_seed(code)
         nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
         start, stop = max(begin, first), min(end, first + rows)
-        local[start - begin : stop - begin] = drawn[(slice(start - first, stop - first), *columns)]
+        local[start - begin : stop - begin].copy_(drawn[(slice(start - first, stop - first), *columns)])
 
 
 class Transformer(LlamaTransformer):
@@ -273,7 +285,8 @@ class Transformer(LlamaTransformer):
         """Draws every parameter from generators of its own, seeded by its name.
 
         A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
-        stage it lies or in which order layers are made. Distributions are llama3's, cut at three standard deviations.
+        stage or device it lies, or in which order layers are made. Distributions are llama3's, cut at three standard
+        deviations.
         """
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()

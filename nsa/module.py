@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa.config import NSAConfig
-from nsa.functional import Backend, CompressionParams, block_starts, compress, nsa_attention
+from nsa.config import NSAConfig, integer
+from nsa.functional import (
+    Backend,
+    CompressionParams,
+    _check_backend,
+    _check_config,
+    _check_tensor,
+    block_starts,
+    compress,
+    nsa_attention,
+)
 
 PAPER = NSAConfig()
 """The block sizes and counts of the paper's experiments (section 4.1)."""
@@ -20,13 +29,25 @@ INIT_STD = 0.02
 def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: torch.device | None = None) -> Tensor:
     """Cosines and sines of rotary position embedding (RoFormer, arXiv 2104.09864), for interleaved pairs.
 
+    Args:
+        length: number of positions.
+        head_dim: `D`, even.
+        theta: base of the frequencies.
+
     Returns:
         float32 `[length, head_dim / 2, 2]`.
 
     Raises:
-        ValueError: `head_dim` is odd.
+        TypeError: a length or head dim that is not an integer.
+        ValueError: a negative length, a `head_dim` that is odd or below 1, a `theta` that is not positive and finite.
     """
-    if head_dim % 2:
+    if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
+        raise TypeError(f"length must be an int, got {length!r} ({type(length).__name__})")
+    if length < 0:
+        raise ValueError(f"length must be at least 0, got {length}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta must be positive and finite, got {theta!r}")
+    if integer("head_dim", head_dim, 1) % 2:
         raise ValueError(f"head_dim must be even to be rotated in pairs, got {head_dim}")
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
@@ -95,12 +116,14 @@ class NativeSparseAttention(nn.Module):
         dim: width of the model.
         num_heads: query heads `Hq`.
         num_kv_heads: key/value heads `Hk`, which divides `Hq`; `num_heads` unless given.
-        head_dim: `D`; `dim / num_heads` unless given.
+        head_dim: `D`; `dim / num_heads` unless given. Rotary embedding needs an even one.
         config: block sizes, counts and the kind of compression.
         backend: `"auto"`, `"eager"` or `"triton"`.
 
     Raises:
-        ValueError: heads that do not divide one another, a `dim` that `num_heads` does not divide.
+        TypeError: a size or number of heads that is not an integer, a `config` of another type.
+        ValueError: a size or number of heads below 1, heads that do not divide one another, a `dim` that `num_heads`
+            does not divide, an unknown backend.
     """
 
     def __init__(
@@ -114,15 +137,19 @@ class NativeSparseAttention(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
+        num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads, 1)
+        _check_config(config)
+        _check_backend(backend)
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"dim must be a multiple of num_heads ({num_heads}) without a head_dim, got {dim}")
             head_dim = dim // num_heads
         self.config, self.backend = config, backend
-        self.head_dim, self.branches = head_dim, 1 if config.shared_kv else 3
+        self.dim, self.head_dim = dim, integer("head_dim", head_dim, 1)
+        self.branches = 1 if config.shared_kv else 3
 
         self.wq = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.wk = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=False)
@@ -161,10 +188,21 @@ class NativeSparseAttention(nn.Module):
             `[B, T, dim]`.
 
         Raises:
-            ValueError, TypeError: as the functions of `nsa.functional` do; a RoPE table too short for `T`, or for
-                another `D`.
+            ValueError, TypeError: as the functions of `nsa.functional` do; an `x` of another width, dtype or device
+                than the layer's; a RoPE table too short for `T`, for another `D`, or for an odd one.
         """
+        self._check_input(x)
         return self.wo(self.attend(x, rope, cu_seqlens))
+
+    def _check_input(self, x: Tensor) -> None:
+        _check_tensor("x", x, "[B, T, dim]")
+        if x.shape[2] != self.dim:
+            raise ValueError(f"x must have the width of the layer ({self.dim}), got shape {tuple(x.shape)}")
+        weight = self.wq.weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on {weight.device}, like the layer's parameters, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must have the dtype of the layer's parameters ({weight.dtype}), got {x.dtype}")
 
     def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Queries, keys and values of the three branches, and gates of `x`."""
@@ -178,7 +216,7 @@ class NativeSparseAttention(nn.Module):
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
             tokens = _positions(x, cu_seqlens)
-            _check_rope(rope, self.head_dim, x.shape[1], tokens if cu_seqlens is not None else None)
+            _check_rope(rope, self.head_dim, x, tokens if cu_seqlens is not None else None)
             blocks = block_starts(x.shape[1], self.config, cu_seqlens, device=x.device)
             by_token = rope[tokens]
             q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
@@ -205,10 +243,14 @@ class NativeSparseAttention(nn.Module):
         return branches * (3 // self.branches)
 
 
-def _check_rope(rope: Tensor, head_dim: int, num_tokens: int, packed: Tensor | None) -> None:
+def _check_rope(rope: Tensor, head_dim: int, x: Tensor, packed: Tensor | None) -> None:
     """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
+    _check_tensor("rope", rope, "[L, D / 2, 2]", like=x, dtype=None)
+    if head_dim % 2:
+        raise ValueError(f"rope must be None where head_dim is odd ({head_dim}): dimensions are rotated in pairs")
     if rope.shape[1:] != (head_dim // 2, 2):
         raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {head_dim // 2}, 2), got {tuple(rope.shape)}")
+    num_tokens = x.shape[1]
     if len(rope) >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
         return
     longest = num_tokens if packed is None else int(packed.max()) + 1

@@ -4,6 +4,7 @@ All branches share one signature, so that one function registers them all, and e
 operator's schema knows no NSAConfig: its integers travel in the order of the dataclass.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -27,6 +28,13 @@ def sizes_of(config: NSAConfig) -> list[int]:
 def config_of(sizes: Sequence[int]) -> NSAConfig:
     """The configuration with those integers; what else it holds concerns no operator."""
     return NSAConfig(*sizes)  # type: ignore[arg-type]
+
+
+def forward_operators() -> set[torch._ops.OpOverload]:
+    """All operators of the backends imported so far but those that are gradients: what is costly to compute again."""
+    names = (re.fullmatch(r"(nsa\w*)::(\w+)", name) for name in torch._C._dispatch_get_all_op_names())
+    ours = (match.groups() for match in names if match and not match[2].endswith("_backward"))
+    return {getattr(getattr(torch.ops, namespace), name).default for namespace, name in ours}
 
 
 def register(

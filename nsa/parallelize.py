@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,12 +15,24 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part, pipeline_llm
 from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from nsa.context import ContextParallel
 from nsa.model import ModelArgs, NSAAttention, Transformer, complete_gradient
 from nsa.module import Compressor
+from nsa.operators import forward_operators
+from nsa.refusals import JobError, require
+
+if find_spec("triton"):
+    import nsa.kernels  # noqa: F401  (registers its operators)
+
+# What activation checkpointing keeps under "selective" by "op": TorchTitan's list has dense attention's operators.
+_op_sac_save_list.update(forward_operators())
+
+FLOAT8 = "quantize.linear.float8"
+"""TorchTitan's converter to float8, as `model.converters` names it."""
 
 
 def schedules(accelerated: bool) -> tuple[str, ...]:
@@ -46,7 +59,7 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
     """Refuses a layout that would fail later, or train something else without a word.
 
     Raises:
-        ValueError: naming the option to change, what it must be and what it is.
+        JobError: naming the option to change, what it must be and what it is.
     """
     parallelism, validation = job_config.parallelism, job_config.validation
     lengths = {"training.seq_len": job_config.training.seq_len}
@@ -54,26 +67,26 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
         lengths["validation.seq_len"] = validation.seq_len
     early = job_config.optimizer.early_step_in_backward
     must = "be false: no gradient would be left to clip, and each that accumulates would be a step"
-    _require(not early, "optimizer.early_step_in_backward", must, early)
+    require(not early, "optimizer.early_step_in_backward", must, early)
     if not parallel_dims.fsdp_enabled:
         offload = job_config.training.enable_cpu_offload
-        _require(not offload, "training.enable_cpu_offload", "be false without FSDP, whose it is", offload)
+        require(not offload, "training.enable_cpu_offload", "be false without FSDP, whose it is", offload)
     checkpoint = job_config.checkpoint
     if checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
         must = 'be "async" with this release of PyTorch, which fails at the second checkpoint'
-        _require(stages_again(), "checkpoint.async_mode", must, checkpoint.async_mode)
+        require(stages_again(), "checkpoint.async_mode", must, checkpoint.async_mode)
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
-        _require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)
+        require(degree == 1, f"parallelism.{name}", "be 1: there are no experts", degree)
     if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
         # TorchTitan normalises gradients by tokens, and DDP would divide them by its degree once more.
         must = f"be at least 2 beside data_parallel_replicate_degree = {parallel_dims.dp_replicate} (HSDP)"
-        _require(False, "parallelism.data_parallel_shard_degree", must, parallel_dims.dp_shard)
+        require(False, "parallelism.data_parallel_shard_degree", must, parallel_dims.dp_shard)
     if parallel_dims.tp_enabled or parallel_dims.cp_enabled:
         divisor = parallel_dims.seq_len_divisor
         must = f"be a multiple of 2 * context_parallel_degree * tensor_parallel_degree ({divisor})"
         for name, length in lengths.items():
-            _require(length % divisor == 0, name, must, length)
+            require(length % divisor == 0, name, must, length)
     if parallel_dims.tp_enabled:
         _check_tensor_parallel(parallel_dims, job_config, model_args)
     if parallel_dims.cp_enabled:
@@ -82,31 +95,26 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
         _check_pipeline(parallel_dims, job_config, model_args)
 
 
-def _require(condition: bool, option: str, must: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"{option} must {must}, got {got!r}")
-
-
 def _require_uncompiled(job_config: JobConfig, where: str) -> None:
     components = job_config.compile.components
     compiled = job_config.compile.enable and "model" in components
-    _require(not compiled, "compile.components", f'be without "model" under {where}', components)
+    require(not compiled, "compile.components", f'be without "model" under {where}', components)
 
 
 def _check_tensor_parallel(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     option, degree = "parallelism.tensor_parallel_degree", parallel_dims.tp
     heads = model_args.kv_heads
-    _require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
+    require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
     if not parallel_dims.fsdp_enabled:
         # Compiled blocks fail (seen in torch 2.13).
         _require_uncompiled(job_config, "tensor parallelism without FSDP")
     asynchronous = job_config.parallelism.enable_async_tensor_parallel
-    _require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
-    if "float8" in job_config.model.converters:
-        # Scaled by tensor, TorchTitan would hand float8 to projections of ours that stay as they are.
+    require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
+    if FLOAT8 in job_config.model.converters:
+        # Nobody has tried it scaled by tensor: TorchTitan's plan for it asks for a name that is no converter's.
         recipe, rowwise = job_config.quantize.linear.float8.recipe_name, ("rowwise", "rowwise_with_gw_hp")
         must = f"be one of {rowwise} under tensor parallelism"
-        _require(recipe in rowwise, "quantize.linear.float8.recipe_name", must, recipe)
+        require(recipe in rowwise, "quantize.linear.float8.recipe_name", must, recipe)
 
 
 def _check_context_parallel(
@@ -114,9 +122,9 @@ def _check_context_parallel(
 ) -> None:
     balancer = job_config.parallelism.context_parallel_load_balancer
     option = "parallelism.context_parallel_load_balancer"
-    _require(balancer in (None, "headtail"), option, 'be "headtail" or none', balancer)
+    require(balancer in (None, "headtail"), option, 'be "headtail" or none', balancer)
     mask = model_args.attn_mask_type
-    _require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under context parallelism', mask)
+    require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under context parallelism', mask)
     if "dense" in model_args.layer_kinds:
         # Their mask is a tensor of a kind that compilers do not know.
         _require_uncompiled(job_config, "context parallelism with dense layers")
@@ -124,50 +132,81 @@ def _check_context_parallel(
         chunks, block = parallel_dims.cp * (2 if balancer else 1), model_args.nsa.select_block_size
         must = f"be a multiple of nsa.select_block_size in each of {chunks} chunks ({chunks * block})"
         for name, length in lengths.items():
-            _require(length % (chunks * block) == 0, name, must, length)
+            require(length % (chunks * block) == 0, name, must, length)
 
 
 def _check_pipeline(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     parallelism, training, validation = job_config.parallelism, job_config.training, job_config.validation
     schedule = parallelism.pipeline_parallel_schedule
     known = schedules(torch.accelerator.is_available())
-    _require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
+    require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
     if schedule.endswith("ZeroBubble"):
         # Halves of a backward pass are taken apart by PyTorch itself, which then goes through parts of it twice.
-        _require(not job_config.compile.enable, "compile.enable", f"be false under {schedule}", True)
+        require(not job_config.compile.enable, "compile.enable", f"be false under {schedule}", True)
         checkpoint = job_config.activation_checkpoint
         by_op = checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op"
         must = f"be a number under {schedule}"
-        _require(not by_op, "activation_checkpoint.selective_ac_option", must, checkpoint.selective_ac_option)
+        require(not by_op, "activation_checkpoint.selective_ac_option", must, checkpoint.selective_ac_option)
     file = parallelism.pipeline_parallel_schedule_csv
-    _require(not file, "parallelism.pipeline_parallel_schedule_csv", "be empty", file)
+    require(not file, "parallelism.pipeline_parallel_schedule_csv", "be empty", file)
     mask = model_args.attn_mask_type
     # Schedules cut tensors along the batch, which offsets of documents do not have.
-    _require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under pipeline parallelism', mask)
-    if parallelism.pipeline_parallel_layers_per_stage is None and parallelism.module_fqns_per_model_part is None:
-        stages = parallel_dims.pp * (1 if issubclass(get_schedule_class(schedule), PipelineScheduleSingle) else 2)
-        ends = parallelism.pipeline_parallel_first_stage_less_layers
-        ends += parallelism.pipeline_parallel_last_stage_less_layers
-        parts = model_args.n_layers + ends
-        must = f"give at most {parts} stages (layers, {ends} for embedding and output), where {schedule} has {stages}"
-        _require(stages <= parts, "parallelism.pipeline_parallel_degree", must, parallel_dims.pp)
-    microbatches = training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+    require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under pipeline parallelism', mask)
+    _check_stages(parallel_dims.pp, job_config, model_args)
+    size = parallelism.pipeline_parallel_microbatch_size
+    must = f"be a multiple of parallelism.pipeline_parallel_microbatch_size ({size})"
+    require(training.local_batch_size % size == 0, "training.local_batch_size", must, training.local_batch_size)
+    microbatches = training.local_batch_size // size
     if schedule == "1F1B":
         must = f"give a microbatch to each of {parallel_dims.pp} stages"
-        _require(microbatches >= parallel_dims.pp, "training.local_batch_size", must, training.local_batch_size)
+        require(microbatches >= parallel_dims.pp, "training.local_batch_size", must, training.local_batch_size)
     elif schedule.startswith("Interleaved"):
         rounds = max(1, microbatches // parallel_dims.pp)
         must = f"give each of {rounds} rounds over {parallel_dims.pp} processes as many microbatches"
-        _require(microbatches % rounds == 0, "training.local_batch_size", must, training.local_batch_size)
+        require(microbatches % rounds == 0, "training.local_batch_size", must, training.local_batch_size)
     if validation.enable:
         # Its schedule takes the gradient that one stage hands to the next on the same process, even if there is none.
         forward = schedule != "ZBVZeroBubble"
-        _require(forward, "validation.enable", "be false under ZBVZeroBubble, which cannot run forward alone", True)
+        require(forward, "validation.enable", "be false under ZBVZeroBubble, which cannot run forward alone", True)
         # Stages are made for inputs of one shape.
         for name in ("seq_len", "local_batch_size"):
             expected, got = getattr(training, name), getattr(validation, name)
             must = f"be training.{name} ({expected}) under pipeline parallelism"
-            _require(got == expected, f"validation.{name}", must, got)
+            require(got == expected, f"validation.{name}", must, got)
+
+
+def _check_stages(degree: int, job_config: JobConfig, model_args: ModelArgs) -> None:
+    parallelism = job_config.parallelism
+    schedule = parallelism.pipeline_parallel_schedule
+    a_process = 1 if issubclass(get_schedule_class(schedule), PipelineScheduleSingle) else 2
+    ends = (parallelism.pipeline_parallel_first_stage_less_layers, parallelism.pipeline_parallel_last_stage_less_layers)
+    parts = model_args.n_layers + sum(ends)
+    if parallelism.module_fqns_per_model_part is not None:
+        option, value = "parallelism.module_fqns_per_model_part", parallelism.module_fqns_per_model_part
+        modules = ("tok_embeddings", *(f"layers.{i}" for i in range(model_args.n_layers)), "norm", "output")
+        given = [name for part in value for name in part]
+        require(sorted(given) == sorted(modules), option, f"have each of {modules} once", value)
+        stages = len(value)
+    elif parallelism.pipeline_parallel_layers_per_stage is not None:
+        option, value = "parallelism.pipeline_parallel_layers_per_stage", parallelism.pipeline_parallel_layers_per_stage
+        stages = -(-parts // value)
+    else:
+        option, value = "parallelism.pipeline_parallel_degree", degree
+        stages = degree * a_process
+        must = (
+            f"give at most {parts} stages (layers, {sum(ends)} for embedding and output), where {schedule} has {stages}"
+        )
+        require(stages <= parts, option, must, value)
+    more = a_process == 2 and not schedule.startswith("ZBV")
+    right = stages >= 2 * degree and stages % degree == 0 if more else stages == a_process * degree
+    number = "2 or more, but as many" if more else a_process
+    must = f"give {number} stages to each of {degree} processes under {schedule}, not {stages} to all"
+    require(right, option, must, value)
+    if parallelism.module_fqns_per_model_part is None:
+        try:
+            generate_llm_fqn_per_model_part(stages, model_args.n_layers, *ends)
+        except ValueError as error:
+            raise JobError(f"parallelism.pipeline_parallel_*_stage_less_layers do not fit: {error}") from error
 
 
 def _to_local(parameter: DTensor) -> Tensor:
@@ -207,7 +246,7 @@ def parallelize_nsa(model: Transformer, parallel_dims: ParallelDims, job_config:
     """Applies every parallelism but the pipeline's, checkpointing and compilation to a model on the meta device.
 
     Raises:
-        ValueError: see `check_layout`.
+        JobError: see `check_layout`.
     """
     check_layout(parallel_dims, job_config, model.model_args)
     if parallel_dims.tp_enabled:
@@ -240,7 +279,7 @@ def pipeline_nsa(
     """TorchTitan's pipeline with gradients as without it: there they are sums over tokens, not means, perhaps in parts.
 
     Raises:
-        ValueError: see `check_layout`.
+        JobError: see `check_layout`.
     """
     check_layout(parallel_dims, job_config, model_args)
     training = job_config.training

@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from nsa.refusals import JobError
+
 logger = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
@@ -39,14 +41,8 @@ Changes = Mapping[str, tuple[Any, Any]]
 """Old and new value by field."""
 
 
-class Refused(ValueError):
-    """A run that would not do what was asked for; the message says what to do instead.
-
-    Attributes:
-        status: exit status of the process.
-    """
-
-    status = 1
+class Refused(JobError):
+    """A run that would not do what was asked for; the message says what to do instead."""
 
 
 class NothingLeft(Refused):

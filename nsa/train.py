@@ -5,21 +5,23 @@ the command line has the last word. `python -m torchtitan.train` does the same w
 module as `experimental.custom_import`.
 """
 
+import io
+import json
 import os
+import re
 import signal
 import sys
+import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torchtitan.components.metrics
-import torchtitan.distributed.parallel_dims
-import torchtitan.distributed.utils
-import torchtitan.tools.utils
 import torchtitan.train
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -27,6 +29,8 @@ from torchtitan.tools.logging import logger
 
 import nsa.train_spec  # noqa: F401  (registers the spec)
 from nsa.checkpoints import Checkpoints, lock_folder, require_lock
+from nsa.job_checks import check_job, check_table
+from nsa.refusals import JobError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -155,62 +159,18 @@ def _signals(handler: Callable[[int, FrameType | None], None], *numbers: signal.
             signal.signal(number, previous)
 
 
-def prepare_cpu() -> None:
-    """Lets TorchTitan run without an accelerator, where it would assume CUDA.
-
-    Four of its modules bind the device's name and module, and `torch.cpu` lacks what they ask of the latter: a name,
-    and statistics of memory, for which the peak resident size of the process stands.
-    """
-    device = SimpleNamespace(
-        **{name: getattr(torch.cpu, name) for name in ("set_device", "synchronize")},
-        current_device=lambda: 0,
-        get_device_name=lambda device=None: "CPU",
-        get_device_properties=lambda device=None: SimpleNamespace(total_memory=_total_memory()),
-        memory_stats=lambda device=None: dict.fromkeys(
-            ("active_bytes.all.peak", "reserved_bytes.all.peak"), _peak_resident_size()
-        ),
-        reset_peak_memory_stats=lambda: None,
-        empty_cache=lambda: None,
-    )
-    for module in (
-        torchtitan.tools.utils,
-        torchtitan.distributed.parallel_dims,
-        torchtitan.distributed.utils,
-        torchtitan.components.metrics,
-    ):
-        module.device_type = "cpu"
-        module.device_module = device
-    init_distributed = torchtitan.distributed.utils.init_distributed
-
-    def init_on_cpu(comm: Any, enable_cpu_backend: bool = False, **kwargs: Any) -> int:
-        if enable_cpu_backend:
-            raise ValueError("training.enable_cpu_offload must be false without an accelerator, got True")
-        return init_distributed(comm, **kwargs)
-
-    torchtitan.distributed.utils.init_distributed = init_on_cpu
-    # Without this it would ask lspci, and then take the CPU for an A100. No peak is known: utilisation shows as 0.
-    torchtitan.tools.utils.get_peak_flops = lambda device_name: float("inf")
-
-
-def _total_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _peak_resident_size() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-if not torch.accelerator.is_available():
-    prepare_cpu()
-
-
 def complete(arguments: Sequence[str]) -> list[str]:
-    """The command line with what a job of ours needs and the user did not say."""
+    """The command line with what a job of ours needs and neither it nor its TOML file says.
+
+    Raises:
+        JobError: the file cannot be read.
+    """
     given = dict(_options(arguments))
     added = []
-    if "job.config_file" not in given:
+    if "job.config_file" in given:
+        job = _read(given["job.config_file"]).get("job", {})
+        given |= {f"job.{name}": value for name, value in job.items() if value} if isinstance(job, dict) else {}
+    else:
         flavor = given.get("model.flavor", "debug")
         file = CONFIGS / f"{flavor.split('_')[0]}.toml"
         if file.exists():
@@ -230,8 +190,75 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name.replace("-", "_"), value or following
 
 
+def _read(file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise JobError(f"job.config_file must be a TOML file, got {file!r}: {error}") from error
+
+
+class _Manager(ConfigManager):
+    """TorchTitan's, which also looks at names and types in the TOML file."""
+
+    def _dict_to_dataclass(self, cls: Any, data: dict[str, Any]) -> Any:
+        # Called for sections too, whose names and types are right by then.
+        if issubclass(cls, JobConfig):
+            check_table(cls, data)
+        return super()._dict_to_dataclass(cls, data)
+
+    def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> Any:
+        try:
+            return super()._maybe_add_custom_config(args, toml_values)
+        except (AttributeError, ImportError) as error:
+            raise JobError(f"job.custom_config_module must be a module that has a JobConfig: {error}") from error
+
+
+def parse(arguments: Sequence[str]) -> JobConfig:
+    """The job of a command line and its TOML file.
+
+    Raises:
+        JobError: something of either is wrong.
+        SystemExit: help was asked for.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return _Manager().parse_args(complete(arguments))
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise JobError(_first_words(printed.getvalue())) from exit
+    except JobError:
+        raise
+    except AssertionError as error:  # TorchTitan's only one here calls an option "validation steps"
+        raise JobError(str(error).replace("validation steps", "validation.steps")) from error
+    except Exception as error:  # nothing has been done yet but to read what the user wrote
+        raise JobError(str(error)) from error
+
+
+def _first_words(box: str) -> str:
+    """What is wrong, from a framed message of the parser, and the options that an unknown one is similar to."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    text = dropwhile(lambda line: not line.strip("─-"), lines)
+    wrong = " ".join(takewhile(lambda line: line.strip("─-"), text))
+    similar = [line.split()[0] for line in lines if re.match(r"--\w", line)]
+    return f"{wrong}; similar: {', '.join(similar)}" if similar and "Unrecognized" in wrong else wrong
+
+
+def refuse(error: JobError) -> NoReturn:
+    """Ends the process with one line, which is printed once for all processes of a job that torchrun started."""
+    line, report = f"error: {' '.join(str(error).split())}", os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        # What torchrun prints of the first process that failed, which may have stopped the first one in rank.
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+    if not report or os.environ["RANK"] == "0":
+        print(line, file=sys.stderr)
+    sys.exit(error.status)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains as the command line says.
+    """Trains as the command line says; a job that cannot be ends with one line on stderr.
 
     Raises:
         SystemExit: with 1 where it is refused or the last checkpoint could not be saved, 3 where nothing is left to
@@ -239,10 +266,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     for name, value in _LONE_PROCESS.items():
         os.environ.setdefault(name, value)
-    # TorchTitan reads sys.argv once, when its configuration is imported.
-    ConfigManager.parse_args.__defaults__ = (complete(sys.argv[1:] if arguments is None else arguments),)
-    with _signals(lambda number, frame: _stop(number, "before training began"), signal.SIGINT):
-        torchtitan.train.main(Trainer)
+    try:
+        job_config = parse(sys.argv[1:] if arguments is None else arguments)
+        check_job(job_config)
+        torchtitan.train.ConfigManager = lambda: SimpleNamespace(parse_args=lambda: job_config)
+        with _signals(lambda number, frame: _stop(number, "before training began"), signal.SIGINT):
+            torchtitan.train.main(Trainer)
+    except JobError as error:
+        refuse(error)
 
 
 if __name__ == "__main__":

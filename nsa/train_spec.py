@@ -1,11 +1,14 @@
 """The TorchTitan TrainSpec `nsa`: flavors, job options, data. The one file that knows TorchTitan's registry.
 
 Importing it registers the spec. A job reaches it with `experimental.custom_import = "nsa.train"`, and the `[nsa]`
-section of its options with `job.custom_config_module = "nsa.train_spec"`; `python -m nsa.train` does both.
+section of its options with `job.custom_config_module = "nsa.train_spec"`, which also imports it; `python -m nsa.train`
+does both. Without either TorchTitan knows neither the model nor how to run on a CPU.
 """
 
 import copy
+import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal
@@ -24,30 +27,89 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from nsa.config import NSAConfig
+from nsa.cpu import prepare_cpu
 from nsa.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
+from nsa.job_checks import check_job
 from nsa.metrics import build_metrics_processor
 from nsa.model import ModelArgs, Transformer, build_tokenizer
 from nsa.parallelize import parallelize_nsa, pipeline_nsa
+from nsa.refusals import naming, require
+
+# Flavors. A twin differs in nothing but its attention.
+
+_SMALL = NSAConfig(
+    compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
+)
+_SIZES: dict[str, dict[str, Any]] = {
+    "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
+    "debug_parallel": {"dim": 128, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
+    "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
+    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
+}
+_FLAVORS: dict[str, dict[str, Any]] = {
+    **_SIZES,
+    **{f"{name}_dense": {**sizes, "attention": "dense"} for name, sizes in _SIZES.items()},
+    "100m_hybrid": {**_SIZES["100m"], "attention": "dense,nsa,nsa,nsa"},
+}
+
+
+class _Flavors(Mapping[str, ModelArgs]):
+    """Model arguments by flavor, made anew each time: TorchTitan writes the job's options into what it gets."""
+
+    def __getitem__(self, flavor: str) -> ModelArgs:
+        require(flavor in _FLAVORS, "model.flavor", f"be one of {tuple(_FLAVORS)}", flavor)
+        return ModelArgs(**copy.deepcopy(_FLAVORS[flavor]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FLAVORS)
+
+    def __len__(self) -> int:
+        return len(_FLAVORS)
+
 
 # Job options: TorchTitan's, with defaults that need no network, and one section more.
+
+_NSA_OPTIONS: dict[str, Any] = {
+    "attention": str | list[str],
+    "attn_mask_type": str,
+    "backend": str,
+    **{option.name: option.type for option in fields(NSAConfig)},
+}
 
 NSAOptions = make_dataclass(
     "NSAOptions",
     [
-        *(
-            (name, kind | None, None)  # type: ignore[operator]
-            for name, kind in {
-                **dict.fromkeys(("attention", "attn_mask_type", "backend"), str),
-                **{f.name: f.type for f in fields(NSAConfig)},
-            }.items()
-        ),
+        *((name, kind | None, None) for name, kind in _NSA_OPTIONS.items()),
         ("allow_changes", list[str], field(default_factory=list)),
     ],
 )
-NSAOptions.__doc__ = (
-    "What to change of the flavor: `ModelArgs.attention`, mask and backend, and any field of NSAConfig. "
-    "`allow_changes` names fields of the job that may differ from those of the checkpoint that is resumed."
-)
+
+
+def _describe_options() -> str:
+    """The docstring of `NSAOptions`, which `--help` shows: what the classes say of which these are fields."""
+    lines = ["What to change of the flavor's model: its attention, and any field of NSAConfig.", "", "Attributes:"]
+    described = _described(ModelArgs) | _described(NSAConfig)
+    for name in _NSA_OPTIONS:
+        flavors: dict[str, list[str]] = {}
+        for flavor, args in _Flavors().items():
+            named = flavors.setdefault(str({**vars(args), **vars(args.nsa)}[name]), [])
+            if not any(flavor == f"{other}_{kind}" for other in named for kind in ("dense", "hybrid")):
+                named.append(flavor)  # no twin of one that has the same
+        each = [f"{value} ({', '.join(names)})" for value, names in flavors.items()]
+        defaults = "; ".join(each) if len(each) > 1 else next(iter(flavors))
+        lines.append(f"    {name}: {described.get(name, '')} Unless given, the flavor's: {defaults}.")
+    changes = "fields of the job that may differ from those of the checkpoint that is resumed, named as in job.json."
+    return "\n".join((*lines, f"    allow_changes: {changes}"))
+
+
+def _described(kind: type) -> dict[str, str]:
+    """Attributes in the docstring of a class, each with its description in one line."""
+    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+NSAOptions.__doc__ = _describe_options()
 
 
 @dataclass
@@ -82,40 +144,13 @@ class JobConfig(titan.JobConfig):
     nsa: NSAOptions = field(default_factory=NSAOptions)  # type: ignore[valid-type]
 
 
-# Flavors. A twin differs in nothing but its attention.
-
-_SMALL = NSAConfig(
-    compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
-)
-_SIZES: dict[str, dict[str, Any]] = {
-    "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
-    "debug_parallel": {"dim": 128, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
-    "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
-    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
-}
-_FLAVORS: dict[str, dict[str, Any]] = {
-    **_SIZES,
-    **{f"{name}_dense": {**sizes, "attention": "dense"} for name, sizes in _SIZES.items()},
-    "100m_hybrid": {**_SIZES["100m"], "attention": "dense,nsa,nsa,nsa"},
-}
-
-
-class _Flavors(Mapping[str, ModelArgs]):
-    """Model arguments by flavor, made anew each time: TorchTitan writes the job's options into what it gets."""
-
-    def __getitem__(self, flavor: str) -> ModelArgs:
-        if flavor not in _FLAVORS:
-            raise ValueError(f"model.flavor must be one of {tuple(_FLAVORS)}, got {flavor!r}")
-        return ModelArgs(**copy.deepcopy(_FLAVORS[flavor]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_FLAVORS)
-
-    def __len__(self) -> int:
-        return len(_FLAVORS)
-
-
 # Data: our corpus by name, TorchTitan's own datasets otherwise.
+
+
+def build_checked_tokenizer(job_config: titan.JobConfig) -> Any:
+    """The tokenizer of a job that has been checked: the first thing that TorchTitan's trainer builds."""
+    check_job(job_config)
+    return build_tokenizer(job_config)
 
 
 def build_dataloader(
@@ -125,7 +160,7 @@ def build_dataloader(
     options = job_config.training
     if options.dataset not in DATASETS:
         return build_text_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
-    return _corpus_loader(options, tokenizer, dp_rank, dp_world_size, infinite=infinite)
+    return _corpus_loader("training", options, tokenizer, dp_rank, dp_world_size, infinite=infinite)
 
 
 _build_other_validation_dataloader = validate.build_text_validation_dataloader
@@ -151,17 +186,20 @@ def build_validation_dataloader(
         )
     if options.dataset not in DATASETS:
         return _build_other_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
-    return _corpus_loader(options, tokenizer, dp_rank, dp_world_size, infinite=infinite, restart=True)
+    return _corpus_loader("validation", options, tokenizer, dp_rank, dp_world_size, infinite=infinite, restart=True)
 
 
 # The stock validator can be given everything but a loader, which it looks up by this name.
 validate.build_text_validation_dataloader = build_validation_dataloader
 
 
-def _corpus_loader(options: Any, tokenizer: Any, dp_rank: int, dp_world_size: int, **kwargs: bool) -> CorpusLoader:
-    tokens = corpus_tokens(DATASETS[options.dataset], tokenizer, options.dataset_path)
-    sizes = (options.seq_len, options.local_batch_size, dp_rank, dp_world_size)
-    return CorpusLoader(tokens, *sizes, tokenizer=tokenizer_name(tokenizer), **kwargs)
+def _corpus_loader(
+    section: str, options: Any, tokenizer: Any, dp_rank: int, dp_world_size: int, **kwargs: bool
+) -> CorpusLoader:
+    with naming(f"{section}.dataset: "):
+        tokens = corpus_tokens(DATASETS[options.dataset], tokenizer, options.dataset_path)
+        sizes = (options.seq_len, options.local_batch_size, dp_rank, dp_world_size)
+        return CorpusLoader(tokens, *sizes, tokenizer=tokenizer_name(tokenizer), **kwargs)
 
 
 class _Stopped(Exception):
@@ -198,6 +236,9 @@ class Validator(validate.Validator):
             yield batch
 
 
+if not torch.accelerator.is_available():
+    prepare_cpu()
+
 register_train_spec(
     "nsa",
     TrainSpec(
@@ -208,7 +249,7 @@ register_train_spec(
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_tokenizer,
+        build_tokenizer_fn=build_checked_tokenizer,
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics_processor,

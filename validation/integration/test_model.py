@@ -1,15 +1,22 @@
 """The transformer without a trainer: flavors, options, initial weights, documents."""
 
+import copy
 import itertools
+from collections import Counter
 from math import prod
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
 from nsa.data import ByteTokenizer
 from nsa.model import ModelArgs, NSAAttention, Transformer, _draw
+from nsa.operators import forward_operators
 from nsa.train_spec import JobConfig, NSAOptions
 from validation.numerics import assert_equal, assert_matches
 
@@ -114,6 +121,15 @@ def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
         assert_equal(part, whole[rows, columns], what=f"rows {rows}, columns {columns}")
 
 
+@pytest.mark.needs_gpu
+def test_initial_weights_are_the_same_on_any_device():
+    drawn = {}
+    for device in ("cpu", "cuda"):
+        drawn[device] = torch.empty(300, 8, device=device)
+        _draw(drawn[device], (0, 0), (300, 8), 0.02, "weight", 0)
+    assert_equal(drawn["cuda"].cpu(), drawn["cpu"], what="weight")
+
+
 @pytest.mark.parametrize("attention", ["nsa", "dense", "dense,nsa"])
 def test_documents_in_a_row_are_as_if_alone(attention):
     model = make(attention, attn_mask_type="block_causal")
@@ -152,3 +168,60 @@ def test_flops_count_the_keys_each_layer_looks_at():
     keys = 64 + (15 + 64 + 20)  # a dense layer; 15 compressed keys, 4 blocks of 16 and a window of 20 in the other
     size, flops = model.model_args.get_nparams_and_flops(model, 64)
     assert (size, flops) == (weights, 6 * (a_token + a_block // 4) + 12 * 32 * keys)  # blocks are 4 tokens apart
+
+
+# Selective activation checkpointing.
+
+
+class Operators(TorchDispatchMode):
+    """Counts how often each operator of ours runs, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.ours = Counter(), forward_operators()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.ours:
+            self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def checkpointed():
+    """A copy of a model under activation checkpointing as TorchTitan's plan for llama3 applies it."""
+
+    def apply(model, mode):
+        model = copy.deepcopy(model)
+        options = ActivationCheckpoint(mode=mode, selective_ac_option="op")
+        apply_ac(model, options, op_sac_save_list=_op_sac_save_list)
+        return model
+
+    yield apply
+    torch._C._dynamo.eval_frame._set_lru_cache(True)  # what `apply_ac` turns off for all that is compiled later
+
+
+def train_a_step(model, tokens):
+    """How often our operators run, and the gradients, by the parameters' names in the model as it was made."""
+    with Operators() as counted:
+        model(tokens).square().mean().backward()
+    names = (name.replace("_checkpoint_wrapped_module.", "") for name, _ in model.named_parameters())
+    return counted.calls, dict(zip(names, (p.grad for p in model.parameters()), strict=True))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_selective_checkpointing_by_operator_computes_attention_once(backend, compression, checkpointed):
+    config = NSAConfig(16, 8, 16, 2, num_local_blocks=1, window_size=8, compression=compression)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 48}
+    model = Transformer(ModelArgs(**sizes, nsa=config, backend=backend))
+    model.init_weights()
+    tokens = torch.randint(0, 64, (1, 48))
+    calls, gradients = train_a_step(copy.deepcopy(model), tokens)
+    expected = {"triton": 3 if compression == "mlp" else 4, "eager": 4}[backend]  # operators of a forward pass
+    assert len(calls) == expected
+    for mode, times in (("selective", 1), ("full", 2)):
+        repeated, again = train_a_step(checkpointed(model, mode), tokens)
+        assert repeated == Counter({name: times * number for name, number in calls.items()}), mode
+        for name, gradient in gradients.items():
+            assert_equal(again[name], gradient, what=f"gradient of {name} under {mode}")

@@ -6,13 +6,16 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa import parallelize
-from nsa.parallelize import check_layout, stages_again
+from nsa.parallelize import FLOAT8, check_layout, stages_again
 from nsa.train_spec import JobConfig, NSAOptions
 from validation import runs
-from validation.integration import ranks
+from validation.integration import ranks, throughput
 from validation.integration.layouts import TRAINING, has_schedule
 
 pytestmark = pytest.mark.smoke
+
+HALVES = [["tok_embeddings", "layers.0", "layers.1"], [*(f"layers.{i}" for i in range(2, 6)), "norm", "output"]]
+"""Modules of `debug_parallel` on two stages."""
 
 
 def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
@@ -21,7 +24,7 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
     config.training.seq_len, config.validation.seq_len = 1024, 1024
     for section, options in sections.items():
         for name, value in options.items():
-            setattr(getattr(config, section), name, value)
+            setattr(config.quantize.linear.float8 if section == "float8" else getattr(config, section), name, value)
     args = get_train_spec("nsa").model_args[flavor]
     args.update_from_config(config)
     one = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
@@ -63,7 +66,7 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             'compile.components must be without "model" under tensor parallelism without FSDP, got',
         ),
         (
-            {"degrees": {"tp": 2}, "model": {"converters": ["float8"]}},
+            {"degrees": {"tp": 2}, "model": {"converters": [FLOAT8]}},
             "quantize.linear.float8.recipe_name must be one of .*rowwise.* under tensor parallelism, got None",
         ),
         (
@@ -152,6 +155,22 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             "training.local_batch_size must give each of 3 rounds over 2 processes as many microbatches, got 7",
         ),
         (
+            {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_microbatch_size": 3}},
+            r"training.local_batch_size must be a multiple of .*pipeline_parallel_microbatch_size \(3\), got 8",
+        ),
+        (
+            {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_layers_per_stage": 2}},
+            "parallelism.pipeline_parallel_layers_per_stage must give 1 stages to each of 2 .*not 4 to all, got 2",
+        ),
+        (
+            {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_first_stage_less_layers": 9}},
+            "parallelism.pipeline_parallel_.*_stage_less_layers do not fit: input_weight .9. exceeds",
+        ),
+        (
+            {"degrees": {"pp": 2}, "parallelism": {"module_fqns_per_model_part": [["tok_embeddings"], ["output"]]}},
+            "parallelism.module_fqns_per_model_part must have each of .*'layers.5', 'norm', 'output'. once, got",
+        ),
+        (
             {"degrees": {"pp": 2}, "validation": {"enable": True, "seq_len": 2048}},
             r"validation.seq_len must be training.seq_len \(1024\) under pipeline parallelism, got 2048",
         ),
@@ -182,6 +201,9 @@ def test_a_wrong_layout_is_refused(arguments, message):
             "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
         },
         {"degrees": {"cp": 2}, "flavor": "debug_parallel_dense", "training": {"seq_len": 4}},
+        {"degrees": {"tp": 2}, "model": {"converters": [FLOAT8]}, "float8": {"recipe_name": "rowwise"}},
+        {"degrees": {"pp": 2}, "parallelism": {"pipeline_parallel_layers_per_stage": 4}},
+        {"degrees": {"pp": 2}, "parallelism": {"module_fqns_per_model_part": HALVES}},
         pytest.param(
             {"degrees": {"pp": 4}, "parallelism": {"pipeline_parallel_schedule": "ZBVZeroBubble"}},
             marks=has_schedule("ZBVZeroBubble"),
@@ -213,5 +235,20 @@ def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypa
 def test_every_rank_refuses_before_training(options, tmp_path):
     with pytest.raises(ranks.RankFailed, match=r"^rank \d exited with 1, rank \d exited with 1\n") as failure:
         ranks.train((*TRAINING, *options, "--training.local_batch_size=8"), tmp_path, processes=2)
-    assert str(failure.value).count("ValueError: ") == 2
+    for rank in range(2):
+        log = (tmp_path / f"rank-{rank}.log").read_text()
+        assert log.startswith("error: ")
+        assert len(log.splitlines()) == 1, f"more than a line of rank {rank}: {log}"
+    assert "Traceback" not in str(failure.value)
     assert not runs.read_metrics(tmp_path).records
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_throughput_is_not_measured_without_gpus(gpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(runs, "train", lambda *args, **kwargs: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as ended:
+        throughput.main(["--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert f"error: needs 2 GPUs, {gpus} found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ class Variant:
         layouts: where it may matter.
         for_layout: other options, that one process does without, because they are not to change anything.
         beside: options of the training that it must differ from; none for one that has no options of its own.
+        seeded: whether all start from one checkpoint of step 0, whose weights nobody else starts with.
         metrics: to compare beside loss and gradient norm.
         gpu: whether only processes on GPUs can do it.
     """
@@ -27,6 +28,7 @@ class Variant:
     layouts: tuple[str, ...]
     for_layout: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    seeded: bool = False
     metrics: tuple[str, ...] = ()
     gpu: bool = False
 
@@ -56,12 +58,29 @@ VARIANTS = (
     Variant("loop", (), ("fsdp2-tp2",), ("--optimizer.implementation=for-loop",)),
     Variant("foreach", (), ("fsdp2-tp2",), ("--optimizer.implementation=foreach",)),
     Variant("adam", ("--optimizer.name=Adam",), ("fsdp2-tp2",)),
-    Variant("offload", ("--optimizer.name=Adam",), ("fsdp2",), ("--training.enable_cpu_offload",), gpu=True),
+    Variant("seeded", (), ("fsdp2", "tp2"), seeded=True),
+    # Its weights are made elsewhere.
+    Variant(
+        "offload", ("--optimizer.name=Adam",), ("fsdp2",), ("--training.enable_cpu_offload",), seeded=True, gpu=True
+    ),
     Variant("recompute", (), ("fsdp2-tp2", "pp2-1f1b", "cp2"), ("--activation_checkpoint.mode=full",)),
     Variant("recompute-some", (), ("fsdp2",), (*SELECTIVE, "--activation_checkpoint.selective_ac_option=2")),
     Variant("recompute-ops", (), ("fsdp2",), (*SELECTIVE, "--activation_checkpoint.selective_ac_option=op")),
     Variant("documents", ("--nsa.attn_mask_type=block_causal", *SHORT), ("fsdp2", "tp2"), beside=SHORT),
 )
+
+
+@pytest.fixture
+def options_of(one_process):
+    """Gives all options of a variant that one process has as well."""
+
+    def options(variant: Variant) -> tuple[str, ...]:
+        if not variant.seeded:
+            return variant.options
+        saved = one_process("--checkpoint.create_seed_checkpoint", "--debug.seed=1")
+        return (*variant.options, f"--checkpoint.initial_load_path={saved / 'checkpoint' / 'step-0'}")
+
+    return options
 
 
 @pytest.mark.parametrize(
@@ -77,17 +96,22 @@ VARIANTS = (
         for name in variant.layouts
     ],
 )
-def test_a_variant_trains_as_in_one_process(variant, layout, one_process, tmp_path):
-    train(layout, tmp_path, *variant.options, *variant.for_layout)
-    assert_same(tmp_path, one_process(*variant.options), (runs.LOSS, "grad_norm", *variant.metrics))
+def test_a_variant_trains_as_in_one_process(variant, layout, one_process, options_of, tmp_path):
+    options = options_of(variant)
+    train(layout, tmp_path, *options, *variant.for_layout)
+    assert_same(tmp_path, one_process(*options), (runs.LOSS, "grad_norm", *variant.metrics))
 
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(variant, id=variant.name, marks=variant.marks) for variant in VARIANTS if variant.options],
+    [
+        pytest.param(variant, id=variant.name, marks=variant.marks)
+        for variant in VARIANTS
+        if variant.options or variant.seeded
+    ],
 )
-def test_a_variant_is_not_the_training_without(variant, one_process):
+def test_a_variant_is_not_the_training_without(variant, one_process, options_of):
     """Otherwise the comparison would show nothing."""
-    plain, varied = (runs.read_metrics(one_process(*options)) for options in (variant.beside, variant.options))
+    plain, varied = (runs.read_metrics(one_process(*options)) for options in (variant.beside, options_of(variant)))
     names = variant.metrics or (runs.LOSS,)
     assert [varied[name] for name in names] != [plain[name] for name in names]

@@ -2,8 +2,8 @@
 
     python -m validation.integration.throughput --out out/throughput
 
-Every run is one that torchrun starts over two GPUs; its metrics are kept as `out/throughput/tp2-32k.jsonl` and so on,
-and the table of all is printed. Options after `--` are passed on to each.
+Every run is one that torchrun starts over two GPUs, without which nothing is run; its metrics are kept as
+`out/throughput/tp2-32k.jsonl` and so on, and the table of all is printed. Options after `--` are passed on to each.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from nsa.metrics import METRICS_FILE
 from validation import runs
@@ -80,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the metrics of each run")
     parser.add_argument("options", nargs="*", help="of the trainer, after --")
     parsed = parser.parse_args(arguments)
+    needed, found = max(run.layout.processes for run in RUNS), torch.cuda.device_count()
+    if found < needed:
+        parser.error(f"needs {needed} GPUs, {found} found: on a CPU the first of these runs would take days")
     parsed.out.mkdir(parents=True, exist_ok=True)
     for run in RUNS:
         folder = parsed.out / run.name

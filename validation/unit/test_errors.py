@@ -4,6 +4,7 @@ Every implementation that says it checks its input is held to refusing it; ours 
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -378,6 +379,7 @@ def test_num_keys_of_another_type(stage: str) -> None:
 
 # 7. The configuration refuses itself.
 
+INTEGERS = [field.name for field in fields(NSAConfig) if field.type is int]
 BAD_CONFIGS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"compress_stride": 12}, ValueError, ("compress_block_size", "multiple", "12", "32")),
     ({"select_block_size": 72}, ValueError, ("select_block_size", "multiple", "16", "72")),
@@ -390,6 +392,11 @@ BAD_CONFIGS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"window_size": True}, TypeError, ("window_size", "int", "True")),
     ({"shared_kv": 1}, TypeError, ("shared_kv", "bool", "1")),
     ({"compression": "max"}, ValueError, ("compression", "mlp", "'max'")),
+    ({"compression": ["mlp"]}, ValueError, ("compression", "linear", "['mlp']")),
+    ({"window_size": "8"}, TypeError, ("window_size", "int", "'8'", "str")),
+    *(({name: 2**70}, ValueError, (name, "at most 2147483647", str(2**70))) for name in INTEGERS),
+    *(({name: 2**31}, ValueError, (name, "at most 2147483647", str(2**31))) for name in INTEGERS),
+    *(({name: None}, TypeError, (name, "int", "NoneType")) for name in INTEGERS),
 ]
 
 

@@ -1,5 +1,6 @@
 """The layer: against the whole-module oracle, its gradients, compilation, memory, and what it refuses."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,17 +105,112 @@ def test_parameters_are_cast_to_the_dtype_of_the_keys():
     assert_matches(out, expected(layer, x, rope_table(40, 8)), what="output under autocast", reduction=24 * 48)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_heads": 6, "num_kv_heads": 4}, r"num_heads must be a multiple of num_kv_heads \(4\), got 6"),
-        ({"num_heads": 0, "num_kv_heads": 1}, r"num_heads must be a multiple of num_kv_heads \(1\), got 0"),
-        ({"num_heads": 5}, r"dim must be a multiple of num_heads \(5\) without a head_dim, got 24"),
-    ],
-)
-def test_heads_that_do_not_divide_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        NativeSparseAttention(24, **arguments)
+BAD_LAYERS = {
+    "heads_that_do_not_divide": (
+        {"num_kv_heads": 4},
+        ValueError,
+        "num_heads must be a multiple of num_kv_heads (4), got 6",
+    ),
+    "dim_not_divided": (
+        {"num_heads": 5, "num_kv_heads": 1},
+        ValueError,
+        "dim must be a multiple of num_heads (5) without a head_dim, got 24",
+    ),
+    "no_dim": ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+    "no_heads": ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+    "no_kv_heads": ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be at least 1, got 0"),
+    "no_head_dim": ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+    "negative_head_dim": ({"head_dim": -8}, ValueError, "head_dim must be at least 1, got -8"),
+    "float_dim": ({"dim": 24.0}, TypeError, "dim must be an int, got 24.0 (float)"),
+    "float_heads": ({"num_heads": 6.0}, TypeError, "num_heads must be an int, got 6.0 (float)"),
+    "str_heads": ({"num_heads": "6"}, TypeError, "num_heads must be an int, got '6' (str)"),
+    "bool_heads": ({"num_heads": True}, TypeError, "num_heads must be an int, got True (bool)"),
+    "float_kv_heads": ({"num_kv_heads": 2.0}, TypeError, "num_kv_heads must be an int, got 2.0 (float)"),
+    "str_head_dim": ({"head_dim": "8"}, TypeError, "head_dim must be an int, got '8' (str)"),
+    "heads_beyond_32_bits": ({"num_heads": 2**70}, ValueError, f"num_heads must be at most 2147483647, got {2**70}"),
+    "dict_as_config": ({"config": {"window_size": 8}}, TypeError, "config must be an NSAConfig, got dict"),
+    "no_config": ({"config": None}, TypeError, "config must be an NSAConfig, got NoneType"),
+    "misspelt_backend": ({"backend": "trtion"}, ValueError, "backend must be one of ('auto', 'eager', 'triton'), got"),
+    "list_of_backends": ({"backend": ["eager"]}, ValueError, "backend must be one of ('auto', 'eager', 'triton'), got"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_a_layer_that_cannot_be_is_refused_when_it_is_made(changes, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        NativeSparseAttention(**{"dim": 24, "num_heads": 6, "num_kv_heads": 2, **changes})
+
+
+BAD_INPUTS = {
+    "x_without_a_batch": (
+        {"x": lambda x: x[0]},
+        ValueError,
+        "x must have 3 dimensions [B, T, dim], got shape (40, 24)",
+    ),
+    "x_by_head": (
+        {"x": lambda x: x[None]},
+        ValueError,
+        "x must have 3 dimensions [B, T, dim], got shape (1, 1, 40, 24)",
+    ),
+    "width_of_x": (
+        {"x": lambda x: x[..., :8]},
+        ValueError,
+        "x must have the width of the layer (24), got shape (1, 40, 8)",
+    ),
+    "integer_x": ({"x": lambda x: x.long()}, TypeError, "x must have dtype"),
+    "narrower_x": (
+        {"x": lambda x: x.half()},
+        TypeError,
+        "x must have the dtype of the layer's parameters (torch.float64), got torch.float16",
+    ),
+    "list_as_x": ({"x": lambda x: x.tolist()}, TypeError, "x must be a tensor [B, T, dim], got list"),
+    "device_of_x": ({"x": lambda x: x.to("meta")}, ValueError, "x must be on"),
+    "list_as_rope": ({"rope": lambda rope: rope.tolist()}, TypeError, "rope must be a tensor [L, D / 2, 2], got list"),
+    "flat_rope": ({"rope": lambda rope: rope[..., 0]}, ValueError, "rope must have 3 dimensions [L, D / 2, 2], got"),
+    "complex_rope": ({"rope": torch.view_as_complex}, ValueError, "rope must have 3 dimensions [L, D / 2, 2], got"),
+    "integer_rope": ({"rope": lambda rope: rope.long()}, TypeError, "rope must have a floating dtype, got torch.int64"),
+    "device_of_rope": ({"rope": lambda rope: rope.to("meta")}, ValueError, "rope must be on"),
+    "list_as_offsets": ({"cu_seqlens": lambda _: [0, 40]}, TypeError, "cu_seqlens must be a tensor [N + 1], got list"),
+    "floating_offsets": ({"cu_seqlens": lambda _: torch.tensor([0.0, 40.0])}, TypeError, "cu_seqlens must have dtype"),
+    "offsets_in_two_dimensions": (
+        {"cu_seqlens": lambda _: torch.tensor([[0, 40]], dtype=torch.int32)},
+        ValueError,
+        "cu_seqlens must have 1 dimensions [N + 1], got shape (1, 2)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_of_the_layer_is_refused_by_name(changes, error, message):
+    inputs = {"x": torch.randn(1, 40, 24, dtype=torch.float64), "rope": rope_table(40, 8), "cu_seqlens": None}
+    layer = make(SMALL)
+    layer(**inputs)
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        layer(**inputs | {name: change(inputs[name]) for name, change in changes.items()})
+
+
+def test_an_odd_head_dim_is_refused_where_it_would_be_rotated_and_only_there():
+    layer, x = make(SMALL, head_dim=7), torch.randn(1, 40, 24, dtype=torch.float64)
+    assert layer(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"rope must be None where head_dim is odd \(7\)"):
+        layer(x, rope_table(40, 6))
+
+
+BAD_TABLES = {
+    "odd": ((8, 7), ValueError, "head_dim must be even to be rotated in pairs, got 7"),
+    "no_head_dim": ((8, 0), ValueError, "head_dim must be at least 1, got 0"),
+    "float_head_dim": ((8, 4.0), TypeError, "head_dim must be an int, got 4.0"),
+    "negative_length": ((-1, 8), ValueError, "length must be at least 0, got -1"),
+    "float_length": ((8.0, 8), TypeError, "length must be an int, got 8.0"),
+    "no_theta": ((8, 8, 0.0), ValueError, "theta must be positive and finite, got 0.0"),
+    "theta_that_is_no_number": ((8, 8, float("nan")), ValueError, "theta must be positive and finite, got nan"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_rope_table_that_cannot_be_is_refused(arguments, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        rope_table(*arguments)
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 4, 40]], ids=["whole", "packed"])
