@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from docs.examples.my_nsa import my_nsa
-from validation import seeds
+from validation import reports, seeds
 from validation.implementations import Implementation, Sizes, load
 from validation.unit.cases import BY_ID, draw, draw_cotangent, fitted
 
@@ -49,6 +49,15 @@ def crashes() -> Implementation:
 def packs() -> Implementation:
     """What it declares and has not."""
     return replace(my_nsa, name="wrong", packed=True)
+
+
+def not_finite() -> Implementation:
+    """Gives NaN in place of every output."""
+
+    def nsa_attention(*arguments, **options):
+        return torch.nan * my_nsa.nsa_attention(*arguments, **options)
+
+    return replace(my_nsa, name="wrong", nsa_attention=nsa_attention)
 
 
 def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
@@ -217,7 +226,45 @@ def test_a_run_that_executed_nothing_fails():
     assert "my_nsa: not tested" in output
 
 
-# 4. Order, seeds and the report.
+# 4. Reports at the end of a run.
+
+GROWTH = "validation/unit/test_precision.py::test_error_grows_no_faster_than_the_policy_lets_it"
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path, processes):
+    # The test of pictures is the last of the file: at its teardown a picture would be made.
+    tests = (GROWTH, f"{GROWTH.partition('::')[0]}::test_the_picture_is_drawn_of_any_errors")
+    status, output = run(*tests, f"--out={tmp_path}", "-n", processes, impl=own("not_finite"))
+    assert status == 1, output
+    assert "ERROR" not in output
+    assert "could not be made" not in output
+    assert "wrong: failed 3 " in output
+    assert (tmp_path / "unit" / "precision.png").exists()
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_a_picture_that_cannot_be_made_says_so_and_changes_no_result(tmp_path, processes):
+    (tmp_path / "out").touch()  # where a folder is needed
+    status, output = run(GROWTH, "-k", "head_dim", f"--out={tmp_path / 'out'}", "-n", processes)
+    assert status == 0, output
+    assert f"the picture {tmp_path / 'out' / 'unit' / 'precision.png'} could not be made: " in output
+
+
+@pytest.mark.parametrize("error", [ValueError("no\ndata"), OSError("disk full"), UserWarning("odd")])
+def test_a_report_ends_with_its_own_error(error):
+    said = []
+    with reports.attempt("the table", said.append):
+        raise error
+    assert said == [f"the table could not be made: {type(error).__name__}: {' '.join(str(error).split())}"]
+
+
+def test_a_report_does_not_hold_up_an_interruption():
+    with pytest.raises(KeyboardInterrupt), reports.attempt("the table", print):
+        raise KeyboardInterrupt
+
+
+# 5. Order, seeds and the report.
 
 
 def reported(file: Path) -> list[tuple[str, str]]:
