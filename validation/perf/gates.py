@@ -88,8 +88,8 @@ def _promises(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[Promise]:
 
 
 def figure(record: Record, kind: str) -> float | None:
-    """What is compared between runs: time, or memory. Where the clock is noisy, time is relative to that of a call of
-    dense attention before every round."""
+    """What is compared between runs: time, or memory. Where there is no GPU and other processes lengthen rounds, time
+    is the shortest round over the shortest call of dense attention in its company."""
     return record.get("relative", record["median"]) if kind == "time" else record.get("memory")
 
 

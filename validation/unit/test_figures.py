@@ -7,18 +7,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from nsa.kernels import tuning
 from validation.integration import throughput
 from validation.perf import records
 from validation.perf.report import readme, render
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
+from validation.system import variations
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "docs" / "runs"
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
 ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
 TOKENS_A_STEP = 16384
@@ -108,14 +110,6 @@ def of_h200(metrics: Metrics) -> dict[str, list[str]]:
     }
 
 
-def beside_eager(step: int) -> list[list[str]]:
-    """Eager's loss, those of four runs that add in another order each, and how far eager is from them."""
-    eager, *others = (saved(f"100m-{name}")[LOSS][step] for name in ("eager", *VARIATIONS))
-    outside = min(abs(eager - loss) for loss in others) * (not min(others) <= eager <= max(others))
-    distance = f"{outside:.4f}" if outside else "among them"
-    return [[f"{loss:.4f}"] for loss in (eager, *others, max(others) - min(others))] + [[distance]]
-
-
 def of_length(length: str) -> dict[str, list[list[str]]]:
     """Speed after the first logged steps, and memory, of both models."""
     runs = [saved(f"{length}-{flavor}") for flavor in ("100m", "100m_dense")]
@@ -148,8 +142,21 @@ def test_the_results_of_training_are_those_of_its_runs() -> None:
 
 
 def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
-    table = table_after(RESULTS, "**The kernels follow the reference.**")
-    assert table == {step: beside_eager(int(step)) for step in table}
+    made = variations.table(lambda name: saved(f"100m-{name}"))
+    assert "\n".join(["", *made, ""]) in RESULTS
+
+
+def test_a_variation_that_changed_nothing_is_no_result() -> None:
+    with pytest.raises(ValueError, match="triton-unsplit has the losses of triton"):
+        variations.table(lambda name: saved("100m-triton" if name == "triton-unsplit" else f"100m-{name}"))
+
+
+def test_every_variation_changes_what_is_launched() -> None:
+    for name, kernels in variations.VARIATIONS.items():
+        for kernel, parameters in kernels.items():
+            before = tuning.launch(kernel, torch.bfloat16, 64, 64, 4)
+            with tuning.override(kernel, **parameters):
+                assert tuning.launch(kernel, torch.bfloat16, 64, 64, 4) != before, f"{name}: {kernel}"
 
 
 def test_speeds_by_length_are_those_of_their_runs() -> None:

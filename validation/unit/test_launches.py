@@ -8,6 +8,7 @@ import torch
 from nsa import NSAConfig
 from nsa.kernels import tuning
 from nsa.kernels.tuning import Entry, read_table, write_table
+from validation.perf import tune
 
 CONTIGUOUS = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs"}
 
@@ -32,6 +33,26 @@ def on_hopper(monkeypatch):
 @pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (9, 64), (12, 64), (16, 64), (64, 64)])
 def test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two(on_hopper, group, rows):
     assert tuning.launch("window_forward", torch.bfloat16, 128, 128, group) == {"BLOCK_M": rows}
+
+
+def test_kernels_and_parameters_that_are_not_there_are_refused():
+    """They would change nothing, and whoever measures them would not notice."""
+    for name in ("selected", "window", ""):
+        with pytest.raises(ValueError, match=f"name must be of .*'window_keys'.*, got {name}"):
+            with tuning.override(name, SPLIT=False):
+                pass
+        with pytest.raises(ValueError, match="name must be of "):
+            tuning.launch(name, torch.bfloat16, 128, 128)
+    with pytest.raises(ValueError, match="parameters must be of .*'SCATTER'.*, got SCATER"):
+        with tuning.override("selected_forward", SCATER=False):
+            pass
+
+
+def test_all_names_are_those_of_the_table_and_of_the_tuner():
+    assert tuning.KERNELS == tune.KERNELS.keys()
+    entries = read_table()
+    assert {entry.kernel for entry in entries} <= tuning.KERNELS
+    assert {name for entry in entries for name in entry.launch} <= tuning.PARAMETERS
 
 
 def test_other_sizes_get_blocks_that_fit(on_hopper):
