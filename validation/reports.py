@@ -1,4 +1,7 @@
-"""Reports at the end of a run: accounts, tables and pictures. One that cannot be made says why and changes no result."""
+"""Reports at the end of a run: accounts, tables and pictures.
+
+One that cannot be made says why, and changes no result.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

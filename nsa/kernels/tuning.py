@@ -66,7 +66,9 @@ KERNELS = frozenset(
 )
 """The kernels whose launch is looked up here, by the names that their launchers use."""
 
-PARAMETERS = frozenset({"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs", "SCATTER", "CHUNK"})
+PARAMETERS = frozenset(
+    {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs", "SCATTER", "CHUNK"}
+)
 """The parameters that a launch can have."""
 
 NARROWEST = 32

@@ -136,7 +136,11 @@ class Gatekeeper:
             return committed
         if not name.startswith("cpu-"):
             raise pytest.UsageError(f"no baseline of {name} in {records.BASELINES}: make perf-baseline makes one")
-        saved = [(file, run) for file, run in records.saved(self._storage(), name) if records.clock(run) == machine()["clock"]]
+        saved = [
+            (file, run)
+            for file, run in records.saved(self._storage(), name)
+            if records.clock(run) == machine()["clock"]
+        ]
         good = [file for file, run in saved if not run["problems"] and not run["partial"]]
         if not good:
             option = self.config.option
@@ -247,8 +251,8 @@ class Gatekeeper:
             common = {r["fullname"] for r in before} & {r["fullname"] for r in run if r["role"] == "ours"}
             self.problems += different + worse
             self.notes.append(
-                f"{len(common)} benchmarks of {len(before)} in {self.baseline} compared: time, by {machine()['clock']}, "
-                f"may grow by {bounds.time - 1:.0%}, memory by {bounds.memory - 1:.0%}"
+                f"{len(common)} benchmarks of {len(before)} in {self.baseline} compared: time, by "
+                f"{machine()['clock']}, may grow by {bounds.time - 1:.0%}, memory by {bounds.memory - 1:.0%}"
             )
         if run:
             promises = list(gates.promised(run, table.promises_of(name), self.partial))

@@ -1,7 +1,8 @@
 """How long everything takes and how much memory: `make perf`. What is timed, and beside whom, is in `benchmarks.py`.
 
 Compiling, warming up and drawing inputs are outside the clock, which is the device's on a GPU and the wall's elsewhere;
-every round finds the cache empty (see `timing.py`). Which figures may not get worse, and by how much, is in `promises.toml`.
+every round finds the cache empty (see `timing.py`). Which figures may not get worse, and by how much, is in
+`promises.toml`.
 """
 
 import gc
