@@ -170,6 +170,35 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
     return dense / ours if ours else math.nan
 
 
+@dataclass(frozen=True)
+class Change:
+    """A figure of ours that changed from one run to the next by more than its bound, for the worse or the better."""
+
+    run: int
+    stage: str
+    key: tuple[Any, ...]
+    ratio: float
+    """Of the figure to that of the run before."""
+
+
+def changes(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Change]:
+    """What changed between reports in a row, in time or in memory; `Change.run` counts from 0."""
+    if not runs:
+        return []
+    bounds, found, last = read_table().bounds_of(runs[0]["machine"]["name"]), [], dict[Any, float]()
+    for number, run in enumerate(runs):
+        for record in run["results"]:
+            now = figure(record, kind)
+            if record["role"] != "ours" or not _measured(now, kind):
+                continue
+            key = records.KEY(record)
+            then = last.get(key, now)
+            if now and then and (bounds.exceeded(kind, now, then) or bounds.exceeded(kind, then, now)):
+                found.append(Change(number, record["stage"], key, now / then))
+            last[key] = now
+    return found
+
+
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:
     """By how much the figures that two runs have differ, the worst first: 0.03 is 3%."""
     before = {record["fullname"]: record for record in a}

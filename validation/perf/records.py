@@ -60,6 +60,7 @@ def report(content: Mapping[str, Any]) -> Report:
         "subject": ours,
         "results": [record for record in results if "workload" in record],
         "failures": content["failures"],
+        "partial": content["partial"],
     }
 
 
@@ -70,7 +71,15 @@ def clock(content: Mapping[str, Any]) -> str:
     process elsewhere.
     """
     machine = content["measured"]
-    return machine.get("clock") or ("processor time" if machine["name"].startswith("cpu-") else EVENTS)
+    return machine.get("clock") or ("processor time" if machine.get("name", "").startswith("cpu-") else EVENTS)
+
+
+def history(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last whole run of every commit, of reports of `make perf`, the oldest first: others are not gated."""
+    whole = sorted(
+        (run for run in runs if run.get("commit") and not run.get("partial")), key=operator.itemgetter("date")
+    )
+    return sorted({run["commit"]: run for run in whole}.values(), key=operator.itemgetter("date"))
 
 
 def slug(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from nsa.kernels import tuning
 from validation.integration import throughput
 from validation.perf import records
-from validation.perf.report import readme, render
+from validation.perf.report import BEGIN, END, readme, render
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
 from validation.system import variations
 from validation.system.twins import LAST_STEPS
@@ -25,14 +25,15 @@ ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
 TOKENS_A_STEP = 16384
 """Of training at 4k and at 16k."""
-FIGURE = r"\d+\.\d+|\d+%|\b[\d,]+ (?:ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times)\b"
-"""What is taken for measured: whatever has decimals or a unit, versions aside."""
-VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d"
+UNITS = "ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times|passed|failed|skipped|xfailed|tests|lines"
+FIGURE = rf"(?m)\d+\.\d+|\d+%|\b[\d,]+ (?:{UNITS})\b|(?:failed|passed) \d+|^ +\d+  "
+"""What is taken for measured: whatever has decimals or a unit, or is counted; versions aside."""
+VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d|arXiv 2502\.11089|arxiv\.org/abs/2502\.11089"
 
 
-def figures(text: str) -> list[str]:
-    """Those outside code, tables and quoted output."""
-    prose = re.sub(r"(?ms)^```.*?^```|^\|.*?$", "", text)
+def figures(text: str, tables: bool = False) -> list[str]:
+    """Those outside tables, or in them too: in prose, in commands and in quoted output."""
+    prose = text if tables else re.sub(r"(?m)^\|.*$", "", text)
     return re.findall(FIGURE, re.sub(VERSIONS, "", prose))
 
 
@@ -56,23 +57,38 @@ def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
     made = readme([records.read(ROOT / name) for name in sources()], text)
     assert made == text, "make perf-docs"
     # Nothing else in there is a figure, in no other table either.
-    assert not figures(re.sub(r"(?m)^\| (tokens|faster than dense|memory) \|.*$|^\||2502\.11089", "", text))
+    assert not figures(text.partition(BEGIN)[0] + text.partition(END)[2], tables=True)
 
 
 def test_every_other_page_is_looked_at_or_has_no_figures() -> None:
     pages = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md")}
     assert pages.keys() >= {"performance.md", "results.md", "peers.md"}
+    looked_at = rf"(?m)^> .*$|{re.escape(suite())}"  # by the next test
+    pages["peers.md"] = re.sub(looked_at, "", pages["peers.md"])
     for name in pages.keys() - {"performance.md", "results.md"}:
         assert not figures(pages[name]), name
+
+
+def suite() -> str:
+    """The sentence on what came of the unit tests on fla."""
+    failed, passed, skipped = re.findall(r"\d+", (RUNS / "h200-fla-suite.txt").read_text().partition("\n")[0])
+    return f"{passed} tests passed, {failed} failed, {skipped} were skipped"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["it takes 3 ms", "```\nmine: failed 46 (29 passed)\n```", "```\n   508  mine lacks the stage\n```", "`0.5` of it"],
+)
+def test_a_figure_is_found_wherever_it_stands(text: str) -> None:
+    assert figures(text)
+    assert figures(f"before\n{text}\nafter")
 
 
 def test_findings_in_others_are_those_of_the_saved_runs() -> None:
     page = (ROOT / "docs" / "peers.md").read_text()
     findings = (RUNS / "h200-fla-findings.txt").read_text().splitlines()
     assert re.findall(r"(?m)^> (.*)$", page) == findings
-    suite = (RUNS / "h200-fla-suite.txt").read_text()
-    failed, passed, skipped = re.findall(r"\d+", suite.partition("\n")[0])
-    assert f"{passed} tests passed, {failed} failed, {skipped} were skipped" in page
+    assert suite() in page
 
 
 def table_after(text: str, heading: str) -> dict[str, list[list[str]]]:
