@@ -265,7 +265,9 @@ class Gatekeeper:
         """What a saved run holds beside times; single rounds and the options of the fixture are nobody's interest."""
         from validation.perf.timing import clocks
 
-        output_json["measured"] = {**machine(), **clocks()}  # those of a GPU that has just been at work
+        output_json["measured"] = dict(machine())
+        with reports.attempt("the list of the GPU's clocks", self.notes.append):
+            output_json["measured"] |= clocks()  # of a GPU that has just been at work
         output_json["roofs"] = asdict(config.stash[ROOFS]) if ROOFS in config.stash else None
         output_json["failures"] = config.stash.get(FAILURES, [])
         output_json["problems"] = self.problems

@@ -357,13 +357,11 @@ def locked(tmp_path_factory):
 
 
 def test_unit_tests_need_no_place_to_write_to(locked):
-    # A property with more examples has Hypothesis keep them, and growth is drawn.
-    chosen = "window_of_one or (error_grows and eager and head_dim and float32) or importance_is_probability"
-    options = f"-q -k '{chosen}' --hypothesis-profile=thorough"
+    options = "-k 'error_grows and eager and head_dim and float32'"
     status, output = locked("make", "unit", "VENV=", f"PYTHON={sys.executable}", "JOBS=0", f"PYTEST_ARGS={options}")
     assert status == 0, output
     assert "precision.png could not be made: " in output
-    assert "eager: passed (" in output
+    assert "eager: passed (1 passed)" in output
 
 
 def test_training_needs_no_place_to_write_to_but_its_own(locked, tmp_path):
