@@ -375,16 +375,3 @@ def test_what_must_write_says_where_it_cannot(locked):
     status, output = locked("make", "train", "VENV=", f"PYTHON={sys.executable}")
     assert status != 0
     assert "--folder out/train cannot be made (Not a directory): name another, as in make train OUT=FOLDER" in output
-
-
-STORE = """
-import nsa.kernels
-from triton.runtime.cache import get_cache_manager
-
-get_cache_manager("0123456789").put("kernel", "kernel.txt")
-"""
-
-
-def test_kernels_that_are_compiled_have_a_place(locked):
-    status, output = locked(sys.executable, "-c", STORE)
-    assert status == 0, output
