@@ -7,6 +7,7 @@ JOBS ?= auto
 PYTEST_ARGS ?=
 IMPL ?=
 FRESH ?=
+OUT ?= out
 # The first that has a figure is believed.
 RUNS ?= validation/perf/baselines/nvidia-h200.json docs/runs/again_h200.json docs/runs/stages_h200.json
 
@@ -23,7 +24,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-PYTEST = $(PY) -m pytest $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
+# A checkout that cannot be written to has no place for caches; name one for results by OUT.
+WRITABLE := $(shell test -w . && echo yes)
+ifeq ($(WRITABLE),)
+export COVERAGE_FILE ?= $(OUT)/.coverage
+endif
+
+PYTEST = $(PY) -m pytest --out='$(OUT)' $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
 
 .PHONY: help setup lint unit smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
 
@@ -38,6 +45,7 @@ help:  ## list the targets and variables
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  RUNS=...          saved runs of one machine (perf-docs)'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
+	@echo '  OUT=out           the folder for pictures, and for what train makes'
 
 setup: $(READY)  ## make the environment (every target below does so by itself)
 
@@ -45,14 +53,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
 	    echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing): nsa needs Python 3.11 or 3.12." \
 	         "Say which one to use: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -n "$(WRITABLE)" || { \
+	    echo "setup writes into the checkout, and $(CURDIR) cannot be written to." \
+	         "Use an environment that is there already: make test VENV= PYTHON=python" >&2; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 lint: $(READY)  ## style, format and types
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	$(PY) -m ruff check $(if $(WRITABLE),,--no-cache) .
+	$(PY) -m ruff format --check $(if $(WRITABLE),,--no-cache) .
+	$(PY) -m mypy $(if $(WRITABLE),,--cache-dir=/dev/null)
 
 # A layer that ran nothing fails: pytest says 5 where it collected nothing, conftest.py 1 where everything was skipped.
 
@@ -70,18 +81,19 @@ system: $(READY)  ## does it do its job? short training runs against a dense twi
 	$(PYTEST) validation/system $(PYTEST_ARGS)
 
 # The option to compare comes last: it takes what follows for the run to compare with. Pictures are drawn of a run that
-# fails its gates too (1), not of one that came to no end.
+# fails its gates too (1), not of one that came to no end; a picture that cannot be drawn says so and fails nothing.
 BENCHMARKS = $(PYTEST) validation/perf --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 PLOTS = $(PY) -m validation.perf.plots
+PICTURES = $(PLOTS) --latest --history --out '$(OUT)/perf' || echo 'The result of the run is the same without pictures.' >&2
 REPORT = $(PY) -m validation.perf.report
 
 perf: $(READY)  ## is it fast, and still as fast as yesterday? figures, gates, and pictures in out/perf
 	status=0; $(BENCHMARKS) --benchmark-autosave $(PYTEST_ARGS) --benchmark-compare || status=$$?; \
-	    [ $$status -gt 1 ] || $(PLOTS) --latest --history --out out/perf || status=$$?; exit $$status
+	    [ $$status -gt 1 ] || { $(PICTURES); }; exit $$status
 
 perf-baseline: $(READY)  ## make this machine's figures those that `make perf` compares with
 	$(BENCHMARKS) --perf-baseline $(PYTEST_ARGS)
-	$(PLOTS) --latest --history --out out/perf
+	$(PICTURES)
 
 perf-docs: $(READY)  ## make docs/performance.md, its pictures and the README's table from RUNS
 	$(PLOTS) $(RUNS) --history --out docs/img --prefix perf-
@@ -95,7 +107,7 @@ sanitize: $(READY)  ## do the kernels stay within their memory, and free of race
 	$(PY) -m validation.sanitize
 
 train: $(READY)  ## train NSA and its dense twin on the same data, side by side
-	$(PY) -m validation.system.twins $(if $(FRESH),--fresh)
+	$(PY) -m validation.system.twins --folder '$(OUT)/train' $(if $(FRESH),--fresh)
 
 coverage: $(READY)  ## unit and smoke, and how much of nsa/ they reach, by line and branch
 	$(PY) -m coverage erase

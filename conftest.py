@@ -1,18 +1,19 @@
 """What holds for every layer: a header of facts, a seed of its own for every test, and no success that shows nothing.
 
-Options: `--impl`, `--xfails-file`, `--require-gpus`, `--shuffle-seed`; see docs/validate-your-own.md. Those of the
-performance layer are in validation/perf/plugin.py.
+Options: `--impl`, `--xfails-file`, `--require-gpus`, `--shuffle-seed`, `--out`; see docs/validate-your-own.md. Those of
+the performance layer are in validation/perf/plugin.py.
 """
 
 import os
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 from _pytest.junitxml import xml_key  # the fixture for this, record_testsuite_property, is lost on parallel workers
 
-from validation import doctor, seeds
+from validation import doctor, reports, seeds
 
 # pytester runs the runs that show that a run can fail.
 pytest_plugins = ("pytester", "validation.perf.plugin")
@@ -34,6 +35,7 @@ def pytest_addoption(parser):
     group.addoption("--xfails-file", type=Path, help="ids of tests that are to fail, one a line, each with # a reason")
     group.addoption("--require-gpus", type=int, default=0, metavar="N", help="N GPUs must be here: lack of them fails")
     group.addoption("--shuffle-seed", type=int, metavar="N", help="run in an order of N's, on numbers of N's")
+    group.addoption("--out", default=reports.OUT, metavar="FOLDER", help="for pictures (default: out in the checkout)")
 
 
 def pytest_configure(config):
@@ -220,7 +222,8 @@ def _account(config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before reports are written
 def pytest_sessionfinish(session, exitstatus):
-    _account(session.config)
+    with reports.attempt("the account in the JUnit report", partial(reports.note, session.config)):
+        _account(session.config)
     if session.config.refused:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
     elif exitstatus == pytest.ExitCode.OK and _nothing_ran(session.config):
@@ -228,11 +231,14 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    skips = _skips(config)
-    if skips:
-        terminalreporter.section("skipped, by reason")
-    for reason, count in skips.most_common():
-        terminalreporter.write_line(f"{count:6}  {reason}")
+    with reports.attempt("the list of skips", terminalreporter.write_line):
+        skips = _skips(config)
+        if skips:
+            terminalreporter.section("skipped, by reason")
+        for reason, count in skips.most_common():
+            terminalreporter.write_line(f"{count:6}  {reason}")
+    for line in config.stash.get(reports.NOTES, ()):
+        terminalreporter.write_line(line, yellow=True)
     if config.refused:
         terminalreporter.write_line(f"ERROR: {config.refused}", red=True, bold=True)
     elif exitstatus != pytest.ExitCode.USAGE_ERROR and _nothing_ran(config):

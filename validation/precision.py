@@ -4,9 +4,12 @@ Inputs are drawn in the dtype, all three see the same ones and the same selectio
 relative to the mean magnitude of the oracle's; its bound is that of the tolerance policy (`validation.numerics`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -19,6 +22,7 @@ from validation.unit.cases import STAGES, Case, config, draw, upcast, whole
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes as Panel
 from matplotlib.lines import Line2D
 
 MIDDLE = Case("middle", whole(256), config((32, 16, 64), 4, 64), kv_heads=1, group=4, key_dim=64, value_dim=64)
@@ -119,16 +123,32 @@ def measure(impl: Implementation, axis: str, dtype: torch.dtype) -> Iterator[Res
             yield Result(impl.name, axis, value, name, dtype, *three, reduction, logit)
 
 
+NOT_FINITE = "X"
+"""The marker of what is infinite or no number."""
+
+
+def _draw(panel: Panel, x: Sequence[int], y: Sequence[float], **style: Any) -> None:
+    """A line through what a logarithmic axis can show. What is not finite is marked at the top, what is 0 left out."""
+    shown = [math.isfinite(value) and value > 0 for value in y]
+    panel.plot(list(compress(x, shown)), list(compress(y, shown)), **style)
+    lost = [place for place, value in zip(x, y, strict=True) if not math.isfinite(value)]
+    if lost:
+        top = panel.get_xaxis_transform()
+        panel.plot(lost, [0.97] * len(lost), NOT_FINITE, color=style["color"], transform=top)
+
+
 def plot(points: Iterable[Point], file: Path) -> None:
     """Errors against every axis, a column each, on logarithmic scales; a row for each tensor shown."""
     points = list(points)
     implementations = sorted({point.implementation for point in points})
-    markers = dict(zip(implementations, "osD^v", strict=False))
+    markers = dict(zip(implementations, cycle("osD^v"), strict=False))
     figure, panels = plt.subplots(
         len(SHOWN), len(AXES), figsize=(12, 10), sharex="col", sharey="row", layout="constrained"
     )
     for row, (name, title) in zip(panels, SHOWN.items(), strict=True):
         for panel, (key, axis) in zip(row, AXES.items(), strict=True):
+            # Before there is data: a wrong implementation may have none that a logarithmic axis can show.
+            panel.set(title=title, xscale="log", yscale="log", xlim=(axis.values[0] / 1.3, axis.values[-1] * 1.3))
             for dtype, color in NARROW.items():
                 for implementation in implementations:
                     which = (implementation, key, name, dtype)
@@ -136,11 +156,10 @@ def plot(points: Iterable[Point], file: Path) -> None:
                         (p for p in points if (p.implementation, p.axis, p.name, p.dtype) == which),
                         key=lambda p: p.value,
                     )
-                    x = [p.value for p in line]
-                    panel.plot(x, [p.error for p in line], markers[implementation], color=color, ls="-", ms=5)
-                    panel.plot(x, [p.plain for p in line], color=color, ls="--", lw=1)
-                    panel.plot(x, [p.bound for p in line], color=color, ls=":", lw=1.5)
-            panel.set(title=title, xscale="log", yscale="log")
+                    x, marker = [p.value for p in line], markers[implementation]
+                    _draw(panel, x, [p.error for p in line], color=color, marker=marker, ls="-", ms=5)
+                    _draw(panel, x, [p.plain for p in line], color=color, ls="--", lw=1)
+                    _draw(panel, x, [p.bound for p in line], color=color, ls=":", lw=1.5)
             panel.set_xticks(axis.values, [str(value) for value in axis.values])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
@@ -153,7 +172,9 @@ def plot(points: Iterable[Point], file: Path) -> None:
     handles += [Line2D([], [], color="0.3", marker=marker, label=name) for name, marker in markers.items()]
     handles += [Line2D([], [], color="0.3", ls="--", lw=1, label="plain PyTorch, same dtype")]
     handles += [Line2D([], [], color="0.3", ls=":", lw=1.5, label="bound of the tolerance policy")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, title=title)
+    if not all(math.isfinite(x) for p in points if p.name in SHOWN for x in (p.error, p.plain, p.bound)):
+        handles += [Line2D([], [], color="0.3", ls="", marker=NOT_FINITE, label="not finite")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, title=title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -8,11 +8,14 @@ import triton
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels import cache
 from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
 from nsa.kernels.contiguous import compressed_attention, sliding_window_attention
 from nsa.kernels.select import select_blocks
 from nsa.kernels.selected import selected_attention
+
+cache.use_writable()
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported), on a CPU too."""

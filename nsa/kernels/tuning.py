@@ -19,7 +19,7 @@ A set of parameters says how a kernel is cut up (`BLOCK_M` query rows, `BLOCK_N`
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -56,6 +56,20 @@ def write_table(entries: Sequence[Entry], file: Path = TABLE) -> None:
     lines = [json.dumps(merged[key]._asdict()) for key in sorted(merged)]
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
+
+KERNELS = frozenset(
+    {
+        *(f"{branch}_{part}" for branch in ("window", "compressed") for part in ("forward", "queries", "keys")),
+        "importance",
+        *(f"selected_{part}" for part in ("forward", "scatter", "queries", "keys")),
+    }
+)
+"""The kernels whose launch is looked up here, by the names that their launchers use."""
+
+PARAMETERS = frozenset(
+    {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs", "SCATTER", "CHUNK"}
+)
+"""The parameters that a launch can have."""
 
 NARROWEST = 32
 """Columns of the narrowest tile."""
@@ -96,7 +110,12 @@ def launch(
         dk, dv: head dimensions of keys and values.
         group: query heads a KV head.
         device: of the inputs; the current one unless given.
+
+    Raises:
+        ValueError: `name` is not in `KERNELS`.
     """
+    if name not in KERNELS:  # on the way of every call
+        _check("name", {name}, KERNELS)
     if triton.knobs.runtime.interpret:
         found = _INTERPRETED
     else:
@@ -121,7 +140,13 @@ def _table() -> list[Entry]:
 
 @contextmanager
 def override(name: str, **parameters: Any) -> Iterator[None]:
-    """Replaces parameters of kernel `name` inside the context, in every thread: for sweeps and tests."""
+    """Replaces parameters of kernel `name` inside the context, in every thread: for sweeps and tests.
+
+    Raises:
+        ValueError: `name` is not in `KERNELS`, or a parameter not in `PARAMETERS`: it would replace nothing.
+    """
+    _check("name", {name}, KERNELS)
+    _check("parameters", parameters.keys(), PARAMETERS)
     before = _OVERRIDES.get(name)
     _OVERRIDES[name] = {**(before or {}), **parameters}
     try:
@@ -131,6 +156,12 @@ def override(name: str, **parameters: Any) -> Iterator[None]:
             del _OVERRIDES[name]
         else:
             _OVERRIDES[name] = before
+
+
+def _check(argument: str, given: Set[str], known: Set[str]) -> None:
+    unknown = sorted(given - known)
+    if unknown:
+        raise ValueError(f"{argument} must be of {sorted(known)}, got {', '.join(unknown)}")
 
 
 @cache

@@ -662,6 +662,14 @@ _CONTIGUOUS_KERNELS = [
         ("test_launches.py::test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two",),
     ),
     Fault(
+        "home-taken-for-writable",
+        "compiled kernels go to a home that cannot be written to",
+        "kernels/cache.py",
+        "return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)",
+        "return True",
+        ("test_launches.py::test_compiled_kernels_have_a_place_where_the_home_has_none",),
+    ),
+    Fault(
         "short-sequences-take-blocks-away",
         "a packed sequence shorter than a compressed block has a negative number of them",
         "kernels/common.py",

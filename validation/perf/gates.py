@@ -88,8 +88,8 @@ def _promises(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[Promise]:
 
 
 def figure(record: Record, kind: str) -> float | None:
-    """What is compared between runs: time, or memory. Where the clock is noisy, time is relative to that of a call of
-    dense attention before every round."""
+    """What is compared between runs: time, or memory. Where there is no GPU and other processes lengthen rounds, time
+    is the shortest round over the shortest call of dense attention in its company."""
     return record.get("relative", record["median"]) if kind == "time" else record.get("memory")
 
 
@@ -168,6 +168,35 @@ def measured(run: Sequence[Record], promise: Promise) -> float | None:
         return found[True, "backward"]["memory"] / found[False, "backward"]["memory"]
     dense, ours = (sum(found[side, d]["median"] for d in ("forward", "backward")) for side in (False, True))
     return dense / ours if ours else math.nan
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of ours that changed from one run to the next by more than its bound, for the worse or the better."""
+
+    run: int
+    stage: str
+    key: tuple[Any, ...]
+    ratio: float
+    """Of the figure to that of the run before."""
+
+
+def changes(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Change]:
+    """What changed between reports in a row, in time or in memory; `Change.run` counts from 0."""
+    if not runs:
+        return []
+    bounds, found, last = read_table().bounds_of(runs[0]["machine"]["name"]), [], dict[Any, float]()
+    for number, run in enumerate(runs):
+        for record in run["results"]:
+            now = figure(record, kind)
+            if record["role"] != "ours" or not _measured(now, kind):
+                continue
+            key = records.KEY(record)
+            then = last.get(key, now)
+            if now and then and (bounds.exceeded(kind, now, then) or bounds.exceeded(kind, then, now)):
+                found.append(Change(number, record["stage"], key, now / then))
+            last[key] = now
+    return found
 
 
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:

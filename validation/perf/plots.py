@@ -4,15 +4,16 @@
     python -m validation.perf.plots --latest --history --out out/perf    # the last run saved here, and all before it
 
 What several runs hold is taken from the first, as in `validation.perf.report`. A picture for which a run has nothing is
-left out. `--history` also draws all runs that `make perf` saved here on the same machine, its baseline and those named.
+left out. `--history` also draws what changed between the commits of the runs named and of the machine's baseline, with
+`--latest` of all runs that `make perf` saved here too.
 """
 
 import argparse
-import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -21,8 +22,10 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from validation import reports
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
@@ -60,7 +63,10 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 130,
 }
+WORSE = {"color": RED, "marker": "X", "linestyle": "", "markersize": 7, "zorder": 6}
+BETTER = {"color": GREEN, "marker": "v", "linestyle": "", "markersize": 7, "zorder": 6}
 PASSES = ("forward", "backward")
+TITLES_OF_HISTORY = (*PARTS, "compress", WHOLE, "layer", "training")
 
 
 def draw(report: Report) -> dict[str, Figure]:
@@ -76,20 +82,20 @@ def _subjects(results: Results) -> list[str]:
 def _look(results: Results, subject: str) -> dict[str, Any]:
     if subject == results.subject:
         return OURS
-    if subject == results.dense:
+    first = results.denses[:1]
+    if subject in first:
         return DENSE
-    return OTHERS[[s for s in results.rivals if s != results.dense].index(subject) % len(OTHERS)]
+    return OTHERS[[s for s in results.rivals if s not in first].index(subject) % len(OTHERS)]
 
 
 def _panels(
     count: int, title: str, report: Report, height: float = 3.9, columns: int = 3, width: float = 4.3
 ) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns)
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(max(5.6, width * columns), height * rows), layout="constrained", squeeze=False
-    )
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    rows, width = -(-count // columns), max(5.6, width * columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
+    # Nothing else makes a title fit: about nine of its letters are an inch.
+    figure.suptitle(fill(title, int(9 * width)), fontsize=12, fontweight="bold")
     machine = report["machine"]
     figure.text(
         1, 0, f"{machine['device']}, PyTorch {machine['torch']}, {machine['date'][:10]} ",
@@ -163,13 +169,8 @@ def speedup(report: Report) -> Figure | None:
         dense = results.dense
         for subject in _subjects(results):
             if subject != dense:
-
-                def ratio(length: int, s: str = subject, r: Results = results, d: str = dense) -> float | None:
-                    ours, theirs = r.both(length, s), r.both(length, d)
-                    return theirs / ours if ours and theirs else None
-
-                _line(axes, results, subject, ratio)
-        axes.axhline(1, **{**DENSE, "marker": None}, label=dense)
+                _line(axes, results, subject, lambda length, s=subject, r=results: r.over_dense(length, s))
+        axes.axhline(1, **{**FLOOR, "linestyle": "-"}, label=dense)
         promises = [p for p in table if p.workload == results.workload.name and "fast" in p.kind]
         for label, marker, points in (
             ("promised (gate)", "_", [(p.length, p.promise) for p in promises]),
@@ -292,57 +293,88 @@ PICTURES: dict[str, Callable[[Report], Figure | None]] = {
 }
 
 
+NAMED = 3
+"""Changes that are named of those in one panel at one commit: the largest."""
+
+
 def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
-    """Every gated figure of ours over runs, against the first that had it; what grew beyond its bound since the run
-    before is marked and, if it is among the worst, named.
+    """Figures of ours over commits, against the first that had each, of stages in which one changed beyond its bound.
+
+    What changed since the commit before is marked, and the most of it named; None where nothing did, or there are no
+    two commits.
 
     Args:
+        runs: one a commit, the oldest first: `records.history`.
         kind: `"time"` or `"memory"`.
     """
-    runs = sorted(runs, key=lambda run: run["date"])
-    times = Counter(records.KEY(r) for run in runs for r in run["results"] if r["role"] == "ours")
-    again = {stage for (_, _, stage, _), n in times.items() if n > 1}
-    stages = [s for s in (*PARTS, "compress", WHOLE, "layer", "training") if s in again]
+    found = gates.changes(runs, kind)
+    changed = {change.stage for change in found}
+    stages = [s for s in TITLES_OF_HISTORY if s in changed]
     if not stages:
         return None
-    figure, panels = _panels(len(stages), f"Gated {kind} over saved runs, against the first", runs[-1], 3.3)
+    figure, panels = _panels(len(stages), f"Changes of {kind} over commits, against the first", runs[-1], 3.6)
     for ax in panels[len(stages) :]:
         ax.set_visible(False)
     bounds = gates.read_table().bounds_of(runs[0]["machine"]["name"])
-    names = [
-        "\n".join(filter(None, (run["date"][5:16].replace("T", " "), run["commit"][:7], _reached(run)))) for run in runs
-    ]
-    every = max(1, -(-len(runs) // 6))
+    names = ["\n".join(filter(None, (run["commit"][:7], run["date"][:10], _reached(run)))) for run in runs]
+    every = max(1, -(-len(runs) // 5))
     for stage, axes in zip(stages, panels, strict=False):
-        worst: list[tuple[float, int, float, str]] = []
+        here = [change for change in found if change.stage == stage]
+        heights: dict[tuple[Any, int], float] = {}
         for key in dict.fromkeys(records.KEY(r) for run in runs for r in _of(run, stage)):
-            found = [(i, r) for i, run in enumerate(runs) for r in _of(run, stage) if records.KEY(r) == key]
-            figures = [gates.figure(r, kind) or 1.0 for _, r in found]
-            ratios = [x / figures[0] for x in figures]
-            axes.plot([i for i, _ in found], ratios, color=COLOURS.get(stage, BLUE), alpha=0.55, linewidth=1)
-            for (i, r), now, then, ratio in zip(found[1:], figures[1:], figures, ratios[1:], strict=False):
-                if bounds.exceeded(kind, now, then):
-                    axes.plot(i, ratio, "X", color=RED, markersize=7, zorder=6)
-                    worst.append((now / then, i, ratio, "-".join((r["workload"], size(r["length"]), r["direction"]))))
-        for rise, i, ratio, name in sorted(worst, reverse=True)[:2]:
-            right = i < len(runs) / 2
+            line = [
+                (i, gates.figure(r, kind))
+                for i, run in enumerate(runs)
+                for r in _of(run, stage)
+                if key == records.KEY(r)
+            ]
+            points = [(i, value) for i, value in line if value]
+            if not points:
+                continue
+            ratios = [value / points[0][1] for _, value in points]
+            heights |= {(key, i): ratio for (i, _), ratio in zip(points, ratios, strict=True)}
+            moved = any(change.key == key for change in here)
+            style = (
+                {"color": COLOURS.get(stage, BLUE), "linewidth": 1.4} if moved else {"color": "0.8", "linewidth": 0.8}
+            )
+            axes.plot([i for i, _ in points], ratios, **style)
+        for change in here:
+            look = WORSE if change.ratio > 1 else BETTER
+            axes.plot(change.run, heights[change.key, change.run], **look)
+        for number, worse in dict.fromkeys((change.run, change.ratio > 1) for change in here):
+            alike = [change for change in here if (change.run, change.ratio > 1) == (number, worse)]
+            alike.sort(key=lambda change: change.ratio, reverse=worse)
+            right = number < len(runs) / 2
             axes.annotate(
-                f"{name} {rise - 1:+.0%}", (i, ratio), (6 if right else -6, 4), textcoords="offset points",
-                fontsize=7, ha="left" if right else "right",
+                "\n".join([_name(change) for change in alike[:NAMED]] + _more(len(alike) - NAMED)),
+                (number, sum(heights[change.key, number] for change in alike) / len(alike)), (9 if right else -9, 0),
+                textcoords="offset points", fontsize=7, va="center", ha="left" if right else "right",
             )  # fmt: skip
         axes.axhline(1, **FLOOR)
         axes.set_xticks(range(0, len(runs), every), names[::every], fontsize=7)
         axes.set_xlim(-0.3, len(runs) - 0.7)
-        axes.set_xlabel("run: when, commit, rate of a product")
-        axes.set_ylabel("times the first run")
+        axes.set_xlabel("commit, day, rate of a product")
+        axes.set_ylabel("times the first")
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, 0.8), max(high, 1.2))  # a few percent are to look like a few percent
+        low, high = min(low, 0.8), max(high, 1.2)  # a few percent are to look like a few percent
+        axes.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))  # with room for names
         axes.set_title(TITLES.get(stage, stage), fontsize=10)
-    above = f"X: more than {getattr(bounds, kind) - 1:.0%} above the run before"
+    beyond = f"by over {getattr(bounds, kind) - 1:.0%}"
     if kind == "memory" and bounds.mib:
-        above += f", and by more than {bounds.mib:g} MiB"
-    figure.text(0.01, 0, above, fontsize=8, color=RED, va="bottom")
+        beyond += f" and {bounds.mib:g} MiB"
+    beyond += "\nsince the commit before"
+    handles = [Line2D([], [], label=f"{word} {beyond}", **look) for word, look in (("more", WORSE), ("less", BETTER))]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     return figure
+
+
+def _name(change: gates.Change) -> str:
+    workload, length, _, direction = change.key
+    return f"{workload}-{size(length)}-{direction} {change.ratio - 1:+.0%}"
+
+
+def _more(count: int) -> list[str]:
+    return [f"and {count} more"] if count > 0 else []
 
 
 def _reached(run: Report) -> str:
@@ -354,17 +386,17 @@ def _of(run: Report, stage: str) -> list[Record]:
     return [r for r in run["results"] if r["stage"] == stage and r["role"] == "ours"]
 
 
-def save(figures: Iterable[tuple[str, Figure | None]], folder: Path, prefix: str = "") -> list[Path]:
-    """Writes pictures as PNG files."""
+def save(name: str, draw: Callable[[], Figure | None], folder: Path, prefix: str = "") -> Path | None:
+    """Draws a picture and writes it as a PNG file; one for which there is nothing is left out."""
+    figure = draw()
+    if figure is None:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures:
-        if figure is not None:
-            written.append(folder / f"{prefix}{name}.png")
-            # Without the version of matplotlib in the file the same figures give the same file.
-            figure.savefig(written[-1], metadata={"Software": None})
-            plt.close(figure)
-    return written
+    file = folder / f"{prefix}{name}.png"
+    # Without the version of matplotlib in the file the same figures give the same file.
+    figure.savefig(file, metadata={"Software": None})
+    plt.close(figure)
+    return file
 
 
 def main() -> int:
@@ -384,23 +416,23 @@ def main() -> int:
         runs = [records.report(saved[-1][1])]
     if not runs:
         parser.error("name a run, or --latest")
+    report = runs[0]
+    pictures = {name: partial(draw, report) for name, draw in PICTURES.items()}
+    pictures |= {f"beside-{i}": partial(time, run) for i, run in enumerate(runs) if pictured(run, report)}
+    if options.history:
+        name = report["machine"]["name"]
+        known = [records.read(file) for file in (*options.files, *records.BASELINES.glob(f"{name}.json"))]
+        if options.latest:
+            known += [records.report(content) for _, content in records.saved(options.storage, name)]
+        commits = records.history(known)
+        pictures |= {"history": partial(history, commits), "history-memory": partial(history, commits, "memory")}
+    failures: list[str] = []
     with plt.rc_context(STYLE):
-        report = runs[0]
-        pictures = list(draw(report).items())
-        pictures += [(f"beside-{i}", time(run)) for i, run in enumerate(runs) if pictured(run, report)]
-        if options.history:
-            name = report["machine"]["name"]
-            files = [*options.files, *records.BASELINES.glob(f"{name}.json")]
-            contents = [content for _, content in records.saved(options.storage, name)]
-            contents += [json.loads(file.read_text()) for file in files]
-            # Those of `validation.perf.stages`, which does not wait for a steady clock, are not gated.
-            gated = (content for content in contents if "benchmarks" in content)
-            runs = [records.report(content) for content in gated if not content["partial"]]
-            runs = list({run["date"]: run for run in runs}.values())  # a baseline is also a run that was saved
-            pictures += [("history", history(runs)), ("history-memory", history(runs, "memory"))]
-        written = save(pictures, options.out, options.prefix)
-    print("\n".join(map(str, written)))
-    return 0
+        for name, picture in pictures.items():
+            with reports.attempt(f"the picture {options.prefix}{name}.png", failures.append):
+                print(save(name, picture, options.out, options.prefix) or f"{name}: nothing to draw")
+    print(*failures, sep="\n", file=sys.stderr, end="\n" if failures else "")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

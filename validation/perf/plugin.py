@@ -9,7 +9,7 @@ Here each of these fails, and says so.
 """
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from validation import reports
 from validation.perf import gates, records
 
 ROOFS = pytest.StashKey[Any]()
@@ -53,6 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(keeper, "perf-gates")
     if keeper.asked:
         keeper.resolve()
+
+
+@pytest.hookimpl(trylast=True)  # the run has been saved then, and nothing said of it yet
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if GATES in session.config.stash:
+        session.config.stash[GATES].finish(session)
 
 
 def _asked_for(config: pytest.Config) -> bool:
@@ -129,8 +136,12 @@ class Gatekeeper:
             return committed
         if not name.startswith("cpu-"):
             raise pytest.UsageError(f"no baseline of {name} in {records.BASELINES}: make perf-baseline makes one")
-        saved = records.saved(self._storage(), name)
-        good = [file for file, content in saved if not content["problems"] and not content["partial"]]
+        saved = [
+            (file, run)
+            for file, run in records.saved(self._storage(), name)
+            if records.clock(run) == machine()["clock"]
+        ]
+        good = [file for file, run in saved if not run["problems"] and not run["partial"]]
         if not good:
             option = self.config.option
             option.benchmark_autosave = option.benchmark_autosave or "first"
@@ -150,6 +161,11 @@ class Gatekeeper:
         if other != machine_info["name"]:
             raise pytest.UsageError(
                 f"{self.baseline} is of another machine: {other or 'unknown'}, this one is {machine_info['name']}"
+            )
+        clock = records.clock(compared_benchmark)
+        if clock != machine()["clock"]:
+            raise pytest.UsageError(
+                f"{self.baseline} was timed by {clock}, this run is by {machine()['clock']}: the two cannot be compared"
             )
         for key, now in machine().items():
             then = compared_benchmark.get("measured", {}).get(key)
@@ -181,14 +197,29 @@ class Gatekeeper:
         parallel = session.config.pluginmanager.hasplugin("dsession")
         if (self.collected or self.asked) and not parallel and not session.config.option.collectonly:
             self._judge()
-        result = yield  # pytest-benchmark saves the run, what is wrong with it included
+        benchmarks = getattr(session.config, "_benchmarksession", None)
+        if benchmarks:
+            benchmarks.storage.save = self._saved(benchmarks.storage.save)
+        return (yield)  # pytest-benchmark saves the run, what is wrong with it included
+
+    def finish(self, session: pytest.Session) -> None:
+        """Ends a run that has been saved: its exit status, and the baseline that was asked for."""
+        if self.config.getoption("perf_baseline") and self.content and not self.problems and not session.exitstatus:
+            file = records.BASELINES / f"{machine()['name']}.json"
+            with reports.attempt(f"the baseline {file}", self.problems.append):
+                records.write(self.content, file)
+                self.notes.append(f"new baseline: {file}")
         if self.problems and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self.config.getoption("perf_baseline") and self.content and session.exitstatus == pytest.ExitCode.OK:
-            file = records.BASELINES / f"{machine()['name']}.json"
-            records.write(self.content, file)
-            self.notes.append(f"new baseline: {file}")
-        return result
+
+    def _saved(self, save: Callable[..., None]) -> Callable[..., None]:
+        """pytest-benchmark's function that saves a run, which fails no run where there is no place to write to."""
+
+        def attempt(*arguments: Any) -> None:
+            with reports.attempt("a saved copy of this run", self.notes.append):
+                save(*arguments)
+
+        return attempt
 
     def _judge(self) -> None:
         found = [b for b in self.config._benchmarksession.benchmarks if not b.has_error]  # type: ignore[attr-defined]
@@ -220,8 +251,8 @@ class Gatekeeper:
             common = {r["fullname"] for r in before} & {r["fullname"] for r in run if r["role"] == "ours"}
             self.problems += different + worse
             self.notes.append(
-                f"{len(common)} benchmarks of {len(before)} in {self.baseline} compared: time may grow by "
-                f"{bounds.time - 1:.0%}, memory by {bounds.memory - 1:.0%}"
+                f"{len(common)} benchmarks of {len(before)} in {self.baseline} compared: time, by "
+                f"{machine()['clock']}, may grow by {bounds.time - 1:.0%}, memory by {bounds.memory - 1:.0%}"
             )
         if run:
             promises = list(gates.promised(run, table.promises_of(name), self.partial))
@@ -234,7 +265,9 @@ class Gatekeeper:
         """What a saved run holds beside times; single rounds and the options of the fixture are nobody's interest."""
         from validation.perf.timing import clocks
 
-        output_json["measured"] = {**machine(), **clocks()}  # those of a GPU that has just been at work
+        output_json["measured"] = dict(machine())
+        with reports.attempt("the list of the GPU's clocks", self.notes.append):
+            output_json["measured"] |= clocks()  # of a GPU that has just been at work
         output_json["roofs"] = asdict(config.stash[ROOFS]) if ROOFS in config.stash else None
         output_json["failures"] = config.stash.get(FAILURES, [])
         output_json["problems"] = self.problems

@@ -22,6 +22,10 @@ STORAGE = Path(".benchmarks")
 KEY = operator.itemgetter("workload", "length", "stage", "direction")
 
 
+EVENTS, WALL = "CUDA events", "wall time (perf_counter)"
+"""The clocks that times are of: the device's on a GPU, the host's elsewhere."""
+
+
 def which(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Whose time for what, of a record or of a failure: the same in every run."""
     return tuple(record.get(name) for name in ("workload", "length", "stage", "direction", "subject"))
@@ -56,7 +60,26 @@ def report(content: Mapping[str, Any]) -> Report:
         "subject": ours,
         "results": [record for record in results if "workload" in record],
         "failures": content["failures"],
+        "partial": content["partial"],
     }
+
+
+def clock(content: Mapping[str, Any]) -> str:
+    """The clock that a run of `make perf` was timed by, in words.
+
+    Runs that were saved before it was written down were timed by events on a GPU, and by the processor time of the
+    process elsewhere.
+    """
+    machine = content["measured"]
+    return machine.get("clock") or ("processor time" if machine.get("name", "").startswith("cpu-") else EVENTS)
+
+
+def history(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last whole run of every commit, of reports of `make perf`, the oldest first: others are not gated."""
+    whole = sorted(
+        (run for run in runs if run.get("commit") and not run.get("partial")), key=operator.itemgetter("date")
+    )
+    return sorted({run["commit"]: run for run in whole}.values(), key=operator.itemgetter("date"))
 
 
 def slug(text: str) -> str:

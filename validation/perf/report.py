@@ -3,10 +3,10 @@
     python -m validation.perf.report BASELINE docs/runs/stages_h200.json > docs/performance.md
     python -m validation.perf.report BASELINE docs/runs/stages_h200.json --readme README.md
 
-`BASELINE` is a file of `validation/perf/baselines`. The second puts the figures of the same runs into the README's
-table. The same files always give the same page. What several of them hold is taken from the first, and what is compared
-is always of one run: a peer that only a later one measured has a table of its own, with our figures of that run. The
-pictures are drawn by `validation.perf.plots`.
+`BASELINE` is a file of `validation/perf/baselines`. The second puts the figures of the same runs into the README. The
+same files always give the same page. What several of them hold is taken from the first, and what is compared is always
+of one run: a peer that only a later one measured has a table of its own, with our figures of that run. The pictures are
+drawn by `validation.perf.plots`.
 """
 
 import argparse
@@ -14,13 +14,16 @@ import itertools
 import operator
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from validation.perf import gates, records
 from validation.perf.workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
+from validation.runs import ACTIVE_GIB, read_log
 
 WHOLE = "nsa_attention"
 
@@ -65,7 +68,7 @@ from runs on {device}, driver {driver}, PyTorch {torch}, Triton {triton}, Python
 
 ## How to read this
 
-Times are medians in ms on the device, each call with a cold second-level cache and the host ahead of it
+Times are medians in ms by {clock}, each call with a cold second-level cache and the host ahead of it
 ([`timing.py`](../validation/perf/timing.py)): what starts the kernels is not in them, and has a line of its own. The
 floor is what the stage cannot get below at the {flops:.0f} TFLOP/s of bfloat16 products and {bytes:.2f} TB/s of copying
 that this machine reached in the same run, each operation and each byte counted once
@@ -89,14 +92,10 @@ dense attention, whose time grows with the square of the length, is twice as ste
 ![The stages' parts of the time of the whole op](img/perf-stages.png)
 
 ![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
-
-Every figure that is gated, over the saved runs, with what got worse by more than is allowed marked. Two cards of a kind
-may differ: below each run stands the rate that a large product reached.
-
-![Time over saved runs, against the first](img/perf-history.png)
-
-![Memory over saved runs, against the first](img/perf-history-memory.png)
 """
+HISTORY = """Every stage of which a gated figure changed between commits by more than its bound, with what changed
+marked and the most of it named. Two cards of a kind may differ: below each commit stands the rate that a large product
+reached."""
 PROMISES = """## What is promised
 
 From [`promises.toml`](../validation/perf/promises.toml), for the whole op, forward and backward, against dense
@@ -110,6 +109,22 @@ heavy work is steady, and so not to be compared with what is above:
 ```sh
 {command}
 ```"""
+BEGIN, END = "<!-- made by make perf-docs -->", "<!-- end of what make perf-docs makes -->"
+SPEED = """One {device}, {versions}{pinned}. Head dim 128, bfloat16, batch 1. All figures are ratios to dense \
+attention {dense} beside it. **Speed** is dense attention's time over NSA's: above 1 NSA is faster, below 1 it is \
+slower. **Memory** is NSA's peak over dense attention's: below 1 NSA needs less.
+
+{table}
+
+- The **operation** is forward and backward of `nsa_attention` alone, for query heads / key/value heads. It is faster \
+than dense attention {pays}. Groups of few query heads cost memory, the more the shorter the sequence.
+- A **training step** is forward, backward and update of a whole model on one sequence, **`nsa.train`** is all of \
+training; both are beside the dense twin ([how they were measured](docs/results.md)). Training `100m` is faster than \
+its twin {trained}. Up to about 16k tokens the host, which starts many small kernels, sets the time of a step, not the \
+GPU: the speed of the operation does not show there."""
+ROOT = Path(__file__).parents[2]
+TRAINED = ROOT / "docs" / "runs"
+CONSTRAINTS = ROOT / "constraints.txt"
 CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
@@ -137,6 +152,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         **{key: machine[key] for key in ("device", "driver", "torch", "triton", "python", "date")},
         clocks=f" ({clocks})" if clocks else "",
         commands="\n".join(shlex.join(each["machine"]["command"]) for each in reports.values()),
+        clock=records.clock({"measured": machine}),
         flops=roofs.flops / 1e12,
         bytes=roofs.bytes / 1e12,
         workloads="\n".join(
@@ -146,7 +162,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
             for w in workloads
         ),
     )
-    parts = [head]
+    parts = [head, history(list(reports.values()))]
     promises = gates.read_table().promises_of(machine.get("name", ""))
     if promises:
         parts += [PROMISES, promised(report, promises)]
@@ -174,6 +190,14 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
             )
         )
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def history(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The pictures that `plots` draws of how figures changed over commits; nothing where none did."""
+    files = {"time": "history", "memory": "history-memory"}
+    changed = [kind for kind in files if gates.changes(records.history(reports), kind)]
+    pictures = (f"![Changes of {kind} over commits, against the first](img/perf-{files[kind]}.png)" for kind in changed)
+    return "\n\n".join([HISTORY, *pictures]) if changed else ""
 
 
 def promised(report: Mapping[str, Any], promises: Sequence[gates.Promise]) -> str:
@@ -265,13 +289,12 @@ def choosing(report: dict[str, Any], workloads: Sequence[Workload]) -> str:
 
 def training(report: Mapping[str, Any]) -> str:
     """Training steps beside those of dense twins."""
-    steps = {
-        (r["workload"], r["length"], r["role"] == "ours"): r for r in report["results"] if r["stage"] == "training"
+    found = {
+        (r["workload"], r["length"], r["role"]): r["median"] for r in report["results"] if r["stage"] == "training"
     }
     rows = [
-        (flavor, _tokens(length), _ms(ours["median"]), _ms(dense["median"]), _over(dense["median"], ours["median"]))
-        for (flavor, length, is_ours), ours in steps.items()
-        if is_ours and (dense := steps.get((flavor, length, False)))
+        (flavor, _tokens(n), _ms(found[flavor, n, "ours"]), _ms(found[flavor, n, "rival"]), _figure(ratio))
+        for (flavor, n), ratio in steps(report).items()
     ]
     if not rows:
         return ""
@@ -280,16 +303,67 @@ def training(report: Mapping[str, Any]) -> str:
 
 
 def readme(reports: Sequence[dict[str, Any]], text: str) -> str:
-    """The README with the figures of these runs in the table that begins with `| tokens |`."""
-    results = Results(merge(reports), WORKLOADS["W"])
-    lengths = [n for n in results.lengths if results.both(n, results.subject) and results.both(n, results.dense or "")]
-    ours, dense = results.subject, results.dense or ""
-    rows = [
-        ("faster than dense", *(_over(results.both(n, dense), results.both(n, ours)) for n in lengths)),
-        ("memory", *(_over(*(results.get(WHOLE, "backward", n, s, "memory") for s in (ours, dense))) for n in lengths)),
-    ]
-    made = table(("tokens", *map(_tokens, lengths)), rows)
-    return re.sub(r"(?m)^\| tokens \|.*\n(?:\|.*\n)*", lambda _: made + "\n", text, count=1)
+    """The README with the figures of these runs, and of those of training in `TRAINED`, between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"the file must have the lines {BEGIN} and {END}, between which the figures go")
+    return f"{before}{BEGIN}\n\n{speed(merge(reports))}\n\n{END}{after}"
+
+
+def speed(report: Mapping[str, Any]) -> str:
+    """Where NSA pays: the operation alone by length and group size, and whole training steps."""
+    shown = [Results(report, WORKLOADS[name]) for name in ("W", "W4")]
+    lengths = [n for n in shown[0].lengths if shown[0].over_dense(n, shown[0].subject)]
+    rows, pays = [], []
+    for results in shown:
+        ours, heads = results.subject, f"{results.workload.query_heads} / {results.workload.kv_heads} heads"
+        ratios = {n: results.over_dense(n, ours) for n in lengths}
+        rows.append((f"operation, {heads}", "speed", *map(_figure, ratios.values())))
+        rows.append(("", "memory", *(_figure(results.memory_over_dense(n, ours)) for n in lengths)))
+        faster = next((n for n, ratio in ratios.items() if ratio and ratio > 1), None)
+        pays.append(f"from {_tokens(faster)} tokens with {heads}" if faster else f"nowhere with {heads}")
+    for (flavor, length), ratio in steps(report).items():
+        rows.append(
+            (f"training step, `{flavor}`", "speed", *(_figure(ratio if n == length else None) for n in lengths))
+        )
+    trained = {n: ratios for n in lengths if (ratios := training_of("100m", n))}
+    for kind, what in enumerate(("speed", "memory")):
+        cells = (_figure(trained[n][kind]) if n in trained else "" for n in lengths)
+        rows.append(("" if kind else "`nsa.train`, `100m`", what, *cells))
+    faster = next((n for n, (ratio, _) in trained.items() if ratio > 1), None)
+    machine, pins = report["machine"], dict(re.findall(r"(?m)^(torch|triton)==([\d.]+)", CONSTRAINTS.read_text()))
+    versions = f"PyTorch {machine['torch']} and Triton {machine['triton']}"
+    pinned = f"PyTorch {pins['torch']} and Triton {pins['triton']}"
+    text = SPEED.format(
+        device=machine["device"].partition(" (")[0],
+        versions=versions,
+        pinned="" if versions == pinned else f" (`make setup` installs {pinned}: these are not figures of those)",
+        dense=(shown[0].dense or "").removeprefix(DENSE).strip(),
+        table=table(("", "relative to dense", *map(_tokens, lengths)), rows),
+        pays=" and ".join(pays),
+        trained=f"from {_tokens(faster)} tokens on" if faster else "at none of these lengths",
+    )
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in text.splitlines())
+
+
+def steps(report: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    """How many times as fast as that of its dense twin a training step of a model is, by flavor and length."""
+    found = {
+        (r["workload"], r["length"], r["role"]): r["median"] for r in report["results"] if r["stage"] == "training"
+    }
+    twins = {(flavor, n): found.get((flavor, n, "rival")) for flavor, n, role in found if role == "ours"}
+    return {key: dense / found[*key, "ours"] for key, dense in twins.items() if dense}
+
+
+def training_of(flavor: str, length: int, folder: Path | None = None) -> tuple[float, float] | None:
+    """Tokens a second and peak memory of a model in training, over those of its dense twin; None without both runs."""
+    files = [(folder or TRAINED) / f"h200-{_tokens(length)}-{name}.jsonl" for name in (flavor, f"{flavor}_dense")]
+    if not all(file.exists() for file in files):
+        return None
+    ours, dense = map(read_log, files)
+    ratio = statistics.median(ours.speeds) / statistics.median(dense.speeds)
+    return ratio, max(ours[ACTIVE_GIB].values()) / max(dense[ACTIVE_GIB].values())
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -321,7 +395,7 @@ class Results:
         }
         self.lengths = sorted({length for _, _, length, _ in self.records})
         self.rivals = [s for s in dict.fromkeys(subject for *_, subject in self.records) if s != self.subject]
-        self.dense = next((s for s in self.rivals if s.startswith(DENSE)), None)
+        self.denses = [s for s in self.rivals if s.startswith(DENSE)]
 
     def get(self, stage: str, direction: str, length: int, subject: str, what: str = "median") -> float | None:
         """A figure of one record, None where there is none."""
@@ -331,6 +405,29 @@ class Results:
         """Forward and backward pass of the whole op."""
         times = [self.get(WHOLE, direction, length, subject) for direction in PASSES]
         return None if None in times else sum(times)  # type: ignore[arg-type]
+
+    def fastest_dense(self, length: int) -> str | None:
+        """The dense attention that takes the least time for both passes of the whole op: what NSA is compared with."""
+        times = {subject: self.both(length, subject) for subject in self.denses}
+        return min((s for s, ms in times.items() if ms is not None), key=lambda s: times[s] or 0, default=None)
+
+    @property
+    def dense(self) -> str | None:
+        """What the fastest dense attention is called: by its name where it is the same at every length."""
+        found = {self.fastest_dense(length) for length in self.lengths} - {None}
+        return None if not found else found.pop() if len(found) == 1 else "the fastest dense attention"
+
+    def over_dense(self, length: int, subject: str) -> float | None:
+        """How many times as fast as the fastest dense attention, both passes of the whole op."""
+        dense, ours = self.fastest_dense(length), self.both(length, subject)
+        theirs = self.both(length, dense) if dense else None
+        return theirs / ours if theirs and ours else None
+
+    def memory_over_dense(self, length: int, subject: str) -> float | None:
+        """How many times the memory of the same dense attention, at the peak of both passes."""
+        dense = self.fastest_dense(length)
+        ours, theirs = (s and self.get(WHOLE, "backward", length, s, "memory") for s in (subject, dense))
+        return ours / theirs if ours and theirs else None  # type: ignore[operator]
 
     def total(self, stage: str, length: int) -> float | None:
         """All passes that a stage of ours has."""
@@ -365,7 +462,7 @@ def whole_op(results: Results) -> str:
         rows.append((f"{name}, memory (GiB)", *("" if m is None else f"{m / 2**30:.2f}" for m in memory)))
     for name in names if dense else []:
         if name != dense:
-            figures = [_over(results.both(n, dense), results.both(n, name)) for n in results.lengths]
+            figures = [_figure(results.over_dense(n, name)) for n in results.lengths]
             rows.append((f"**{dense} / {name}**, both passes", *(f and f"**{f}**" for f in figures)))
     return table(("ms", *(_tokens(length) for length in results.lengths)), rows)
 
@@ -409,7 +506,17 @@ def _ms(value: float | None) -> str:
 
 
 def _over(a: float | None, b: float | None) -> str:
-    return "" if a is None or b is None else f"{a / b:.2f}"
+    return _figure(None if a is None or b is None else a / b)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _wrapped(line: str) -> str:
+    """A paragraph or an item of a list in lines of the width of this repository."""
+    indent = "  " if line.startswith("- ") else ""
+    return fill(line, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _one_line(text: str) -> str:
@@ -419,7 +526,7 @@ def _one_line(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="saved runs, by paths from the repository's root")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put figures into this file's table instead")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put figures into this file instead")
     options = parser.parse_args()
     reports = {file.as_posix(): records.read(file) for file in options.files}
     if options.readme:

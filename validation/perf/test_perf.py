@@ -1,7 +1,8 @@
 """How long everything takes and how much memory: `make perf`. What is timed, and beside whom, is in `benchmarks.py`.
 
-Compiling, warming up and drawing inputs are outside the clock, which is the device's; every round finds the cache empty
-(see `timing.py`). Which figures may not get worse, and by how much, is in `promises.toml`.
+Compiling, warming up and drawing inputs are outside the clock, which is the device's on a GPU and the wall's elsewhere;
+every round finds the cache empty (see `timing.py`). Which figures may not get worse, and by how much, is in
+`promises.toml`.
 """
 
 import gc
@@ -99,8 +100,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
     if host is not None:
         benchmark.extra_info["host"] = host
     if ready.company:
-        pairs = zip(times, ready.company, strict=True)
-        benchmark.extra_info["relative"] = statistics.median(time / beside for time, beside in pairs)
+        benchmark.extra_info["relative"] = min(times) / min(ready.company)
     if case.cost is not None:
         floor = case.floor(roofs)
         benchmark.extra_info.update(

@@ -10,9 +10,11 @@ finds them. Three things would otherwise be measured with it:
   training step is like that: the host runs ahead of the device. Where it does not, `host_time` is what counts. A call
   that waits for the device itself, say to read a size, cannot be got ahead of, and is measured with its waiting.
 
-On a CPU nothing runs ahead, and the clock is that of the process, which stands still while another one has the core:
-with one thread, as everything here is measured, it shows what a machine with nothing else to do would take. Memory of
-the system is asked for once: `keep_memory`.
+On a CPU nothing runs ahead, and the clock is wall time (`time.perf_counter`): a call that sleeps or waits takes as long
+as its caller waits. So does a call whose core another process has meanwhile, which is no property of the code. A call
+of dense attention is therefore timed before every round, as `company`, and gates compare what they have in common:
+shortest round over shortest call of company. Others on the machine only ever lengthen a round. Memory of the system is
+asked for once: `keep_memory`.
 """
 
 import ctypes
@@ -35,7 +37,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from validation import doctor
-from validation.perf.records import slug
+from validation.perf.records import EVENTS, WALL, slug
 from validation.perf.workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
@@ -80,7 +82,7 @@ class Instant:
 
 def now() -> Any:
     """The time of the clock that counts: of two of them only the difference means anything, in seconds."""
-    return Instant() if torch.cuda.is_available() else time.process_time()
+    return Instant() if torch.cuda.is_available() else time.perf_counter()
 
 
 class Rounds:
@@ -242,6 +244,7 @@ def describe_machine() -> dict[str, Any]:
         "name": machine_name(),
         "device": machine.gpus[0] if machine.gpus else f"{_processor()}, {machine.cores} cores",
         "driver": machine.driver,
+        "clock": EVENTS if torch.cuda.is_available() else WALL,
         **{name: machine.packages[name].version for name in ("python", "torch", "triton")},
     }
     return {**found, **clocks()}

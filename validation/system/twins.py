@@ -21,6 +21,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
 from nsa.runs import NothingLeft, replacing, write_whole
+from validation import reports
 from validation.runs import (
     LOSS,
     MEMORY_GIB,
@@ -137,16 +138,24 @@ def main() -> int:
     folder: Path = arguments.folder
     if arguments.fresh:
         shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--folder {folder} cannot be made ({error.strerror}): name another, as in make train OUT=FOLDER")
     status = train_both({name: command([f"--model.flavor={f}", *options], folder / f) for name, f in TWINS.items()})
     if status:
         print(f"\nStopped. `make train` goes on from the checkpoints in {folder}.")
         return status
     runs = {name: read_metrics(folder / flavor) for name, flavor in TWINS.items()}
-    summary = summarise(runs)
-    plot(runs, folder / "loss.png")
-    records = {name: metrics.records for name, metrics in runs.items()}
-    write_whole(folder / "metrics.json", json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
-    print(f"\n{report(summary)}\n\ncurves in {folder / 'loss.png'}, figures in {folder / 'metrics.json'}")
+    picture, figures = folder / "loss.png", folder / "metrics.json"
+    with reports.attempt(f"the picture {picture}", print):
+        plot(runs, picture)
+        print(f"\ncurves in {picture}")
+    with reports.attempt(f"the summary {figures}", print):
+        summary = summarise(runs)
+        records = {name: metrics.records for name, metrics in runs.items()}
+        write_whole(figures, json.dumps({"summary": summary, "records": records}, indent=1) + "\n")
+        print(f"figures in {figures}\n\n{report(summary)}")
     return 0
 
 

@@ -6,14 +6,20 @@ is to be tried on. A test that has cases of its own parametrises `case` indirect
 
 from collections import defaultdict
 from collections.abc import Generator, Iterable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from validation import reports
 from validation.implementations import Implementation, load
 from validation.unit.cases import BY_ID, CASES, SHARED, STAGES, Case, Stage, fitted, require
+
+if TYPE_CHECKING:
+    from validation.precision import Point
 
 NARROW = ("float32", "bfloat16", "float16")
 
@@ -132,25 +138,63 @@ def _long(item: pytest.Item) -> bool:
     return not mark.kwargs or any(params[name] not in enough for name, enough in mark.kwargs.items())
 
 
+# What tests measured of rounding, drawn when all are over.
+
+POINTS = pytest.StashKey[list["Point"]]()
+
+
+@pytest.fixture(scope="session")
+def points(pytestconfig: pytest.Config) -> list["Point"]:
+    """The list that gets what tests measure of rounding: at the end of the run it is drawn."""
+    return pytestconfig.stash.setdefault(POINTS, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    found = getattr(node, "workeroutput", {}).get("points", ())
+    if found:
+        from validation.precision import Point
+
+        node.config.stash.setdefault(POINTS, []).extend(Point(**point) for point in found)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    found = config.stash.get(POINTS, [])
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["points"] = [asdict(point) for point in found]
+    elif found:
+        picture = reports.folder(config) / "unit" / "precision.png"
+        with reports.attempt(f"the picture {picture}", partial(reports.note, config)):
+            from validation.precision import plot
+
+            plot(found, picture)
+
+
 # The account of a run: what was declared, and what came of it.
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    reports: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    with reports.attempt("the table of capabilities and verdicts", terminalreporter.write_line):
+        _summarise(terminalreporter, config)
+
+
+def _summarise(terminalreporter: Any, config: pytest.Config) -> None:
+    found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     names = [impl.name for impl in chosen(config)]
     for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
         for report in terminalreporter.stats.get(outcome, []):
-            reports[_owner(report, names)][outcome].append(report)
-    if reports.keys() <= {""}:
+            found[_owner(report, names)][outcome].append(report)
+    if found.keys() <= {""}:
         return
-    subjects = [impl for impl in chosen(config) if impl.name in reports]
+    subjects = [impl for impl in chosen(config) if impl.name in found]
     terminalreporter.section("capabilities")
     for line in table(subjects):
         terminalreporter.write_line(line)
     terminalreporter.section("verdicts")
     for impl in subjects:
-        good = not any(reports[impl.name][outcome] for outcome in ("failed", "error", "xpassed"))
-        terminalreporter.write_line(verdict(impl, reports[impl.name]), green=good, red=not good)
+        good = not any(found[impl.name][outcome] for outcome in ("failed", "error", "xpassed"))
+        terminalreporter.write_line(verdict(impl, found[impl.name]), green=good, red=not good)
 
 
 def _owner(report: Any, names: list[str]) -> str:
@@ -171,9 +215,9 @@ def table(subjects: list[Implementation]) -> list[str]:
     return ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def verdict(impl: Implementation, reports: dict[str, list[Any]]) -> str:
+def verdict(impl: Implementation, found: dict[str, list[Any]]) -> str:
     """What came of an implementation's tests, in one word, and counts; why some were skipped is listed after it."""
-    failures = sum(len(reports[outcome]) for outcome in ("failed", "error", "xpassed"))
-    word = f"failed {failures}" if failures else "passed" if reports["passed"] or reports["xfailed"] else "not tested"
-    counts = {outcome: len(reports[outcome]) for outcome in ("passed", "xfailed", "skipped") if reports[outcome]}
+    failures = sum(len(found[outcome]) for outcome in ("failed", "error", "xpassed"))
+    word = f"failed {failures}" if failures else "passed" if found["passed"] or found["xfailed"] else "not tested"
+    counts = {outcome: len(found[outcome]) for outcome in ("passed", "xfailed", "skipped") if found[outcome]}
     return f"{impl.name}: {word} ({', '.join(f'{count} {outcome}' for outcome, count in counts.items())})"

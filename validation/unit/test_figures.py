@@ -7,30 +7,33 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from nsa.kernels import tuning
 from validation.integration import throughput
 from validation.perf import records
-from validation.perf.report import readme, render
+from validation.perf.report import BEGIN, END, readme, render
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
+from validation.system import variations
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "docs" / "runs"
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-VARIATIONS = ("triton", "triton-unsplit", "triton-shares", "triton-byquery")
 ALIKE = 90
 """Steps until which rounding has not been amplified yet."""
 TOKENS_A_STEP = 16384
 """Of training at 4k and at 16k."""
-FIGURE = r"\d+\.\d+|\d+%|\b[\d,]+ (?:ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times)\b"
-"""What is taken for measured: whatever has decimals or a unit, versions aside."""
-VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d"
+UNITS = "ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times|passed|failed|skipped|xfailed|tests|lines"
+FIGURE = rf"(?m)\d+\.\d+|\d+%|\b[\d,]+ (?:{UNITS})\b|(?:failed|passed) \d+|^ +\d+  "
+"""What is taken for measured: whatever has decimals or a unit, or is counted; versions aside."""
+VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d|arXiv 2502\.11089|arxiv\.org/abs/2502\.11089"
 
 
-def figures(text: str) -> list[str]:
-    """Those outside code, tables and quoted output."""
-    prose = re.sub(r"(?ms)^```.*?^```|^\|.*?$", "", text)
+def figures(text: str, tables: bool = False) -> list[str]:
+    """Those outside tables, or in them too: in prose, in commands and in quoted output."""
+    prose = text if tables else re.sub(r"(?m)^\|.*$", "", text)
     return re.findall(FIGURE, re.sub(VERSIONS, "", prose))
 
 
@@ -54,23 +57,38 @@ def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
     made = readme([records.read(ROOT / name) for name in sources()], text)
     assert made == text, "make perf-docs"
     # Nothing else in there is a figure, in no other table either.
-    assert not figures(re.sub(r"(?m)^\| (tokens|faster than dense|memory) \|.*$|^\||2502\.11089", "", text))
+    assert not figures(text.partition(BEGIN)[0] + text.partition(END)[2], tables=True)
 
 
 def test_every_other_page_is_looked_at_or_has_no_figures() -> None:
     pages = {file.name: file.read_text() for file in (ROOT / "docs").glob("*.md")}
     assert pages.keys() >= {"performance.md", "results.md", "peers.md"}
+    looked_at = rf"(?m)^> .*$|{re.escape(suite())}"  # by the next test
+    pages["peers.md"] = re.sub(looked_at, "", pages["peers.md"])
     for name in pages.keys() - {"performance.md", "results.md"}:
         assert not figures(pages[name]), name
+
+
+def suite() -> str:
+    """The sentence on what came of the unit tests on fla."""
+    failed, passed, skipped = re.findall(r"\d+", (RUNS / "h200-fla-suite.txt").read_text().partition("\n")[0])
+    return f"{passed} tests passed, {failed} failed, {skipped} were skipped"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["it takes 3 ms", "```\nmine: failed 46 (29 passed)\n```", "```\n   508  mine lacks the stage\n```", "`0.5` of it"],
+)
+def test_a_figure_is_found_wherever_it_stands(text: str) -> None:
+    assert figures(text)
+    assert figures(f"before\n{text}\nafter")
 
 
 def test_findings_in_others_are_those_of_the_saved_runs() -> None:
     page = (ROOT / "docs" / "peers.md").read_text()
     findings = (RUNS / "h200-fla-findings.txt").read_text().splitlines()
     assert re.findall(r"(?m)^> (.*)$", page) == findings
-    suite = (RUNS / "h200-fla-suite.txt").read_text()
-    failed, passed, skipped = re.findall(r"\d+", suite.partition("\n")[0])
-    assert f"{passed} tests passed, {failed} failed, {skipped} were skipped" in page
+    assert suite() in page
 
 
 def table_after(text: str, heading: str) -> dict[str, list[list[str]]]:
@@ -108,14 +126,6 @@ def of_h200(metrics: Metrics) -> dict[str, list[str]]:
     }
 
 
-def beside_eager(step: int) -> list[list[str]]:
-    """Eager's loss, those of four runs that add in another order each, and how far eager is from them."""
-    eager, *others = (saved(f"100m-{name}")[LOSS][step] for name in ("eager", *VARIATIONS))
-    outside = min(abs(eager - loss) for loss in others) * (not min(others) <= eager <= max(others))
-    distance = f"{outside:.4f}" if outside else "among them"
-    return [[f"{loss:.4f}"] for loss in (eager, *others, max(others) - min(others))] + [[distance]]
-
-
 def of_length(length: str) -> dict[str, list[list[str]]]:
     """Speed after the first logged steps, and memory, of both models."""
     runs = [saved(f"{length}-{flavor}") for flavor in ("100m", "100m_dense")]
@@ -148,8 +158,21 @@ def test_the_results_of_training_are_those_of_its_runs() -> None:
 
 
 def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
-    table = table_after(RESULTS, "**The kernels follow the reference.**")
-    assert table == {step: beside_eager(int(step)) for step in table}
+    made = variations.table(lambda name: saved(f"100m-{name}"))
+    assert "\n".join(["", *made, ""]) in RESULTS
+
+
+def test_a_variation_that_changed_nothing_is_no_result() -> None:
+    with pytest.raises(ValueError, match="triton-unsplit has the losses of triton"):
+        variations.table(lambda name: saved("100m-triton" if name == "triton-unsplit" else f"100m-{name}"))
+
+
+def test_every_variation_changes_what_is_launched() -> None:
+    for name, kernels in variations.VARIATIONS.items():
+        for kernel, parameters in kernels.items():
+            before = tuning.launch(kernel, torch.bfloat16, 64, 64, 4)
+            with tuning.override(kernel, **parameters):
+                assert tuning.launch(kernel, torch.bfloat16, 64, 64, 4) != before, f"{name}: {kernel}"
 
 
 def test_speeds_by_length_are_those_of_their_runs() -> None:

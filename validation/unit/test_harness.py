@@ -4,6 +4,7 @@ Nearly every test runs the suite in a process of its own: on the example of docs
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from docs.examples.my_nsa import my_nsa
-from validation import seeds
+from validation import reports, seeds
+from validation.faults.trial import LEFT_OUT
 from validation.implementations import Implementation, Sizes, load
 from validation.unit.cases import BY_ID, draw, draw_cotangent, fitted
 
@@ -49,6 +51,15 @@ def crashes() -> Implementation:
 def packs() -> Implementation:
     """What it declares and has not."""
     return replace(my_nsa, name="wrong", packed=True)
+
+
+def not_finite() -> Implementation:
+    """Gives NaN in place of every output."""
+
+    def nsa_attention(*arguments, **options):
+        return torch.nan * my_nsa.nsa_attention(*arguments, **options)
+
+    return replace(my_nsa, name="wrong", nsa_attention=nsa_attention)
 
 
 def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
@@ -217,7 +228,44 @@ def test_a_run_that_executed_nothing_fails():
     assert "my_nsa: not tested" in output
 
 
-# 4. Order, seeds and the report.
+# 4. Reports at the end of a run.
+
+GROWTH = "validation/unit/test_precision.py::test_error_grows_no_faster_than_the_policy_lets_it"
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path, processes):
+    # The test of pictures is the last of the file: at its teardown a picture would be made.
+    tests = (GROWTH, f"{GROWTH.partition('::')[0]}::test_the_picture_is_drawn_of_any_errors")
+    status, output = run(*tests, f"--out={tmp_path}", "-n", processes, impl=own("not_finite"))
+    assert status == 1, output
+    assert "ERROR" not in output
+    assert "could not be made" not in output
+    assert "wrong: failed 3 " in output
+    assert (tmp_path / "unit" / "precision.png").exists()
+
+
+def test_a_picture_that_cannot_be_made_says_so_and_changes_no_result(tmp_path):
+    (tmp_path / "out").touch()  # where a folder is needed
+    status, output = run(GROWTH, "-k", "head_dim", f"--out={tmp_path / 'out'}")
+    assert status == 0, output
+    assert f"the picture {tmp_path / 'out' / 'unit' / 'precision.png'} could not be made: " in output
+
+
+@pytest.mark.parametrize("error", [ValueError("no\ndata"), OSError("disk full"), UserWarning("odd")])
+def test_a_report_ends_with_its_own_error(error):
+    said = []
+    with reports.attempt("the table", said.append):
+        raise error
+    assert said == [f"the table could not be made: {type(error).__name__}: {' '.join(str(error).split())}"]
+
+
+def test_a_report_does_not_hold_up_an_interruption():
+    with pytest.raises(KeyboardInterrupt), reports.attempt("the table", print):
+        raise KeyboardInterrupt
+
+
+# 5. Order, seeds and the report.
 
 
 def reported(file: Path) -> list[tuple[str, str]]:
@@ -271,3 +319,59 @@ def test_a_seed_is_of_the_test_alone(tmp_path):
     assert len(seeds[1]) > len(seeds[0])
     assert seeds[1][name] == seeds[0][name]
     assert len(set(seeds[1].values())) == len(seeds[1])
+
+
+# 6. Places that cannot be written to.
+
+TAKEN = ("out", "outputs", ".benchmarks", ".pytest_cache", ".hypothesis", ".ruff_cache", ".mypy_cache", ".coverage")
+"""Names in a checkout under which runs would write."""
+OF_USERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME")
+"""Variables that say where the rest goes; what is more special than they are is not set."""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "COVERAGE_FILE", "PYTEST_ADDOPTS")
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    """A function that runs a command in a checkout, at a path with a space, from a home: none can be written to.
+
+    Permissions do not hold root up. What it cannot do either is to make a folder where a file is.
+    """
+    checkout = tmp_path_factory.mktemp("with space") / "nsa checkout"
+    shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
+    for name in TAKEN:
+        (checkout / name).touch()
+    folders = [folder for folder in checkout.rglob("*") if folder.is_dir()]
+    for folder in (checkout, *folders):
+        folder.chmod(0o555)
+    inherited = {name: value for name, value in os.environ.items() if name not in CACHES}
+    places = dict.fromkeys(OF_USERS, str(checkout / "Makefile" / "home"))
+
+    def run(*command: str) -> tuple[int, str]:
+        environment = {**inherited, **places, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    yield run
+    for folder in (checkout, *folders):
+        folder.chmod(0o755)  # to be removed
+
+
+def test_unit_tests_need_no_place_to_write_to(locked):
+    options = "-k 'error_grows and eager and head_dim and float32'"
+    status, output = locked("make", "unit", "VENV=", f"PYTHON={sys.executable}", "JOBS=0", f"PYTEST_ARGS={options}")
+    assert status == 0, output
+    assert "precision.png could not be made: " in output
+    assert "eager: passed (1 passed)" in output
+
+
+def test_training_needs_no_place_to_write_to_but_its_own(locked, tmp_path):
+    options = ("--model.flavor=debug", "--training.steps=1", "--training.seq_len=64", "--validation.no-enable")
+    status, output = locked(sys.executable, "-m", "nsa.train", *options, f"--job.dump_folder={tmp_path / 'a run'}")
+    assert status == 0, output
+    assert (tmp_path / "a run" / "metrics.jsonl").exists()
+
+
+def test_what_must_write_says_where_it_cannot(locked):
+    status, output = locked("make", "train", "VENV=", f"PYTHON={sys.executable}")
+    assert status != 0
+    assert "--folder out/train cannot be made (Not a directory): name another, as in make train OUT=FOLDER" in output

@@ -1,13 +1,18 @@
 """The table of launch parameters: what it holds, and which entry a lookup takes."""
 
+import os
+import tempfile
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.cache import get_cache_manager
 
 from nsa import NSAConfig
-from nsa.kernels import tuning
+from nsa.kernels import cache, tuning
 from nsa.kernels.tuning import Entry, read_table, write_table
+from validation.perf import tune
 
 CONTIGUOUS = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs"}
 
@@ -32,6 +37,26 @@ def on_hopper(monkeypatch):
 @pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (9, 64), (12, 64), (16, 64), (64, 64)])
 def test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two(on_hopper, group, rows):
     assert tuning.launch("window_forward", torch.bfloat16, 128, 128, group) == {"BLOCK_M": rows}
+
+
+def test_kernels_and_parameters_that_are_not_there_are_refused():
+    """They would change nothing, and whoever measures them would not notice."""
+    for name in ("selected", "window", ""):
+        unknown = f"name must be of .*'window_keys'.*, got {name}$"
+        with pytest.raises(ValueError, match=unknown), tuning.override(name, SPLIT=False):
+            pass
+        with pytest.raises(ValueError, match=unknown):
+            tuning.launch(name, torch.bfloat16, 128, 128)
+    unknown = "parameters must be of .*'SCATTER'.*, got SCATER$"
+    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", SCATER=False):
+        pass
+
+
+def test_all_names_are_those_of_the_table_and_of_the_tuner():
+    assert tune.KERNELS.keys() == tuning.KERNELS
+    entries = read_table()
+    assert {entry.kernel for entry in entries} <= tuning.KERNELS
+    assert {name for entry in entries for name in entry.launch} <= tuning.PARAMETERS
 
 
 def test_other_sizes_get_blocks_that_fit(on_hopper):
@@ -152,3 +177,34 @@ def test_grids_have_one_side(launches, monkeypatch):
     for grid in grids:
         assert max((1, *grid[1:])) <= MOST, grid
         assert grid[0] < 2**31, grid
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The home that Triton's cache is in by default, which the test makes, beside what is made of temporary files."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that the variable is as it was when the test is over
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_compiled_kernels_have_a_place_where_the_home_has_none(home, taken):
+    home.touch()  # a file, below which nobody can make a folder, root included
+    folder = home.with_name(f"triton-of-user-{os.getuid()}")
+    if taken:
+        folder.touch()
+    cache.use_writable()
+    place = get_cache_manager("0123456789").put("kernel", "kernel.txt")
+    assert Path(place).is_relative_to(os.environ["TRITON_CACHE_DIR"])
+    assert Path(place).is_relative_to(folder) is not taken
+
+
+def test_a_cache_that_can_be_written_to_stays_where_it_is(home, monkeypatch):
+    cache.use_writable()
+    assert "TRITON_CACHE_DIR" not in os.environ
+    home.touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    cache.use_writable()
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"

@@ -6,6 +6,7 @@ Runs of small benchmarks whose figures are given, not measured, show what pytest
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from validation.perf import gates, plugin, records
 from validation.perf.records import Record
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"name": "cpu-test", "device": "a CPU", "driver": None, "torch": "2", "triton": "3"}
+MACHINE = {"name": "cpu-test", "device": "a CPU", "driver": None, "torch": "2", "triton": "3", "clock": records.WALL}
 BOUNDS = gates.Bounds(time=1.10, memory=1.02)
 
 
@@ -361,6 +363,32 @@ def test_a_run_that_fails_or_is_partial_is_no_baseline(perf: Any, pytester: pyte
     assert not (pytester.path / "baselines").exists()
 
 
+def test_runs_by_another_clock_are_not_compared(perf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(MACHINE, "clock", "processor time")
+        perf("--benchmark-autosave")
+    perf("--benchmark-compare").stdout.fnmatch_lines(["nothing to compare with: *"])
+    refused(perf("--benchmark-compare=0001"), "was timed by processor time, this run is by wall time")
+
+
+def test_a_run_that_cannot_be_saved_is_judged_all_the_same(perf: Any, pytester: pytest.Pytester) -> None:
+    perf(*COMPARE)
+    storage = pytester.path / ".benchmarks"
+    saved = next(storage.glob("*/0001_*.json")).rename(pytester.path / "before.json")
+    shutil.rmtree(storage)
+    storage.touch()  # where a folder is needed
+    unsaved = ("--benchmark-autosave", f"--benchmark-compare={saved}")
+    good = perf(*unsaved)
+    assert good.ret == 0
+    good.stdout.fnmatch_lines(["2 benchmarks of 2 in *", "a saved copy of this run could not be made: *"])
+    failed(perf(*unsaved, files={"a": {"relative": 9.0}, "b": {}}), "test_bench.py::test_a: time 9 against 1")
+
+
+def test_a_baseline_that_cannot_be_written_is_an_error(perf: Any, pytester: pytest.Pytester) -> None:
+    (pytester.path / "baselines").touch()  # where a folder is needed
+    failed(perf("--perf-baseline"), "the baseline * could not be made: ")
+
+
 # 4. A kernel that is slower: a real benchmark, by a clock that goes by what is called and not by how fast it is here.
 
 CLOCK = """
@@ -403,16 +431,21 @@ implementations.ADAPTERS.update({name: made(make) for name, make in implementati
 """
 
 
-def run_by_the_clock(folder: Path, *arguments: str) -> tuple[int, str]:
-    (folder / "clock.py").write_text(CLOCK)
-    command = [sys.executable, "-m", "pytest", "-p", "clock", "validation/perf", "--benchmark-only"]
-    command += ["-k", "tiny-1k-sliding_window_attention-forward and not Flex", f"--benchmark-storage=file://{folder}"]
+def run_benchmarks(folder: Path, name: str, *arguments: str) -> tuple[int, str]:
+    """The exit status and the output of the benchmarks of that name, run where modules of a folder can be imported."""
+    command = [sys.executable, "-m", "pytest", "validation/perf", "--benchmark-only", "-p", "no:cacheprovider"]
+    command += ["-k", f"{name} and not Flex", f"--benchmark-storage=file://{folder}"]
     path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # this clock needs no GPU
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}  # these clocks need no GPU
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def run_by_the_clock(folder: Path, *arguments: str) -> tuple[int, str]:
+    (folder / "clock.py").write_text(CLOCK)
+    return run_benchmarks(folder, "tiny-1k-sliding_window_attention-forward", "-p", "clock", *arguments)
 
 
 def test_a_kernel_slower_by_15_percent_is_noticed_and_named(tmp_path: Path) -> None:
@@ -432,3 +465,36 @@ def test_a_kernel_slower_by_15_percent_is_noticed_and_named(tmp_path: Path) -> N
     [line] = [line for line in output.splitlines() if line.startswith("FAILED")]
     assert "sliding_window_attention-forward" in line
     assert "+15.0%, allowed +10%" in line
+
+
+# 5. The real clock.
+
+ASLEEP = """
+import time
+from dataclasses import replace
+
+from validation.implementations import load
+
+
+def made():
+    ours = load("eager")
+
+    def slow(*arguments, **options):
+        time.sleep(0.03)
+        return ours.sliding_window_attention(*arguments, **options)
+
+    return replace(ours, sliding_window_attention=slow)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the clock is the GPU's")
+def test_a_stage_that_sleeps_is_noticed_and_the_clock_named(tmp_path: Path) -> None:
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    before, name = tmp_path / "before.json", "tiny-256-sliding_window_attention-forward"
+    status, output = run_benchmarks(tmp_path, name, f"--benchmark-json={before}")
+    assert status == 0, output
+    status, output = run_benchmarks(tmp_path, name, "--impl=asleep:made", f"--benchmark-compare={before}")
+    assert status == 1, output
+    [line] = [line for line in output.splitlines() if line.startswith("FAILED")]
+    assert f"{name}-eager]: time " in line
+    assert "compared: time, by wall time (perf_counter), may grow by 100%" in output

@@ -1,5 +1,6 @@
 """Pictures of saved runs: what is in them, and that every axis says what it is."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_hex
 
-from validation.perf import plots, records
+from validation.perf import plots, records, report
 
 PEERS = records.read(Path(__file__).parents[2] / "docs" / "runs" / "stages_h200.json")
 REPORT = records.read(records.BASELINES / "nvidia-h200.json")
@@ -58,6 +59,65 @@ def test_time_is_that_of_both_passes_of_all_beside_the_floor() -> None:
     assert len(looks) == len(lines)
 
 
+def on_a_cpu() -> records.Report:
+    """A run of one workload with two kinds of dense attention, of which the second is the faster."""
+    times = {"eager": ("ours", 8.0), "dense (math)": ("rival", 16.0), "dense (flash)": ("rival", 4.0)}
+    results = [
+        {
+            "workload": "tiny", "length": length, "stage": "nsa_attention", "direction": direction, "subject": subject,
+            "role": role, "fullname": f"{subject}-{length}-{direction}", "median": ms, "memory": int(ms * 2**20),
+        }
+        for subject, (role, ms) in times.items() for length in (256, 1024) for direction in plots.PASSES
+    ]  # fmt: skip
+    machine = {**REPORT["machine"], "name": "cpu-test", "device": "a CPU of a rather long name, 64 cores"}
+    return {**REPORT, "machine": machine, "subject": "eager", "results": results}
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+@pytest.mark.parametrize("saved", [REPORT, PEERS, on_a_cpu()], ids=["gpu", "peers", "cpu"])
+def test_all_words_of_a_picture_are_on_it(name: str, saved: records.Report) -> None:
+    with plt.rc_context(plots.STYLE):
+        figure = plots.PICTURES[name](saved)
+        if figure is None:
+            assert saved is not REPORT
+            return
+        all_words_are_on(figure)
+
+
+def all_words_are_on(figure: Any) -> None:
+    """Fails if any text is cut off, but for names of changes and for ticks: some of these are beyond their axis."""
+    figure.draw_without_rendering()
+    ticks = {label for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())}
+    page = figure.bbox.padded(1)  # rounding
+    for text in figure.findobj(plt.Text):
+        if text.get_visible() and text.get_text() and text not in ticks and not isinstance(text, plt.Annotation):
+            box = text.get_window_extent()
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1, text.get_text()
+            assert page.y0 <= box.y0 <= box.y1 <= page.y1, text.get_text()
+
+
+def test_speed_is_relative_to_the_fastest_dense_attention() -> None:
+    figure = plots.speedup(on_a_cpu())
+    assert figure is not None
+    lines = {line.get_label(): set(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    assert lines == {"eager": {0.5}, "dense (math)": {0.25}, "dense (flash)": {1}}
+    assert figure.axes[0].get_ylabel() == "time of dense (flash) / time"
+
+
+def test_a_picture_that_cannot_be_drawn_keeps_no_other_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(report: records.Report) -> None:
+        raise ValueError("no data")
+
+    monkeypatch.setattr(plots, "PICTURES", {"broken": broken, "time": plots.time})
+    run = str(records.BASELINES / "nvidia-h200.json")
+    monkeypatch.setattr(sys, "argv", ["plots", run, "--out", str(tmp_path)])
+    assert plots.main() == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["time.png"]
+    assert "the picture broken.png could not be made: ValueError: no data" in capsys.readouterr().err
+
+
 def test_a_run_without_the_whole_op_has_no_picture_of_it() -> None:
     few = [r for r in REPORT["results"] if r["stage"] == "combine"]
     assert plots.draw({**REPORT, "results": few}) == {}
@@ -74,17 +134,59 @@ def run(day: int, **figures: float) -> dict[str, Any]:
     }
 
 
-def test_history_is_in_order_and_marks_what_got_worse() -> None:
-    figure = plots.history(
-        [run(3, forward=1.3, backward=2.0), run(1, forward=1.0, backward=2.0), run(2, forward=1.0, backward=2.1)]
-    )
+def words_on_panels(figure: Any) -> set[str]:
+    """Lines that name changes."""
+    return {line for text in figure.findobj(plt.Annotation) for line in text.get_text().splitlines()}
+
+
+def test_history_marks_and_names_what_changed_between_commits() -> None:
+    runs = [run(3, forward=1.3, backward=2.0), run(1, forward=1.0, backward=2.0), run(2, forward=1.0, backward=1.0)]
+    figure = plots.history(records.history(runs))
     assert figure is not None
     lines = figure.axes[0].get_lines()
-    marks = [list(zip(*line.get_data(), strict=True)) for line in lines if line.get_marker() == "X"]
-    assert marks == [[(2, pytest.approx(1.3))]]
+    marks = {
+        name: [
+            point
+            for line in lines
+            if line.get_marker() == look["marker"]
+            for point in zip(*line.get_data(), strict=True)
+        ]
+        for name, look in (("worse", plots.WORSE), ("better", plots.BETTER))
+    }
+    assert marks == {"worse": [(2, pytest.approx(1.3)), (2, pytest.approx(1.0))], "better": [(1, pytest.approx(0.5))]}
     assert [1.0, 1.0, pytest.approx(1.3)] in [list(line.get_ydata()) for line in lines]
-    assert "W-1k-forward +30%" in words(figure)
+    assert words_on_panels(figure) == {"W-1k-forward +30%", "W-1k-backward +100%", "W-1k-backward -50%"}
+    all_words_are_on(figure)
 
 
-def test_one_run_has_no_history() -> None:
-    assert plots.history([run(1, forward=1.0)]) is None
+def test_history_shows_no_stage_that_is_as_it_was() -> None:
+    runs = [run(1, forward=1.0), run(2, forward=2.0)]
+    for each in runs:
+        each["results"].append({**each["results"][0], "stage": "combine", "median": 1.0})
+    figure = plots.history(runs)
+    assert figure is not None
+    assert [axes.get_title() for axes in shown(figure)] == ["whole op"]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [],
+        [run(1, forward=1.0)],
+        [run(1, forward=1.0), run(2, forward=1.05)],  # within the bound
+        [{**run(1, forward=1.0), "commit": "same"}, {**run(2, forward=9.0), "commit": "same"}],
+        [run(1, forward=1.0), {**run(2, forward=9.0), "partial": True}],
+        [run(1, forward=1.0), {**run(2, forward=9.0), "commit": ""}],
+    ],
+)
+def test_without_a_change_between_commits_there_is_no_history(runs: list[dict[str, Any]]) -> None:
+    commits = records.history(runs)
+    assert plots.history(commits) is None
+    assert plots.history(commits, "memory") is None
+    assert report.history(runs) == ""
+
+
+def test_the_page_shows_history_where_there_is_some() -> None:
+    runs = [run(1, forward=1.0), run(2, forward=2.0)]
+    assert "(img/perf-history.png)" in report.history(runs)
+    assert "history-memory" not in report.history(runs)

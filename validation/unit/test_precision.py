@@ -1,11 +1,8 @@
 """Rounding: every dtype, mixtures of them and what grows with size, beside plain PyTorch in the same dtype."""
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from fcntl import LOCK_EX, flock
-from typing import TextIO
+import math
+from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -59,27 +56,6 @@ def dtype(dtype_name: str) -> torch.dtype:
 def _rounds(request: pytest.FixtureRequest) -> None:
     if "impl" in request.fixturenames and request.getfixturevalue("impl").interpreted:
         pytest.skip("Triton's interpreter rounds where it likes: it shows algebra, not precision")
-
-
-@pytest.fixture(scope="session")
-def points(pytestconfig) -> Iterator[list[Point]]:
-    """What the tests measure; in the end it is drawn, with what other processes of the same run have measured."""
-    found: list[Point] = []
-    yield found
-    picture = pytestconfig.rootpath / "out/unit/precision.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    with picture.with_suffix(".jsonl").open("a+") as log:
-        flock(log, LOCK_EX)
-        log.seek(0)
-        plot(gather(log, found, os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))), picture)
-
-
-def gather(log: TextIO, found: list[Point], run: str) -> list[Point]:
-    """All points of a run, those already in the log and those found since; the log is left with these alone."""
-    points = [Point(**point) for line in log for name, point in [json.loads(line)] if name == run] + found
-    log.truncate(0)
-    log.writelines(json.dumps([run, asdict(point)]) + "\n" for point in points)
-    return points
 
 
 # 1. Every dtype, over head dims, groups and lengths.
@@ -221,22 +197,18 @@ def test_error_grows_no_faster_than_the_policy_lets_it(
         result.check()
 
 
-def test_the_picture_shows_every_point(tmp_path) -> None:
-    errors = {"error": 2e-3, "plain": 4e-3, "bound": 1e-2}
+WRONG = (0.0, math.nan, math.inf)
+"""Errors of implementations that are wrong, and of one that rounds like the oracle."""
+
+
+@pytest.mark.parametrize("errors", [(2e-3,), *((error,) for error in WRONG), (*WRONG, 2e-3), ()], ids=str)
+def test_the_picture_is_drawn_of_any_errors(tmp_path, errors: tuple[float, ...]) -> None:
     found = [
-        Point("eager", axis, value, name, dtype, **errors)
+        Point("eager", axis, value, name, dtype, error=error, plain=error, bound=1e-2)
         for axis, values in AXES.items()
         for value in values.values
         for name in SHOWN
-        for dtype in NARROW
+        for dtype, error in zip(NARROW, cycle(errors), strict=False)
     ]
     plot(found, tmp_path / "precision.png")
     assert (tmp_path / "precision.png").stat().st_size > 0
-
-
-def test_processes_of_a_run_gather_their_points(tmp_path) -> None:
-    first, second = (Point("eager", "T", value, "out", "float32", 1e-7, 1e-7, 1e-6) for value in (1, 2))
-    for run, found, known in (("old", second, [second]), ("new", first, [first]), ("new", second, [first, second])):
-        with (tmp_path / "log.jsonl").open("a+") as log:
-            log.seek(0)
-            assert gather(log, [found], run) == known

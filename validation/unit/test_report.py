@@ -1,6 +1,9 @@
 """The page of measurements: made from a saved run, and from nothing else."""
 
-from validation.perf.report import PASSES, newcomers, render
+import pytest
+
+from validation.perf import records
+from validation.perf.report import BEGIN, END, PASSES, TRAINED, newcomers, readme, render, training_of
 
 MACHINE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -64,3 +67,49 @@ def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it():
     assert "beside-1" not in page
     b["results"] += [record(s, d, 1.0, length=n) for s in ("theirs", "rival") for d in PASSES for n in (1024, 2048)]
     assert "img/perf-beside-1.png" in render({"a.json": a, "b.json": b})
+
+
+def test_the_page_compares_with_the_fastest_dense_attention_of_each_length():
+    times = {"ours": (2.0, 2.0), "dense (math)": (8.0, 1.0), "dense (flash)": (4.0, 3.0)}
+    results = [
+        record(subject, direction, ms / 2, length=length)
+        for subject, found in times.items()
+        for length, ms in zip((1024, 2048), found, strict=True)
+        for direction in PASSES
+    ]
+    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
+    page = render({"run.json": {**report, "results": results}})
+    assert "| **the fastest dense attention / ours**, both passes | **2.00** | **0.50** |" in page
+
+
+BASELINE = records.read(records.BASELINES / "nvidia-h200.json")
+
+
+def speeds(ratio: float) -> str:
+    """The README's part on speed, NSA's time being that of dense attention over a ratio at every length."""
+    results = [
+        {**r, "median": 1.0 if r["role"] == "ours" else ratio} if r["stage"] in ("nsa_attention", "training") else r
+        for r in BASELINE["results"]
+    ]
+    made = readme([{**BASELINE, "results": results}], f"before\n{BEGIN}\nold\n{END}\nafter")
+    assert made.startswith(f"before\n{BEGIN}\n")
+    assert made.endswith(f"\n{END}\nafter")
+    assert "old" not in made
+    return " ".join(made.split())
+
+
+def test_the_readme_says_where_nsa_pays():
+    assert "faster than dense attention from 4k tokens with 64 / 4 heads and from 4k tokens with 32 / 8" in speeds(1.5)
+    assert "faster than dense attention nowhere with 64 / 4 heads and nowhere with 32 / 8 heads" in speeds(0.5)
+    assert "above 1 NSA is faster, below 1 it is slower" in speeds(1.5)
+    assert "PyTorch {torch} and Triton {triton}".format(**BASELINE["machine"]) in speeds(1.5)
+
+
+def test_training_of_which_there_is_no_run_is_not_shown():
+    assert training_of("100m", 4096, TRAINED)
+    assert training_of("100m", 65536, TRAINED) is None
+
+
+def test_a_readme_without_its_marks_is_refused():
+    with pytest.raises(ValueError, match="the file must have the lines <!-- made by"):
+        readme([BASELINE], "# Title")

@@ -8,6 +8,7 @@ Compiled kernels only; under Triton's interpreter the same tests take a short se
 """
 
 import gc
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,7 +84,7 @@ needs_gpu = pytest.mark.needs_gpu  # a sequence of 2**31 query elements
 @pytest.fixture
 def memory_given_back() -> Iterator[None]:
     """Tests that need most of a GPU's memory find it free and whole: where tests run in parallel, they take turns."""
-    with open(Path(gettempdir(), "nsa-gpu-memory.lock"), "w") as lock:
+    with open(Path(gettempdir(), f"nsa-gpu-memory-{os.getuid()}.lock"), "w") as lock:
         if torch.cuda.is_available():
             flock(lock, LOCK_EX)
         yield

@@ -1,0 +1,40 @@
+"""Reports at the end of a run: accounts, tables and pictures.
+
+One that cannot be made says why, and changes no result.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+OUT = "out"
+"""The folder for what runs draw, in the checkout unless `--out` names another."""
+
+NOTES = pytest.StashKey[list[str]]()
+"""Lines about the reports of a pytest run, shown at its end."""
+
+
+@contextmanager
+def attempt(report: str, say: Callable[[str], object]) -> Iterator[None]:
+    """A context that makes a report: an exception in it ends the report, is said in a line, and goes no further.
+
+    Args:
+        report: what is made, as the subject of a sentence: `"the picture of rounding errors"`.
+        say: takes the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        say(f"{report} could not be made: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def note(config: pytest.Config, line: str) -> None:
+    """Keeps a line for the end of the run."""
+    config.stash.setdefault(NOTES, []).append(line)
+
+
+def folder(config: pytest.Config) -> Path:
+    """The folder for what this pytest run draws."""
+    return config.rootpath / config.getoption("out")  # an absolute path stays as it is
