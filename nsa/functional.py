@@ -24,7 +24,7 @@ gradients of tokens that it does not attend to. Padding may hold infinities and 
 
 import math
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ def block_starts(
     counts = ((bounds.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
     ends = counts.cumsum(0)
     sequence = torch.searchsorted(ends, block, right=True)
-    filled = sequence < len(ends)
-    sequence = sequence.clamp(max=len(ends) - 1)
+    filled = sequence < ends.shape[0]
+    sequence = sequence.clamp(max=ends.shape[0] - 1)
     positions = (block - (ends - counts)[sequence]) * config.compress_stride * filled
     return BlockStarts((bounds[sequence] + positions) * filled, positions, filled)
 
@@ -117,10 +117,11 @@ def compress(
         _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
         if not _has_values(cu_seqlens):
             cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, x.shape[1], x.shape[1])
+    implementation = _load(backend, config, x)
     _check_derivatives(x=x)
     blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
     # Under autocast products come in another dtype than the keys that they stand beside.
-    return _load(backend, config, x).compress(x, params, config, blocks).to(x.dtype)
+    return implementation.compress(x, params, config, blocks).to(x.dtype)
 
 
 def compressed_attention(
@@ -153,8 +154,9 @@ def compressed_attention(
     _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = _scale(scale, q), _load(backend, config, q, v_cmp)
     _check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
-    return _load(backend, config, q, v_cmp).compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, _scale(scale, q))
+    return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, factor)
 
 
 def select_blocks(
@@ -190,8 +192,9 @@ def select_blocks(
     _check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = _check_blocks(k_cmp, config, num_keys)
     cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = _scale(scale, q), _load(backend, config, q)
     _check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
-    return _load(backend, config, q).select_blocks(q, k_cmp, lse, config, tokens, *cu, _scale(scale, q))
+    return implementation.select_blocks(q, k_cmp, lse, config, tokens, *cu, factor)
 
 
 def selected_attention(
@@ -223,11 +226,11 @@ def selected_attention(
     _check_attention(q, k, v, ("k", "v"), "Tk")
     _check_indices(indices, q, k)
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
-    _check_derivatives(q=q, k=k, v=v)
-    implementation = _load(backend, config, q, v)
+    factor, implementation = _scale(scale, q), _load(backend, config, q, v)
     if implementation is eager:
         _check_no_block_twice(indices, config.num_selectable(k.shape[1]))
-    return implementation.selected_attention(q, k, v, indices, config, *cu, _scale(scale, q))
+    _check_derivatives(q=q, k=k, v=v)
+    return implementation.selected_attention(q, k, v, indices, config, *cu, factor)
 
 
 def sliding_window_attention(
@@ -254,8 +257,9 @@ def sliding_window_attention(
     _check_config(config)
     _check_attention(q, k, v, ("k", "v"), "Tk")
     cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = _scale(scale, q), _load(backend, config, q, v)
     _check_derivatives(q=q, k=k, v=v)
-    return _load(backend, config, q, v).sliding_window_attention(q, k, v, config, *cu, _scale(scale, q))
+    return implementation.sliding_window_attention(q, k, v, config, *cu, factor)
 
 
 def nsa_attention(
@@ -380,10 +384,14 @@ def _check_tensor(
         raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
 
 
+@torch.compiler.disable
+def _transforms() -> list[Any]:
+    return _functorch.get_interpreter_stack() or []
+
+
 @torch.compiler.assume_constant_result  # true of the place in a program, not of a call
 def _differentiated_by_functorch() -> bool:
-    levels = _functorch.get_interpreter_stack() or ()
-    return any(level.key() == _functorch.TransformType.Grad for level in levels)
+    return any(level.key() == _functorch.TransformType.Grad for level in _transforms())
 
 
 def _check_derivatives(**tensors: Tensor) -> None:
@@ -473,7 +481,7 @@ def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tens
     _check_tensor(name, offsets, "[N + 1]", like=x, dtype=torch.int32)
     if x.shape[0] != 1:
         raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
-    if len(offsets) == 0:
+    if offsets.shape[0] == 0:
         raise ValueError(f"{name} must have at least one entry, got none")
     if not _has_values(offsets):
         return None

@@ -251,11 +251,11 @@ def _check_rope(rope: Tensor, head_dim: int, x: Tensor, packed: Tensor | None) -
     if rope.shape[1:] != (head_dim // 2, 2):
         raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {head_dim // 2}, 2), got {tuple(rope.shape)}")
     num_tokens = x.shape[1]
-    if len(rope) >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
+    if rope.shape[0] >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
         return
     longest = num_tokens if packed is None else int(packed.max()) + 1
-    if len(rope) < longest:
-        raise ValueError(f"rope must have a row for each of the {longest} positions of x, got {len(rope)}")
+    if rope.shape[0] < longest:
+        raise ValueError(f"rope must have a row for each of the {longest} positions of x, got {rope.shape[0]}")
 
 
 def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

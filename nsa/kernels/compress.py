@@ -168,7 +168,8 @@ def _first_layer(x: Tensor, position: Tensor, weight: Tensor, config: NSAConfig,
 
 def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
     """`[B, T, Hk, D] -> [B, C, Hk, D]` for blocks that start where `nsa.functional.block_starts` says."""
-    count, packed = len(blocks.tokens), blocks.filled is not None
+    # A shape, since `len` of a tensor would be a number where a length is traced as a symbol.
+    count, packed = blocks.tokens.shape[0], blocks.filled is not None
     if params is None:
         starts = blocks.tokens.where(blocks.filled, -1) if packed else None
         return _mean(x, starts, count, config.compress_block_size, config.compress_stride)
