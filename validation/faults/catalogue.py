@@ -580,9 +580,9 @@ _CONTIGUOUS_KERNELS = [
         "maximum-of-one-row-for-all",
         "the running maximum is that of the tile's first row",
         "kernels/contiguous.py",
-        "peak = tl.maximum(m, tl.max(x, 1))\n                        # A row",
+        "peak = tl.maximum(m, tl.max(x, 1))\n                # A row",
         'peak = tl.maximum(m, tl.max(tl.where(rows == first, tl.max(x, 1), float("-inf")), 0))\n'
-        "                        # A row",
+        "                # A row",
         (_oracle("small", "compressed_attention"),),
         models=5,
     ),
@@ -780,9 +780,9 @@ _SELECTED_KERNELS = [
         "going by block, the head dim of values is taken to be padded to a power of two in memory",
         "kernels/selected.py",
         "        v += batch * v_strides[0] + head * v_strides[2]\n"
-        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        again",
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        spoiled",
         "        v += batch * v_strides[0] + head * (V0 + V1)\n"
-        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        again",
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        spoiled",
         (_oracle("wide_values", "selected_attention_by_block"),),
     ),
     Fault(
@@ -1300,7 +1300,7 @@ _UNDER_PYTORCH = [
         "derivatives-of-functorch-unnoticed",
         "derivatives of torch.func end in an error of PyTorch's that does not say what to do",
         "functional.py",
-        "return any(level.key() == _functorch.TransformType.Grad for level in levels)",
+        "return any(level.key() == _functorch.TransformType.Grad for level in _transforms())",
         "return False",
         ("test_errors.py::test_derivatives_of_functorch_are_refused[sliding_window_attention-plain]",),
     ),
@@ -1351,8 +1351,8 @@ _HIDDEN_VALUES = [
         "hidden-values-weighed-by-nothing-by-block",
         "going by block, values hidden in a query's own block are weighed by 0",
         "kernels/selected.py",
-        "again = any_not_finite(v0, v1, V1, ACC)",
-        "again = False",
+        "spoiled = zero_unless_finite(v0, v1, V1, ACC)",
+        "spoiled = 0.0",
         ("test_hidden_values.py::test_keys_and_values[triton-widest-small-selected_attention-nan]",),
     ),
     Fault(

@@ -22,6 +22,7 @@ from validation.unit.cases import (
     Case,
     Stage,
     Tensors,
+    config,
     draw,
     draw_cotangent,
     select_blocks,
@@ -148,7 +149,10 @@ def test_selection(impl: Implementation, case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [BY_ID["packed_mean"], BY_ID["packed"]], ids=["mean", "mlp"], indirect=True)
+SHORT_FIRST = Case("short_first", whole(2, 17, 5), config(compression="mean"), group=3)
+
+
+@pytest.mark.parametrize("case", [SHORT_FIRST, BY_ID["packed"]], ids=["mean", "mlp"], indirect=True)
 def test_blocks_that_do_not_exist(impl: Implementation, case: Case) -> None:
     """Packed sequences leave room for blocks; what fills it must not reach parameters."""
     tensors = draw(case, impl.widest)
