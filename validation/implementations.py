@@ -83,6 +83,8 @@ class Implementation:
     """Queries with no block at all among the indices given: their output is 0."""
     checks_input: bool = True
     """Whether bad input is refused before work starts, by `ValueError` or `TypeError`."""
+    hidden_values: bool = True
+    """Whether what a query does not attend to may hold infinities and NaNs, as padding does."""
     compressions: frozenset[str] = COMPRESSIONS
     """Kinds of compression."""
     lengths: Callable[[int], bool] = Sizes(0)
@@ -172,6 +174,7 @@ class Implementation:
             "indices in any order": _yes(self.any_indices),
             "queries without a block": _yes(self.empty_queries),
             "checks of input": _yes(self.checks_input),
+            "NaN in hidden tokens": _yes(self.hidden_values),
         }
 
 

@@ -54,5 +54,5 @@ def nsa_attention(q, *others, indices=None, return_indices=False, scale=None):
 my_nsa = Implementation(
     "my_nsa", compress, compressed_attention, select_blocks, selected_attention, sliding_window_attention,
     nsa_attention, dtypes=frozenset({torch.float64, torch.float32}), packed=False, checks_input=False,
-    compressions=frozenset({"mean"}),
+    hidden_values=False, compressions=frozenset({"mean"}),
 )  # fmt: skip

@@ -176,6 +176,7 @@ def fla() -> Implementation:
         own_keys=False,
         empty_queries=False,  # NaN: a division of nothing by nothing
         checks_input=False,
+        hidden_values=False,
         compressions=frozenset({"mean"}),
         head_dims=Sizes(16, 256),
         groups=Sizes(16, powers_of_two=True),

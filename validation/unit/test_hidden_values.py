@@ -50,6 +50,12 @@ each_stage = pytest.mark.parametrize("stage", [STAGES[name] for name in NAMES], 
 each_value = pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
 
 
+@pytest.fixture(autouse=True)
+def _declared(impl: Implementation) -> None:
+    if not impl.hidden_values:
+        pytest.skip(f"{impl.name} lacks NaN in hidden tokens")
+
+
 def attended(stage: Stage, case: Case, tensors: Tensors, values: str) -> Tensor:
     """Which keys `[B, Tq, Hk, T]` the queries of a KV head attend to in the branch with these `values`."""
     length, heads = tensors[values].shape[1:3]

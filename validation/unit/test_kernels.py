@@ -189,3 +189,18 @@ def test_another_length_is_no_reason_to_compile(monkeypatch):
 
     assert kernels_of(1104), "nothing was compiled: this test would show nothing"
     assert kernels_of(1101) == kernels_of(1999) == []
+
+
+@pytest.mark.parametrize("index", [-2, 10**6, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_an_index_that_names_no_block_is_skipped(name: str, index: int) -> None:
+    """Some mark an empty slot by the number of blocks or of tokens, and may do so in several slots."""
+    impl = load(name)
+    case = fitted(impl, BY_ID["scrambled"])
+    tensors = draw(case, impl.widest)
+    assert int((tensors["indices"] == -1).sum(-1).max()) > 1
+    marked = {**tensors, "indices": tensors["indices"].masked_fill(tensors["indices"] == -1, index)}
+    stage = STAGES["selected_attention"]
+    expected = dict(stage.results(impl, case, tensors))
+    for result, x in stage.results(impl, case, marked):
+        assert_equal(x, expected[result], what=f"{result} with {index} in empty slots")

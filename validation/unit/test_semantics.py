@@ -133,19 +133,6 @@ def test_a_query_without_selected_blocks_is_zero(impl: Implementation) -> None:
         assert_equal(row, torch.zeros_like(row), what=f"{name} of a query without blocks")
 
 
-@pytest.mark.parametrize("index", [-2, 10**6, 2**31 - 1, -(2**31)])
-def test_an_index_that_names_no_block_is_skipped(impl: Implementation, index: int) -> None:
-    """Some mark an empty slot by the number of blocks or of tokens, and may do so in several slots."""
-    case = fitted(impl, BY_ID["scrambled"])
-    tensors = draw(case, impl.widest)
-    assert int((tensors["indices"] == -1).sum(-1).max()) > 1
-    marked = {**tensors, "indices": tensors["indices"].masked_fill(tensors["indices"] == -1, index)}
-    stage = STAGES["selected_attention"]
-    expected = dict(stage.results(impl, case, tensors))
-    for name, x in stage.results(impl, case, marked):
-        assert_equal(x, expected[name], what=f"{name} with {index} in empty slots")
-
-
 def test_keys_nobody_selects_have_no_gradient(impl: Implementation) -> None:
     case = fitted(impl, *SMALL)
     require(impl, replace(case, scrambled=True, emptied=0.0), ("selected_attention",), impl.widest)
