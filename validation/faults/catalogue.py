@@ -1345,7 +1345,7 @@ _HIDDEN_VALUES = [
         "kernels/contiguous.py",
         "do0, do1 = without(do0, do1, bad, V1)",
         "pass",
-        ("test_hidden_values.py::test_queries_and_gradients[gradient-triton-small-sliding_window_attention]",),
+        ("test_hidden_values.py::test_queries_and_gradients[triton-gradient-small-sliding_window_attention]",),
     ),
     Fault(
         "hidden-values-weighed-by-nothing-by-block",

@@ -116,11 +116,11 @@ def test_keys_and_values(impl: Implementation, case: Case, stage: Stage, value: 
     cotangent = draw_cotangent(case, stage.run(impl, case, tensors)["out"], dtype)
     for keys in (name for name in stage.inputs if name.startswith("k")):
         values = keys.replace("k", "v", 1)
-        # One key and another value, late enough to leave queries that attend to neither.
+        # One value and a later key, late enough to leave queries that attend to neither.
         places = [(tensors[keys].shape[1] * 3) // 5, (tensors[keys].shape[1] * 4) // 5]
         changed = {**tensors, keys: tensors[keys].clone(), values: tensors[values].clone()}
-        changed[keys][:, places[0]] = value
-        changed[values][:, places[1]] = value
+        changed[values][:, places[0]] = value
+        changed[keys][:, places[1]] = value
         queries = attended(stage, case, tensors, values)[..., places].any(-1)
         assert not queries.all(), "every query attends to what is changed: this case shows nothing"
         # An infinite key may as well have no weight at all.
