@@ -368,7 +368,7 @@ def _take_best(importance: Tensor, positions: Tensor, config: NSAConfig) -> Tens
     block = torch.arange(blocks, device=importance.device)
     own = (positions // config.select_block_size).unsqueeze(-1)
     forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
-    # What is not a number stands below what is forced.
+    # A score that is not a number stands below the forced blocks.
     score = importance.nan_to_num(nan=torch.finfo(importance.dtype).max, posinf=torch.inf)
     score = score.masked_fill_(forced, torch.inf).masked_fill_(block > own, -torch.inf)
     # A stable sort is what sends ties to the lower index; topk promises no order.

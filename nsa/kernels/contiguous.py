@@ -466,7 +466,7 @@ def _keys_kernel(
                         bad = not_finite(do0, do1, V1, ACC)
                         do0, do1 = without(do0, do1, bad, V1)
                         q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
-                        # What is not finite of a query reaches the keys that it sees, and no others.
+                        # A query that is not finite spoils the keys that it sees, and no others.
                         p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
                     p_low = p.to(do0.dtype)
                     dv0 = dot(p_low, do0, dv0, ACC, PRECISION)
