@@ -88,7 +88,9 @@ def mine(tmp_path: Path) -> Path:
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """The exit status and the output of the tests on the implementation in a folder, or on another that is named."""
     path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    # pytest cuts the lines of its summary to the terminal's width, except in CI. The pages show them cut.
+    as_on_a_terminal = {"CI": "", "BUILD_NUMBER": "", "COLUMNS": "80"}
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **as_on_a_terminal}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
