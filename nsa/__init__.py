@@ -1,7 +1,7 @@
 """Native Sparse Attention (arXiv 2502.11089): three gated branches in place of dense attention.
 
-`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer; `nsa.train_spec` plugs a model made of
-such layers into TorchTitan and is the only part that needs it installed.
+`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer; `nsa.titan` plugs a model made of such
+layers into TorchTitan and, with the entry point `nsa.train`, is the only part that needs it installed.
 """
 
 from nsa.config import NSAConfig

@@ -27,10 +27,10 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-import nsa.train_spec  # noqa: F401  (registers the spec)
-from nsa.checkpoints import Checkpoints, lock_folder, require_lock
-from nsa.job_checks import check_job, check_table
-from nsa.refusals import JobError
+import nsa.titan.train_spec  # noqa: F401  (registers the spec)
+from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
+from nsa.titan.job_checks import check_job, check_table
+from nsa.titan.refusals import JobError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -178,7 +178,7 @@ def complete(arguments: Sequence[str]) -> list[str]:
             if "job.dump_folder" not in given:  # another flavor could not go on from this one's checkpoints
                 added.append(f"--job.dump_folder=./outputs/{flavor}")
     if "job.custom_config_module" not in given:
-        added.append("--job.custom_config_module=nsa.train_spec")
+        added.append("--job.custom_config_module=nsa.titan.train_spec")
     return [*added, *arguments]
 
 

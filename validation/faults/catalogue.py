@@ -1211,7 +1211,7 @@ _LARGE_SIZES = [
     Fault(
         "turns-in-reverse",
         "under context parallelism, heads that wait for their turn come out in reverse order",
-        "context.py",
+        "titan/context.py",
         "outs.append(torch.cat([attention(*part, *blocks, *ks) for part, ks in zip(parts, seen, strict=True)], 1))",
         "outs.insert(0, torch.cat([attention(*part, *blocks, *ks) for part, ks in zip(parts, seen, strict=True)], 1))",
         ("test_attention.py::test_is_that_of_one_process[cp2-two-heads-a-turn]",),
@@ -1220,7 +1220,7 @@ _LARGE_SIZES = [
     Fault(
         "every-turn-has-the-first-blocks",
         "under context parallelism, heads that wait for their turn get the compressed blocks of the first",
-        "context.py",
+        "titan/context.py",
         "attention(*part, *blocks, *ks)",
         "attention(*part, *(x.chunk(turns, 2)[0] for x in compressed), *ks)",
         ("test_attention.py::test_is_that_of_one_process[cp2-two-heads-a-turn]",),
@@ -1229,7 +1229,7 @@ _LARGE_SIZES = [
     Fault(
         "pieces-of-a-parameter-drawn-alike",
         "all pieces of a large parameter are drawn from the same numbers",
-        "model.py",
+        "titan/model.py",
         'f"{name} {piece}" if piece else name',
         'f"{name}"',
         ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
@@ -1238,7 +1238,7 @@ _LARGE_SIZES = [
     Fault(
         "piece-of-a-parameter-misplaced",
         "a process whose part begins within a piece takes the beginning of the piece",
-        "model.py",
+        "titan/model.py",
         "drawn[(slice(start - first, stop - first), *columns)]",
         "drawn[(slice(0, stop - start), *columns)]",
         ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
@@ -1247,7 +1247,7 @@ _LARGE_SIZES = [
     Fault(
         "epochs-end-with-one-row",
         "after the last row of the corpus it is repeated, instead of the first that follows it",
-        "data.py",
+        "titan/data.py",
         "return over + 1 + passes, (row + 1) * self.seq_len",
         "return over, token + left * self.seq_len",
         ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
@@ -1385,7 +1385,7 @@ _DATA = [
     Fault(
         "position-in-rows",
         "a position in the data is taken for one in rows of the length at hand",
-        "data.py",
+        "titan/data.py",
         """        passes, token = state_dict["passes"], state_dict["token"]
 """,
         """        passes, token = state_dict["passes"], state_dict["token"] // state_dict["seq_len"] * self.seq_len
@@ -1395,7 +1395,7 @@ _DATA = [
     Fault(
         "corpus-not-compared",
         "a position in another corpus is taken for one in this one",
-        "data.py",
+        "titan/data.py",
         """for name in ("tokenizer", "corpus"):
             if state_dict""",
         """for name in ("tokenizer",):
@@ -1405,7 +1405,7 @@ _DATA = [
     Fault(
         "tail-read-twice",
         "the pass after one whose last rows were wanted begins with its second row",
-        "data.py",
+        "titan/data.py",
         "divmod(rows - left - 1, self.num_rows)",
         "divmod(rows - left, self.num_rows)",
         ("test_data.py::test_epochs_wrap_around_at_the_last_whole_row",),
@@ -1416,7 +1416,7 @@ _RUNS = [
     Fault(
         "other-jobs-resumed",
         "a checkpoint of another job is gone on from as long as some field may differ",
-        "runs.py",
+        "titan/runs.py",
         "    if not refused and not misfits:\n",
         "    if (not refused or allowed) and not misfits:\n",
         ("test_runs.py::test_another_job_is_refused_by_every_field_old_and_new",),
@@ -1424,7 +1424,7 @@ _RUNS = [
     Fault(
         "fields-that-went-not-compared",
         "a field of the recorded job that this one has not got is no difference",
-        "runs.py",
+        "titan/runs.py",
         "for name in (*old, *(name for name in new if name not in old))",
         "for name in new",
         ("test_runs.py::test_differences_are_named_with_both_values",),
@@ -1432,7 +1432,7 @@ _RUNS = [
     Fault(
         "job-of-a-save-that-never-came",
         "the job of a run that saved nothing stands for the checkpoint it began with",
-        "runs.py",
+        "titan/runs.py",
         """entry["job"] for entry in reversed(read_jobs(folder)) if entry["after_step"] < step""",
         """entry["job"] for entry in reversed(read_jobs(folder)) if entry["after_step"] <= step""",
         ("test_runs.py::test_a_job_is_that_of_the_steps_after_it_began",),
@@ -1440,7 +1440,7 @@ _RUNS = [
     Fault(
         "finished-run-is-a-success",
         "a run with nothing left to train ends as if it had trained",
-        "runs.py",
+        "titan/runs.py",
         "    status = 3\n",
         "    status = 0\n",
         ("test_runs.py::test_a_finished_run_has_nothing_left_to_train",),
@@ -1448,7 +1448,7 @@ _RUNS = [
     Fault(
         "lock-shared",
         "two runs may use one folder",
-        "runs.py",
+        "titan/runs.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         ("test_runs.py::test_a_folder_is_one_run_s_until_it_ends",),
@@ -1456,7 +1456,7 @@ _RUNS = [
     Fault(
         "replaced-before-it-is-written",
         "a file that could not be written takes the place of the one before",
-        "runs.py",
+        "titan/runs.py",
         "        temporary.replace(path)\n    finally:\n        temporary.unlink(missing_ok=True)\n",
         "    finally:\n        temporary.replace(path)\n",
         ("test_runs.py::test_a_file_whose_writing_fails_stays_as_it_was",),
@@ -1464,7 +1464,7 @@ _RUNS = [
     Fault(
         "part-of-a-record-left",
         "a record that a full disk cuts off stays in the log",
-        "runs.py",
+        "titan/runs.py",
         "                file.truncate(end)\n",
         "",
         ("test_runs.py::test_a_log_holds_whole_lines_when_room_runs_out",),
@@ -1472,7 +1472,7 @@ _RUNS = [
     Fault(
         "unfinished-saves-counted",
         "a save that did not end counts among the latest that are kept",
-        "runs.py",
+        "titan/runs.py",
         "oldest_kept = saved_steps(folder)[-keep:][:1]",
         "oldest_kept = list(checkpoints(folder))[-keep:][:1]",
         ("test_runs.py::test_only_whole_checkpoints_count_as_the_latest",),

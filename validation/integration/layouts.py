@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa.parallelize import schedules
+from nsa.titan.parallelize import schedules
 from validation import numerics, runs
 from validation.integration import ranks
 

@@ -82,8 +82,8 @@ def compare(case):
     from torchtitan.distributed.context_parallel import cp_shard
     from torchtitan.models.llama3.infra.parallelize import apply_tp
 
-    from nsa import context
-    from nsa.parallelize import share_heads, share_tokens
+    from nsa.titan import context
+    from nsa.titan.parallelize import share_heads, share_tokens
 
     torch.distributed.init_process_group("gloo")  # where there are GPUs too
     mesh = init_device_mesh("cpu", (case.cp, case.tp), mesh_dim_names=("cp", "tp"))
@@ -125,7 +125,7 @@ def compare(case):
 def make(case, backend):
     """A model of one layer, in float64, with the same weights in every process and backend."""
     from nsa import NSAConfig
-    from nsa.model import ModelArgs, Transformer
+    from nsa.titan.model import ModelArgs, Transformer
 
     config = NSAConfig(**{**SIZES, "window_size": 24, **case.sizes})
     heads = {"dim": 16 * case.heads, "n_layers": 1, "n_heads": case.heads, "n_kv_heads": case.heads // 2}

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from nsa.parallelize import stages_again
-from nsa.runs import lock
+from nsa.titan.parallelize import stages_again
+from nsa.titan.runs import lock
 from validation import runs
 from validation.integration import ranks
 from validation.integration.layouts import BY_NAME, STEPS, TRAINING, assert_same, train

@@ -14,10 +14,10 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
-from nsa.data import ByteTokenizer
-from nsa.model import ModelArgs, NSAAttention, Transformer, _draw
 from nsa.operators import forward_operators
-from nsa.train_spec import JobConfig, NSAOptions
+from nsa.titan.data import ByteTokenizer
+from nsa.titan.model import ModelArgs, NSAAttention, Transformer, _draw
+from nsa.titan.train_spec import JobConfig, NSAOptions
 from validation.numerics import assert_equal, assert_matches
 
 pytestmark = pytest.mark.smoke
@@ -111,7 +111,7 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 
 def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
-    monkeypatch.setattr("nsa.model.DRAWN", 24)  # three rows
+    monkeypatch.setattr("nsa.titan.model.DRAWN", 24)  # three rows
     whole = torch.empty(10, 8)
     _draw(whole, (0, 0), whole.shape, 0.02, "weight", 0)
     assert len(whole.unique()) > 75  # no piece is drawn twice

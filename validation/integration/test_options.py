@@ -15,13 +15,13 @@ from torchtitan.config.job_config import Optimizer
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import _registry_model_converter_cls
 
-from nsa import job_checks
 from nsa.config import NSAConfig
-from nsa.job_checks import check_job
-from nsa.parallelize import FLOAT8
-from nsa.refusals import JobError
+from nsa.titan import job_checks
+from nsa.titan.job_checks import check_job
+from nsa.titan.parallelize import FLOAT8
+from nsa.titan.refusals import JobError
+from nsa.titan.train_spec import JobConfig, NSAOptions
 from nsa.train import complete, parse
-from nsa.train_spec import JobConfig, NSAOptions
 from validation import runs
 from validation.integration import ranks
 
@@ -276,7 +276,7 @@ def test_whole_numbers_are_numbers(job):
 @pytest.mark.smoke
 def test_a_toml_file_has_its_own_word(job, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import dataclass, field\nfrom nsa.train_spec import JobConfig as Ours\n"
+        "from dataclasses import dataclass, field\nfrom nsa.titan.train_spec import JobConfig as Ours\n"
         "@dataclass\nclass Mine:\n    option: int = 1\n"
         "@dataclass\nclass JobConfig(Ours):\n    mine: Mine = field(default_factory=Mine)\n"
     )
@@ -294,7 +294,7 @@ def test_nothing_is_added_beside_a_toml_file_but_the_options_of_nsa(spelling, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.toml").write_text("[training]\nsteps = 3")
     options = spelling.split(" ")
-    assert complete(options) == ["--job.custom_config_module=nsa.train_spec", *options]
+    assert complete(options) == ["--job.custom_config_module=nsa.titan.train_spec", *options]
 
 
 @pytest.mark.smoke
@@ -307,9 +307,9 @@ def test_a_flavor_has_its_file_and_its_folder():
 
 @on_cpus
 def test_a_toml_file_without_custom_import_trains_on_a_cpu(tmp_path):
-    """TorchTitan's own entry point imports `nsa.train_spec` for its options, and with it what a CPU needs."""
+    """TorchTitan's own entry point imports `nsa.titan.train_spec` for its options, and with it what a CPU needs."""
     (tmp_path / "job.toml").write_text(
-        '[job]\ncustom_config_module = "nsa.train_spec"\n[model]\nname = "nsa"\nflavor = "debug"\n'
+        '[job]\ncustom_config_module = "nsa.titan.train_spec"\n[model]\nname = "nsa"\nflavor = "debug"\n'
         "[training]\nsteps = 1\nseq_len = 64\nlocal_batch_size = 1\n"
     )
     options = (f"--job.config_file={tmp_path / 'job.toml'}", "--metrics.log_freq=1")

@@ -5,9 +5,9 @@ import torch
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 
-from nsa import parallelize
-from nsa.parallelize import FLOAT8, check_layout, stages_again
-from nsa.train_spec import JobConfig, NSAOptions
+from nsa.titan import parallelize
+from nsa.titan.parallelize import FLOAT8, check_layout, stages_again
+from nsa.titan.train_spec import JobConfig, NSAOptions
 from validation import runs
 from validation.integration import ranks, throughput
 from validation.integration.layouts import TRAINING, has_schedule

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nsa.metrics import METRICS_FILE
+from nsa.titan.metrics import METRICS_FILE
 from validation import runs
 from validation.integration.layouts import BFLOAT16, BY_NAME, Layout
 

@@ -275,8 +275,8 @@ def _training_step(flavor: str, length: int) -> Calls:
     """Forward, backward and update of a model on one sequence, in bfloat16 on a GPU, as the trainer has them."""
     from torchtitan.protocols.train_spec import get_train_spec
 
-    import nsa.train_spec  # noqa: F401 (registers the spec)
-    from nsa.data import ByteTokenizer
+    import nsa.titan.train_spec  # noqa: F401 (registers the spec)
+    from nsa.titan.data import ByteTokenizer
 
     release()
     spec = get_train_spec("nsa")

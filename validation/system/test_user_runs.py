@@ -50,8 +50,8 @@ def train_until(arguments, moment, calls, signals):
     import torchtitan.train
     from torch.distributed.checkpoint import FileSystemWriter
 
-    from nsa.checkpoints import Checkpoints
-    from nsa.train_spec import Validator
+    from nsa.titan.checkpoints import Checkpoints
+    from nsa.titan.train_spec import Validator
 
     owner, method = {
         "loading": (Checkpoints, "load"),

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
-from nsa.runs import NothingLeft, replacing, write_whole
+from nsa.titan.runs import NothingLeft, replacing, write_whole
 from validation import reports
 from validation.runs import (
     LOSS,

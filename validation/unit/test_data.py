@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from nsa.data import DATASETS, ByteTokenizer, CorpusLoader, Split, corpus_files, corpus_tokens, tokenizer_name
+from nsa.titan.data import DATASETS, ByteTokenizer, CorpusLoader, Split, corpus_files, corpus_tokens, tokenizer_name
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 STDLIB = Path(sysconfig.get_path("stdlib"))

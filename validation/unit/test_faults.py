@@ -51,7 +51,7 @@ def test_every_public_bug_is_among_them() -> None:
 
 def test_every_part_of_the_attention_has_faults() -> None:
     parts = {"config.py", "functional.py", "module.py", "operators.py", "eager.py"}
-    around = {"context.py", "data.py", "model.py", "runs.py"}
+    around = {f"titan/{name}.py" for name in ("context", "data", "model", "runs")}
     kernels = {f"kernels/{path.name}" for path in (ROOT / "nsa" / "kernels").glob("*.py")} - {"kernels/__init__.py"}
     assert {fault.file for fault in FAULTS} == parts | kernels | around
 
@@ -119,7 +119,7 @@ UNIMPORTABLE = {"old": "import torch\n", "new": "import torhc\n"}
         ({"new": 'raise TypError(f"'}, "misspelt"),
         # What every test needs is imported before any is collected.
         (UNIMPORTABLE, "pytest ended with status"),
-        ({**UNIMPORTABLE, "file": "data.py", "tests": ("test_data.py",)}, "could not be collected"),
+        ({**UNIMPORTABLE, "file": "titan/data.py", "tests": ("test_data.py",)}, "could not be collected"),
     ],
     ids=["misspelt", "not_importable", "not_importable_by_its_test"],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nsa import runs
+from nsa.titan import runs
 
 JOB = {"model.dim": 128, "optimizer.lr": 3e-3, "nsa.compression": "mlp", "model.converters": ()}
 

@@ -28,11 +28,11 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls a
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
-from nsa.data import DATASETS
-from nsa.model import ModelArgs
-from nsa.parallelize import check_layout
-from nsa.refusals import JobError, naming, require
-from nsa.runs import require_writable
+from nsa.titan.data import DATASETS
+from nsa.titan.model import ModelArgs
+from nsa.titan.parallelize import check_layout
+from nsa.titan.refusals import JobError, naming, require
+from nsa.titan.runs import require_writable
 
 OPTIMIZERS = ("Adam", "AdamW")
 """Names that TorchTitan's `build_optimizers` knows."""

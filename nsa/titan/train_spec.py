@@ -1,8 +1,8 @@
 """The TorchTitan TrainSpec `nsa`: flavors, job options, data. The one file that knows TorchTitan's registry.
 
 Importing it registers the spec. A job reaches it with `experimental.custom_import = "nsa.train"`, and the `[nsa]`
-section of its options with `job.custom_config_module = "nsa.train_spec"`, which also imports it; `python -m nsa.train`
-does both. Without either TorchTitan knows neither the model nor how to run on a CPU.
+section of its options with `job.custom_config_module = "nsa.titan.train_spec"`, which also imports it;
+`python -m nsa.train` does both. Without either TorchTitan knows neither the model nor how to run on a CPU.
 """
 
 import copy
@@ -27,13 +27,13 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from nsa.config import NSAConfig
-from nsa.cpu import prepare_cpu
-from nsa.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
-from nsa.job_checks import check_job
-from nsa.metrics import build_metrics_processor
-from nsa.model import ModelArgs, Transformer, build_tokenizer
-from nsa.parallelize import parallelize_nsa, pipeline_nsa
-from nsa.refusals import naming, require
+from nsa.titan.cpu import prepare_cpu
+from nsa.titan.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
+from nsa.titan.job_checks import check_job
+from nsa.titan.metrics import build_metrics_processor
+from nsa.titan.model import ModelArgs, Transformer, build_tokenizer
+from nsa.titan.parallelize import parallelize_nsa, pipeline_nsa
+from nsa.titan.refusals import naming, require
 
 # Flavors. A twin differs in nothing but its attention.
 

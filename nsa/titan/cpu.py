@@ -11,7 +11,7 @@ import torchtitan.distributed.parallel_dims
 import torchtitan.distributed.utils
 import torchtitan.tools.utils
 
-from nsa.refusals import JobError
+from nsa.titan.refusals import JobError
 
 
 def prepare_cpu() -> None:

@@ -14,8 +14,8 @@ from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsPr
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from nsa.checkpoints import lock_folder, require_lock
-from nsa.runs import RecordLog
+from nsa.titan.checkpoints import lock_folder, require_lock
+from nsa.titan.runs import RecordLog
 
 METRICS_FILE = "metrics.jsonl"
 """In `job.dump_folder`: a JSON object a line, `step` and the metrics TorchTitan logs under their own names."""

@@ -29,11 +29,11 @@ from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from nsa.config import NSAConfig
-from nsa.context import ContextParallel, dense_attention_over, nsa_attention_over
-from nsa.data import ByteTokenizer
 from nsa.functional import Backend, _check_backend, block_starts
 from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotate
-from nsa.refusals import JobError, require
+from nsa.titan.context import ContextParallel, dense_attention_over, nsa_attention_over
+from nsa.titan.data import ByteTokenizer
+from nsa.titan.refusals import JobError, require
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")

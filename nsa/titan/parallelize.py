@@ -19,11 +19,11 @@ from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from nsa.context import ContextParallel
-from nsa.model import ModelArgs, NSAAttention, Transformer, complete_gradient
 from nsa.module import Compressor
 from nsa.operators import forward_operators
-from nsa.refusals import JobError, require
+from nsa.titan.context import ContextParallel
+from nsa.titan.model import ModelArgs, NSAAttention, Transformer, complete_gradient
+from nsa.titan.refusals import JobError, require
 
 if find_spec("triton"):
     import nsa.kernels  # noqa: F401  (registers its operators)

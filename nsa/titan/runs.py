@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from nsa.refusals import JobError
+from nsa.titan.refusals import JobError
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def step_to_load(folder: Path, wanted: int, *, rewinds: bool) -> int | None:
 @cache
 def code_version() -> str:
     """Version of the package with a hash of its sources, which says more than a version that seldom changes."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes() + b"\0")

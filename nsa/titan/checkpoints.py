@@ -1,6 +1,6 @@
 """TorchTitan's checkpoints, which know the job they are of, survive a full disk, and are never mistaken for whole.
 
-`nsa.runs` has what is decided from files alone. Rank 0 decides it and all ranks of the job hear the same.
+`nsa.titan.runs` has what is decided from files alone. Rank 0 decides it and all ranks of the job hear the same.
 """
 
 import os
@@ -20,8 +20,8 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from nsa import runs
-from nsa.data import CorpusLoader, tokenizer_name
+from nsa.titan import runs
+from nsa.titan.data import CorpusLoader, tokenizer_name
 
 Result = TypeVar("Result")
 
@@ -202,7 +202,7 @@ class Checkpoints(CheckpointManager):
         """The step to load, if any, and what of it to leave out.
 
         Raises:
-            nsa.runs.Refused: this run must not go on from it.
+            nsa.titan.runs.Refused: this run must not go on from it.
         """
         excluded = list(self.exclude_from_loading)
         step = runs.step_to_load(self.path, wanted, rewinds=not self.load_only)
