@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.operators import accumulation_dtype, config_of, register, sizes_of
+from nsa.ops import Operator, accumulation_dtype, branch_operator, config_of, sizes_of
 
 
 class _Segment(NamedTuple):
@@ -388,7 +388,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 
 def _by_segment(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A branch's function over segments as `nsa.operators.register` wants it: over offsets of sequences."""
+    """A branch's function over segments as `nsa.ops.branch_operator` wants it: over offsets of sequences."""
 
     def run(*arguments: Any) -> Any:
         *tensors, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale = arguments
@@ -400,7 +400,7 @@ def _by_segment(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    return register("nsa_eager", name, _by_segment(forward), _by_segment(backward))
+    return branch_operator("nsa_eager", name, _by_segment(forward), _by_segment(backward))
 
 
 _compressed = _register(
@@ -412,8 +412,7 @@ _window = _register(
 )
 
 
-@torch.library.custom_op("nsa_eager::select_blocks", mutates_args=())
-def _select(
+def _choose_blocks(
     q: Tensor,
     k_cmp: Tensor,
     cu_seqlens_q: Tensor | None,
@@ -436,9 +435,11 @@ def _select(
     return _token_major(indices, torch.int32)
 
 
-@_select.register_fake
-def _(q: Tensor, k_cmp: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, scale: float) -> Tensor:
-    return q.new_empty((*q.shape[:2], k_cmp.shape[2], sizes[3]), dtype=torch.int32)
+def _fake_indices(q: Tensor, k_cmp: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, scale: float) -> Tensor:
+    return q.new_empty((*q.shape[:2], k_cmp.shape[2], config_of(sizes).num_selected_blocks), dtype=torch.int32)
+
+
+_select = Operator("nsa_eager::select_blocks", _choose_blocks, _fake_indices)
 
 
 # The backend's side of nsa.functional, which has checked every argument.

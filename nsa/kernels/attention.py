@@ -27,7 +27,7 @@ from nsa.config import NSAConfig
 from nsa.kernels import contiguous, selected
 from nsa.kernels.common import accumulator, rows_contiguous
 from nsa.kernels.select import select_blocks
-from nsa.operators import accumulation_dtype, config_of, sizes_of
+from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -64,8 +64,7 @@ def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("nsa_triton::attend", mutates_args=())
-def _attend(
+def _attend_forward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
@@ -93,15 +92,13 @@ def _attend(
     return out, out_slc, lse_slc, out_win, lse_win
 
 
-@_attend.register_fake
-def _(q: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake_forward(q: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     shape = (*q.shape[:3], inputs[1].shape[3])
     out, out_slc, out_win = (q.new_empty(shape) for _ in range(3))
     lse_slc, lse_win = (q.new_empty(shape[:3], dtype=accumulation_dtype(q.dtype)) for _ in range(2))
     return out, out_slc, lse_slc, out_win, lse_win
 
 
-@torch.library.custom_op("nsa_triton::attend_backward", mutates_args=())
 def _attend_backward(
     dout: Tensor,
     q: Tensor,
@@ -140,25 +137,20 @@ def _attend_backward(
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
 
 
-@_attend_backward.register_fake
-def _(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _fake_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs[:8])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:13], *output[1:])
-    ctx.rest = inputs[13:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else the others' come as zeros, twice the size of the output
+def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    return (*inputs[:13], *outputs[1:]), inputs[13:]
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 15
-    return (*_attend_backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 7)
-
-
-_attend.register_autograd(_differentiate, setup_context=_setup_context)
+_attend = Operator(
+    "nsa_triton::attend",
+    _attend_forward,
+    _fake_forward,
+    Gradient(Operator("nsa_triton::attend_backward", _attend_backward, _fake_backward), _save, num_inputs=8),
+)
 
 
 def nsa_attention(

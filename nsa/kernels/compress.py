@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.common import accumulator, find_program, rows_contiguous
-from nsa.operators import accumulation_dtype
+from nsa.ops import Gradient, Operator, accumulation_dtype
 
 _ROWS = 16
 """Blocks or tokens a program of the mean takes."""
@@ -100,20 +100,17 @@ def _launch(kernel: Any, rows: int, x: Tensor, arguments: tuple[Any, ...], lengt
         )  # fmt: skip
 
 
-@torch.library.custom_op("nsa_triton::compress_mean", mutates_args=())
-def _mean(x: Tensor, starts: Tensor | None, count: int, length: int, stride: int) -> Tensor:
+def _mean_forward(x: Tensor, starts: Tensor | None, count: int, length: int, stride: int) -> Tensor:
     x = rows_contiguous(x)
     out = x.new_empty(x.shape[0], count, *x.shape[2:])
     _launch(_mean_kernel, count, x, (x, starts, out, count), length, stride)
     return out
 
 
-@_mean.register_fake
-def _(x: Tensor, starts: Tensor | None, count: int, length: int, stride: int) -> Tensor:
+def _fake_mean(x: Tensor, starts: Tensor | None, count: int, length: int, stride: int) -> Tensor:
     return x.new_empty(x.shape[0], count, *x.shape[2:])
 
 
-@torch.library.custom_op("nsa_triton::compress_mean_backward", mutates_args=())
 def _mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, length: int, stride: int) -> Tensor:
     dout = rows_contiguous(dout)
     count = dout.shape[1]
@@ -129,23 +126,21 @@ def _mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, length:
     return dx
 
 
-@_mean_backward.register_fake
-def _(dout: Tensor, starts: Tensor | None, num_tokens: int, length: int, stride: int) -> Tensor:
+def _fake_mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, length: int, stride: int) -> Tensor:
     return dout.new_empty(dout.shape[0], num_tokens, *dout.shape[2:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, starts, _, ctx.length, ctx.stride = inputs
-    ctx.num_tokens = x.shape[1]
-    ctx.save_for_backward(starts)
+def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    x, starts, _, length, stride = inputs
+    return (starts,), (x.shape[1], length, stride)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    (starts,) = ctx.saved_tensors
-    return _mean_backward(dout, starts, ctx.num_tokens, ctx.length, ctx.stride), None, None, None, None
-
-
-_mean.register_autograd(_differentiate, setup_context=_setup_context)
+_mean = Operator(
+    "nsa_triton::compress_mean",
+    _mean_forward,
+    _fake_mean,
+    Gradient(Operator("nsa_triton::compress_mean_backward", _mean_backward, _fake_mean_backward), _save, num_inputs=1),
+)
 
 
 def _first_layer(x: Tensor, position: Tensor, weight: Tensor, config: NSAConfig, count: int) -> Tensor:

@@ -64,7 +64,7 @@ from nsa.kernels.common import (
     zero_unless_finite,
 )
 from nsa.kernels.tuning import chunks, launch
-from nsa.operators import accumulation_dtype, register, sizes_of
+from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 
 _FEW = tl.constexpr(16)
 """Rows of a tile that is gone through with care, at a time."""
@@ -629,7 +629,7 @@ def _backward(
     dgate: Tensor | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `register` has it; `gate`, `dgate` and `dq` as `nsa.kernels.selected.backward` has them."""
+    """As `branch_operator` has it; `gate`, `dgate` and `dq` as `nsa.kernels.selected.backward` has them."""
     batch, num_queries, query_heads, _ = q.shape
     num_keys, heads = k.shape[1:3]
     if not lse.numel() or not k.numel():
@@ -679,8 +679,8 @@ def _backward(
 
 compressed_forward, compressed_backward = partial(_forward, _Branch.compressed), partial(_backward, _Branch.compressed)
 window_forward, window_backward = partial(_forward, _Branch.sliding), partial(_backward, _Branch.sliding)
-_compressed = register("nsa_triton", "compressed_attention", compressed_forward, compressed_backward)
-_window = register("nsa_triton", "sliding_window_attention", window_forward, window_backward)
+_compressed = branch_operator("nsa_triton", "compressed_attention", compressed_forward, compressed_backward)
+_window = branch_operator("nsa_triton", "sliding_window_attention", window_forward, window_backward)
 
 
 # The backend's side of nsa.functional, which has checked every argument.

@@ -43,7 +43,7 @@ from nsa.kernels.common import (
     tile_table,
 )
 from nsa.kernels.tuning import chunks, launch
-from nsa.operators import accumulation_dtype, config_of, sizes_of
+from nsa.ops import Operator, accumulation_dtype, config_of, sizes_of
 
 WORKSPACE_BYTES = 128 << 20
 """Importances held at a time: enough queries to fill a large GPU, little beside the queries themselves."""
@@ -192,8 +192,7 @@ def _best_kernel(
     tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
 
 
-@torch.library.custom_op("nsa_triton::select_blocks", mutates_args=())
-def _select(
+def _choose_blocks(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -267,10 +266,12 @@ def _select(
     return indices
 
 
-@_select.register_fake
-def _(q: Tensor, k_cmp: Tensor, lse: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, scale: float) -> Tensor:
+def _fake(q: Tensor, k_cmp: Tensor, lse: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, _: float) -> Tensor:
     slots = config_of(sizes).num_selected_blocks
     return q.new_empty((*q.shape[:2], k_cmp.shape[2], slots), dtype=torch.int32)
+
+
+_select = Operator("nsa_triton::select_blocks", _choose_blocks, _fake)
 
 
 def select_blocks(

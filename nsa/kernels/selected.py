@@ -52,7 +52,7 @@ from nsa.kernels.common import (
     zero_unless_finite,
 )
 from nsa.kernels.tuning import Launch, chunks, launch
-from nsa.operators import accumulation_dtype, register, sizes_of
+from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 
 PARTIAL_BYTES = 1 << 30
 """Partial results held at a time where work goes by block, if one KV head does not need more."""
@@ -865,7 +865,7 @@ def backward(
     dgate: Tensor | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `register` has it.
+    """As `branch_operator` has it.
 
     Args:
         gate: `[B, Tq, Hq]`, every third element of memory: what `dout` is to be multiplied by.
@@ -928,7 +928,7 @@ def backward(
     return dq, dk, dv
 
 
-_selected = register("nsa_triton", "selected_attention", forward, backward)
+_selected = branch_operator("nsa_triton", "selected_attention", forward, backward)
 
 
 def selected_attention(

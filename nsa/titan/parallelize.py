@@ -20,7 +20,7 @@ from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
 from nsa.module import Compressor
-from nsa.operators import forward_operators
+from nsa.ops import forward_operators
 from nsa.titan.context import ContextParallel
 from nsa.titan.model import ModelArgs, NSAAttention, Transformer, complete_gradient
 from nsa.titan.refusals import JobError, require

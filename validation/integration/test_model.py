@@ -14,7 +14,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
-from nsa.operators import forward_operators
+from nsa.ops import forward_operators
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.model import ModelArgs, NSAAttention, Transformer, _draw
 from nsa.titan.train_spec import JobConfig, NSAOptions

@@ -10,7 +10,7 @@ import torch
 
 from nsa import kernels
 from nsa.config import NSAConfig
-from nsa.operators import accumulation_dtype
+from nsa.ops import accumulation_dtype
 from validation import oracle
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, rope_table
-from nsa.operators import sizes_of
+from nsa.ops import OPERATORS, sizes_of
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import Case, Tensors, config, cumulative, draw, whole
 from validation.unit.forced import fresh_memory_is_poisoned
@@ -249,7 +249,7 @@ def compress_mean_backward(name: str, namespace: str, x: Tensors) -> tuple:
 
 
 BRANCHES = ("compressed_attention", "selected_attention", "sliding_window_attention")
-OPERATORS: dict[str, Callable[[str, str, Tensors], tuple]] = {
+INPUTS: dict[str, Callable[[str, str, Tensors], tuple]] = {
     **{f"{space}::{name}": branch for space in ("nsa_eager", "nsa_triton") for name in BRANCHES},
     **{f"{space}::{name}_backward": branch_backward for space in ("nsa_eager", "nsa_triton") for name in BRANCHES},
     "nsa_eager::select_blocks": select,
@@ -262,27 +262,62 @@ OPERATORS: dict[str, Callable[[str, str, Tensors], tuple]] = {
 
 
 def test_every_operator_is_among_those_tested() -> None:
-    registered = {
-        name for name in torch._C._dispatch_get_all_op_names() if name.startswith(("nsa_eager", "nsa_triton"))
-    }
-    assert registered == set(OPERATORS)
+    assert set(OPERATORS) == set(INPUTS)
 
 
-@pytest.mark.parametrize("qualified", OPERATORS)
-def test_operators_keep_the_rules(qualified: str) -> None:
+def inputs_of(qualified: str, dtype: torch.dtype) -> tuple:
     namespace, name = qualified.split("::")
-    inputs = OPERATORS[qualified](name, namespace, draw(CASE, torch.float32))
-    if not name.endswith("_backward"):
-        inputs = tuple(x.requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs)
-    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, inputs)
+    return INPUTS[qualified](name, namespace, draw(CASE, dtype))
 
 
-@pytest.mark.parametrize("qualified", OPERATORS)
+def asking(inputs: tuple) -> tuple:
+    """Tensors that want gradients where they can have some."""
+    return tuple(x.requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs)
+
+
+@pytest.mark.parametrize("qualified", INPUTS)
+def test_operators_keep_the_rules(qualified: str) -> None:
+    inputs = inputs_of(qualified, torch.float32)
+    torch.library.opcheck(
+        OPERATORS[qualified].registered, inputs if qualified.endswith("_backward") else asking(inputs)
+    )
+
+
+differentiable = pytest.mark.parametrize("qualified", [name for name in INPUTS if f"{name}_backward" in INPUTS])
+
+
+@differentiable
+def test_the_way_around_the_dispatcher_gives_the_same_bits(qualified: str) -> None:
+    operator, found = OPERATORS[qualified], []
+    for way in (operator, operator.registered):
+        inputs = asking(inputs_of(qualified, torch.float32))
+        outputs = way(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs[0].square().sum().backward()
+        grads = [x.grad for x in inputs if isinstance(x, Tensor)]
+        assert [x.requires_grad for x in outputs] == [x is outputs[0] for x in outputs]
+        found.append([*outputs, *(x for x in grads if x is not None)])
+    around, through = found
+    assert len(around) == len(through)
+    for i, (x, y) in enumerate(zip(around, through, strict=True)):
+        assert_equal(x, y, what=f"output or gradient {i}")
+
+
+@differentiable
+def test_second_derivatives_are_refused(qualified: str) -> None:
+    inputs = asking(inputs_of(qualified, torch.float32))
+    outputs = OPERATORS[qualified](*inputs)
+    out = outputs[0] if isinstance(outputs, tuple) else outputs
+    (dx,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("qualified", INPUTS)
 def test_operators_promise_what_they_give(qualified: str) -> None:
     """In a narrow dtype, where it matters which results are kept in a wider one."""
-    namespace, name = qualified.split("::")
-    inputs = OPERATORS[qualified](name, namespace, draw(CASE, torch.bfloat16))
-    torch.library.opcheck(getattr(getattr(torch.ops, namespace), name).default, inputs, test_utils="test_faketensor")
+    inputs = inputs_of(qualified, torch.bfloat16)
+    torch.library.opcheck(OPERATORS[qualified].registered, inputs, test_utils="test_faketensor")
 
 
 @each_packing
