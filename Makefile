@@ -109,12 +109,12 @@ sanitize: $(READY)  ## do the kernels stay within their memory, and free of race
 train: $(READY)  ## train NSA and its dense twin on the same data, side by side
 	$(PY) -m validation.system.twins --folder '$(OUT)/train' $(if $(FRESH),--fresh)
 
-coverage: $(READY)  ## unit and smoke, and how much of nsa/ they reach, by line and branch
+coverage: $(READY)  ## unit, smoke and system, and how much of nsa/ they reach, by line and branch
 	$(PY) -m coverage erase
-	$(MAKE) unit smoke COVERAGE=1
+	$(MAKE) unit smoke system COVERAGE=1
 	$(PY) -m coverage report
 
-test: lint coverage system  ## what any machine can run while you wait; `make integration` has the rest
+test: lint coverage  ## what any machine can run while you wait; `make integration` has the rest
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

@@ -11,7 +11,7 @@ from nsa.config import NSAConfig
 from nsa.kernels import cache
 from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
-from nsa.kernels.contiguous import compressed_attention, sliding_window_attention
+from nsa.kernels.flash_attention import compressed_attention, sliding_window_attention
 from nsa.kernels.select import select_blocks
 from nsa.kernels.selected import selected_attention
 

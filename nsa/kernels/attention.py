@@ -24,10 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels import contiguous, selected
-from nsa.kernels.common import accumulator, rows_contiguous
+from nsa.kernels import flash_backward, flash_forward, selected
+from nsa.kernels.flash_attention import compressed_attention
+from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.primitives import accumulator, rows_contiguous
 from nsa.kernels.select import select_blocks
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
+from nsa.varlen import Varlen
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -85,9 +88,11 @@ def _attend_forward(
 
     `out_cmp` and `lse_cmp` are what the compressed branch gives for `q`, `k_cmp` and `v_cmp`.
     """
-    rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
-    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, *rest)
-    out_win, lse_win = contiguous.window_forward(q, k_win, v_win, None, *rest)
+    config, num_keys = config_of(sizes), k_slc.shape[1]
+    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
+    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale)
+    window = PositionMap.sliding(config, num_keys)
+    out_win, lse_win = flash_forward.forward(window, q, k_win, v_win, varlen, num_keys, scale)
     out = combine((out_cmp, out_slc, out_win), gates)
     return out, out_slc, lse_slc, out_win, lse_win
 
@@ -121,19 +126,24 @@ def _attend_backward(
     sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
+    config, num_keys = config_of(sizes), k_slc.shape[1]
+    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
+    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, config, scale)
     dout, q, gates = rows_contiguous(dout), rows_contiguous(q), gates.contiguous()
     dgates = torch.zeros_like(gates)
     (gate_cmp, gate_slc, gate_win), (dgate_cmp, dgate_slc, dgate_win) = gates.unbind(-1), dgates.unbind(-1)
-    dq, dk_cmp, dv_cmp = contiguous.compressed_backward(
-        dout, q, k_cmp, v_cmp, out_cmp, lse_cmp, None, *rest, gate=gate_cmp, dgate=dgate_cmp
+    positions = PositionMap.compressed(config, num_keys)
+    dq, dk_cmp, dv_cmp = flash_backward.backward(
+        positions, dout, q, k_cmp, v_cmp, out_cmp, lse_cmp, varlen, num_keys, scale, gate=gate_cmp, dgate=dgate_cmp
     )
     dq, dk_slc, dv_slc = selected.backward(
         dout, q, k_slc, v_slc, out_slc, lse_slc, indices, *rest, gate=gate_slc, dgate=dgate_slc, dq=dq
     )
-    dq, dk_win, dv_win = contiguous.window_backward(
-        dout, q, k_win, v_win, out_win, lse_win, None, *rest, gate=gate_win, dgate=dgate_win, dq=dq
-    )
+    positions = PositionMap.sliding(config, num_keys)
+    dq, dk_win, dv_win = flash_backward.backward(
+        positions, dout, q, k_win, v_win, out_win, lse_win, varlen, num_keys, scale, gate=gate_win, dgate=dgate_win,
+        dq=dq,
+    )  # fmt: skip
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
 
 
@@ -171,7 +181,7 @@ def nsa_attention(
     """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.functional.nsa_attention`."""
     num_keys, cu = k_slc.shape[1], (cu_seqlens_q, cu_seqlens_k)
     with torch.no_grad():  # its gradients are made with the others'
-        out_cmp, lse = contiguous.compressed_attention(q, k_cmp, v_cmp, config, num_keys, *cu, scale)
+        out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, *cu, scale)
     if indices is None:
         indices = select_blocks(q, k_cmp, lse, config, num_keys, *cu, scale)
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, lse, indices)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.common import accumulator, find_program, rows_contiguous
+from nsa.kernels.primitives import accumulator, find_program, rows_contiguous
 from nsa.ops import Gradient, Operator, accumulation_dtype
 
 _ROWS = 16

@@ -31,30 +31,31 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.common import (
+from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.primitives import (
     LOG2E,
     accumulator,
-    block_offsets,
-    dot,
+    count_tiles,
+    dot_nt,
     dot_precision,
     find_tile,
-    load_rows,
+    load_chunks,
     rows_contiguous,
-    tile_table,
 )
 from nsa.kernels.tuning import chunks, launch
 from nsa.ops import Operator, accumulation_dtype, config_of, sizes_of
+from nsa.varlen import Varlen
 
 WORKSPACE_BYTES = 128 << 20
 """Importances held at a time: enough queries to fill a large GPU, little beside the queries themselves."""
 
 # Sizes that change from call to call and are no reason to compile again.
-_LENGTHS = ("num_queries", "num_tokens", "num_blocks", "first_tile", "num_tiles", "width", "span")
+_LENGTHS = ("num_sequences", "num_queries", "num_tokens", "num_blocks", "first_tile", "num_tiles", "width", "span")
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _importance_kernel(
-    q, k, lse, scores, tiles, cu_queries, cu_tokens, cu_blocks, q_strides, k_strides, num_queries, num_tokens,
+    q, k, lse, scores, cu_queries, cu_tokens, cu_blocks, num_sequences, q_strides, k_strides, num_queries, num_tokens,
     num_blocks, first_tile, num_tiles, width, span, scale, HEADS, G: tl.constexpr, PADDED_G: tl.constexpr,
     QUERIES: tl.constexpr, BLOCKS: tl.constexpr, RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,17 +71,9 @@ def _importance_kernel(
     head = (program // num_tiles % HEADS).to(tl.int64)
     batch = (program // num_tiles // HEADS).to(tl.int64)
     first, query_start, queries, tokens, block_start, count = find_tile(
-        tiles,
-        cu_queries,
-        cu_tokens,
-        cu_blocks,
-        num_queries,
-        num_tokens,
-        num_blocks,
-        first_tile + local_tile,
-        QUERIES,
-        PACKED,
-    )
+        cu_queries, cu_queries, cu_tokens, cu_blocks, num_sequences, num_queries, num_tokens, num_blocks,
+        first_tile + local_tile, 1, QUERIES, PACKED,
+    )  # fmt: skip
     within = tl.arange(0, QUERIES)
     position = first + within + tokens - queries
     live = first + within < queries
@@ -96,10 +89,7 @@ def _importance_kernel(
     offsets = query * q_strides[1] + member.to(tl.int64) * q_strides[2]
     q += batch * q_strides[0] + head * G * q_strides[2]
     k += batch * k_strides[0] + block_start.to(tl.int64) * k_strides[1] + head * k_strides[2]
-    q0 = load_rows(q, offsets, real, 0, K0, DK, True)
-    q1 = q0
-    if K1 > 0:
-        q1 = load_rows(q, offsets, real, K0, K1, DK, True)
+    q0, q1 = load_chunks(q, offsets, real, DK, K0, K1)
     rows = (batch * num_queries + query) * HEADS * G + head * G + member
     log_sum = tl.load(lse + rows, mask=real, other=float("-inf")).to(ACC) * LOG2E
     # Columns of nothing, and queries that see nothing, have probabilities of 0.
@@ -115,11 +105,8 @@ def _importance_kernel(
         block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)
         exists = (block >= 0) & (block < count)
         k_offsets = block.to(tl.int64) * k_strides[1]
-        k0 = load_rows(k, k_offsets, exists, 0, K0, DK, True)
-        s = dot(k0, tl.trans(q0), None, ACC, PRECISION)
-        if K1 > 0:
-            k1 = load_rows(k, k_offsets, exists, K0, K1, DK, True)
-            s = dot(k1, tl.trans(q1), s, ACC, PRECISION)
+        k0, k1 = load_chunks(k, k_offsets, exists, DK, K0, K1)
+        s = dot_nt(k0, k1, q0, q1, K1, ACC, PRECISION)
         # A hidden key's logit may be any height above the log-sum-exp; a visible one's is not, but for rounding.
         p = tl.exp2(tl.minimum(s * (scale * LOG2E) - log_sum[None, :], 0.0))
         p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)
@@ -139,7 +126,7 @@ def _importance_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _best_kernel(
-    scores, indices, tiles, cu_queries, cu_tokens, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
+    scores, indices, cu_queries, cu_tokens, num_sequences, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
     WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -150,17 +137,9 @@ def _best_kernel(
     head = program * ROWS // (num_tiles * QUERIES) % HEADS
     batch = (program * ROWS // (num_tiles * QUERIES) // HEADS).to(tl.int64)
     first, query_start, queries, tokens, _, _ = find_tile(
-        tiles,
-        cu_queries,
-        cu_tokens,
-        cu_queries,
-        num_queries,
-        num_tokens,
-        0,
-        first_tile + local_row // QUERIES,
-        QUERIES,
-        PACKED,
-    )
+        cu_queries, cu_queries, cu_tokens, cu_queries, num_sequences, num_queries, num_tokens, 0,
+        first_tile + local_row // QUERIES, 1, QUERIES, PACKED,
+    )  # fmt: skip
     row = tl.arange(0, ROWS)
     query = first + local_row % QUERIES + row
     live = query < queries
@@ -215,12 +194,9 @@ def _choose_blocks(
     queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
     queries = max(queries, 16 // padded_group, 1)
 
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        tiles, count = None, triton.cdiv(num_queries, queries)
-        packing: tuple[Tensor | None, ...] = (None, None, None)
-    else:
-        tiles = tile_table(cu_seqlens_q, queries, num_queries)
-        packing, count = (cu_seqlens_q, cu_seqlens_k, block_offsets(cu_seqlens_k, config)), len(tiles)
+    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, num_queries, config)
+    offsets = PositionMap.compressed(config, num_keys).offsets(varlen)
+    count = count_tiles(num_queries, 1, queries, offsets)
     first_chunk, second_chunk = chunks(dim)
     constants: dict[str, Any] = {
         "G": group,
@@ -242,7 +218,7 @@ def _choose_blocks(
         taken = min(step, count - first)
         # Unless sequences are packed, the last query of the part says how far importances can reach.
         reach = num_keys - num_queries + min((first + taken) * queries, num_queries)
-        width = config.num_selectable(reach if tiles is None else num_keys)
+        width = config.num_selectable(reach if varlen is None else num_keys)
         scores = q.new_empty((batch, heads, taken * queries, width), dtype=dtype)
         programs = batch * heads * taken
         parts = max(1, min(parameters["programs"] // programs, width // (4 * constants["BLOCKS"])))
@@ -251,16 +227,16 @@ def _choose_blocks(
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
             _importance_kernel[(programs, parts)](
-                q, k_cmp, lse, scores, tiles, *packing, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
+                q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
                 k_cmp.shape[1], first, taken, width, triton.cdiv(width, parts), scale, heads, **constants,
-                QUERIES=queries, PACKED=tiles is not None, num_warps=parameters["num_warps"],
+                QUERIES=queries, PACKED=varlen is not None, num_warps=parameters["num_warps"],
                 num_stages=parameters["num_stages"],
             )  # fmt: skip
             _best_kernel[(programs * (queries // rows),)](
-                scores, indices, tiles, *packing[:2], num_queries, num_keys, first, taken, width, heads,
+                scores, indices, *offsets[:2], offsets[3], num_queries, num_keys, first, taken, width, heads,
                 WANTED=config.num_selected_blocks, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
                 SIZE=config.select_block_size, QUERIES=queries, ROWS=rows, CANDIDATES=candidates,
-                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2, PACKED=tiles is not None,
+                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2, PACKED=varlen is not None,
                 num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
     return indices

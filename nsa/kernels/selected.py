@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.common import (
+from nsa.kernels.primitives import (
     LN2,
     LOG2E,
     accumulator,

@@ -1,9 +1,8 @@
-"""What the kernels share: dtypes, head dimensions in two chunks, tiles of packed sequences, loads and stores of rows.
+"""What the kernels share: dtypes, tiles of packed sequences, rows in one or two chunks of columns, the online softmax.
 
 Packed sequences are cut into tiles that never cross a boundary. How many tiles that makes depends on the lengths, which
-live on the device, while a grid must be known on the host. So a table of tiles is made with as many entries as there
-could be, `total // block + N`, by PyTorch operations that never wait for the device; programs whose entry is not used
-have nothing to do.
+live on the device, while a grid must be known on the host. So grids have room for as many tiles as there could be, each
+program finds its tile from the offsets (`find_sequence`), and programs without one have nothing to do.
 """
 
 from typing import Any
@@ -14,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.config import NSAConfig
 from nsa.kernels.tuning import chunks
 
 # The interpreter holds bfloat16 as integers and multiplies them as such.
@@ -39,31 +37,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def block_offsets(cu_seqlens: Tensor, config: NSAConfig) -> Tensor:
-    """Where the compressed blocks of each packed sequence start, int32 `[N + 1]`."""
-    counts = ((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-
-
-def tile_table(offsets: Tensor, block: int, total: int, rows_per_entry: int = 1) -> Tensor:
-    """Tiles of at most `block` rows inside the sequences that `offsets [N + 1]` bound.
+def count_tiles(length: int, factor: int, block: int, offsets: tuple[Any, Any, Any, int]) -> int:
+    """Tiles of `block` rows that `length` steps of `factor` rows make, or that packed sequences could make of them.
 
     Args:
-        total: rows of all sequences, on the host: at least as many as there are.
-        rows_per_entry: rows for each step of the offsets (query heads of a KV head, where they are packed as rows).
-
-    Returns:
-        int32 `[total // block + N, 2]`: the sequence and its row the tile starts with; sequence -1 where unused.
+        offsets: as kernels take them; the last is the number of packed sequences, 0 where there is one sequence.
     """
-    lengths = offsets.diff().long() * rows_per_entry
-    counts = (lengths + (block - 1)) // block
-    ends = counts.cumsum(0)
-    tile = torch.arange(total // block + len(lengths), device=offsets.device)
-    sequence = torch.searchsorted(ends, tile, right=True)
-    used = sequence < len(lengths)
-    sequence = sequence.clamp(max=len(lengths) - 1)
-    first = (tile - (ends - counts)[sequence]) * block
-    return torch.stack((sequence.where(used, -1), first.where(used, 0)), 1).int()
+    sequences = offsets[3]
+    return length * factor // block + sequences if sequences else -(-length * factor // block)
 
 
 def describable(*tensors: Tensor) -> bool:
@@ -133,25 +114,42 @@ def find_program(num_tiles, HEADS):
 
 
 @triton.jit
+def find_sequence(offsets, num_sequences, slot, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """The packed sequence that has slot number `slot`, and the number of that slot within the sequence.
+
+    Sequences are cut into blocks of `BLOCK` rows, `FACTOR` rows for each step of `offsets [N + 1]`. The slots of
+    sequence `s` begin at `offsets[s] FACTOR // BLOCK + s`, which leaves room for all of its blocks; some slots have
+    none. So the slots of all sequences are known to be `offsets[N] FACTOR // BLOCK + N` without a look at the device.
+    """
+    sequence = slot * 0 - 1
+    for start in range(0, num_sequences, 32):
+        candidate = start + tl.arange(0, 32)
+        offset = tl.load(offsets + candidate, mask=candidate < num_sequences, other=0)
+        begins = (candidate < num_sequences) & (offset * FACTOR // BLOCK + candidate <= slot)
+        sequence += tl.sum(begins.to(tl.int32), 0)
+    return sequence, slot - tl.load(offsets + sequence) * FACTOR // BLOCK - sequence
+
+
+@triton.jit
 def find_tile(
-    tiles, cu_queries, cu_tokens, cu_keys, num_queries, num_tokens, num_keys, tile, BLOCK, PACKED: tl.constexpr
-):
-    """Where tile number `tile` lies: its first row, then start and number of queries, number of tokens, start and
-    number of keys of its sequence. An unused tile belongs to a sequence of nothing."""
-    first = tile * BLOCK
+    offsets, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys, tile,
+    FACTOR: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """First row of a tile of `BLOCK` rows, then start and number of queries, number of tokens, start and number of keys
+    of its sequence. `offsets` are those of what is cut into tiles, with `FACTOR` rows a step. Tiles that do not exist,
+    for which `find_sequence` leaves room, belong to a sequence of nothing."""
     query_start = 0
     key_start = 0
     if PACKED:
-        sequence = tl.load(tiles + 2 * tile)
-        first = tl.load(tiles + 2 * tile + 1)
-        used = (sequence >= 0).to(tl.int32)
-        sequence = tl.maximum(sequence, 0)
+        sequence, tile = find_sequence(offsets, num_sequences, tile, FACTOR, BLOCK)
+        rows = (tl.load(offsets + sequence + 1) - tl.load(offsets + sequence)) * FACTOR
+        exists = (tile * BLOCK < rows).to(tl.int32)
         query_start = tl.load(cu_queries + sequence)
         key_start = tl.load(cu_keys + sequence)
-        num_queries = (tl.load(cu_queries + sequence + 1) - query_start) * used
-        num_keys = (tl.load(cu_keys + sequence + 1) - key_start) * used
-        num_tokens = (tl.load(cu_tokens + sequence + 1) - tl.load(cu_tokens + sequence)) * used
-    return first, query_start, num_queries, num_tokens, key_start, num_keys
+        num_queries = (tl.load(cu_queries + sequence + 1) - query_start) * exists
+        num_keys = (tl.load(cu_keys + sequence + 1) - key_start) * exists
+        num_tokens = (tl.load(cu_tokens + sequence + 1) - tl.load(cu_tokens + sequence)) * exists
+    return tile * BLOCK, query_start, num_queries, num_tokens, key_start, num_keys
 
 
 @triton.jit
@@ -236,3 +234,67 @@ def store_rows(
     if ADD:
         x += tl.load(pointers, mask=mask, other=0.0).to(x.dtype)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+# Rows whose columns come in two chunks. Where there is one chunk, the second is something of no meaning.
+
+
+@triton.jit
+def load_chunks(base, offsets, seen, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr = True):
+    """Rows `[M, D0]` and `[M, D1]` at `base + offsets [M]`; 0 if MASKED where not `seen [M]`."""
+    first = load_rows(base, offsets, seen, 0, D0, D, MASKED)
+    second = first
+    if D1 > 0:
+        second = load_rows(base, offsets, seen, D0, D1, D, MASKED)
+    return first, second
+
+
+@triton.jit
+def store_chunks(
+    base, offsets, seen, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ADD: tl.constexpr = False
+):
+    """Rows `[M, D0]` and `[M, D1]` to `base + offsets [M]`, added to what is there with ADD."""
+    store_rows(base, offsets, seen, x0, 0, D0, D, ADD)
+    if D1 > 0:
+        store_rows(base, offsets, seen, x1, D0, D1, D, ADD)
+
+
+@triton.jit
+def dot_nt(x0, x1, y0, y1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """`x y^T` for `x [M, D]` and `y [N, D]`."""
+    product = dot(x0, tl.trans(y0), None, ACC, PRECISION)
+    if D1 > 0:
+        product = dot(x1, tl.trans(y1), product, ACC, PRECISION)
+    return product
+
+
+@triton.jit
+def add_dot(p, v0, v1, acc0, acc1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """`acc + p v` for `p [M, N]` and `v [N, D]`."""
+    acc0 = dot(p, v0, acc0, ACC, PRECISION)
+    if D1 > 0:
+        acc1 = dot(p, v1, acc1, ACC, PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
+def online_softmax_update(s, row_max, scale, MASKED: tl.constexpr):
+    """One step of the online softmax, base 2.
+
+    Args:
+        s: logits `[M, N]`; if MASKED scaled already, and `-inf` where hidden.
+        row_max: `[M]`, the largest scaled logit of each row so far.
+
+    Returns:
+        `2^(s - new_max)`, the factor by which earlier sums shrink, and the new maximum.
+    """
+    if MASKED:
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        # A row may have seen nothing yet; -inf less -inf is no number.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s - base[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+        base = new_max
+        p = tl.exp2(s * scale - base[:, None])
+    return p, tl.exp2(row_max - base), new_max

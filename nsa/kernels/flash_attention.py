@@ -1,0 +1,82 @@
+"""Compressed and window branch as operators: flash attention, each with its map of positions (paper, section 3.3)."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels import flash_backward, flash_forward
+from nsa.kernels.flash_tiles import PositionMap
+from nsa.ops import Operator, branch_operator, sizes_of
+from nsa.varlen import Varlen
+
+
+def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Operator:
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        num_tokens: int,
+        config: NSAConfig,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
+        return flash_forward.forward(positions(config, num_tokens), q, k, v, varlen, num_tokens, scale)
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        indices: None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        num_tokens: int,
+        config: NSAConfig,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
+        return flash_backward.backward(
+            positions(config, num_tokens), dout, q, k, v, out, lse, varlen, num_tokens, scale
+        )
+
+    return branch_operator("nsa_triton", name, forward, backward)
+
+
+_compressed = _branch("compressed_attention", PositionMap.compressed)
+_window = _branch("sliding_window_attention", PositionMap.sliding)
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    config: NSAConfig,
+    num_keys: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]`; see `nsa.functional.compressed_attention`."""
+    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    return cast(tuple[Tensor, Tensor], _compressed(q, k_cmp, v_cmp, None, *rest))
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
+    rest: tuple[Any, ...] = (cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)
+    return cast(Tensor, _window(q, k, v, None, *rest)[0])

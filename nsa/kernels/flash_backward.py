@@ -1,0 +1,338 @@
+"""Backward pass of the compressed and of the window branch: flash attention under a map of positions.
+
+With `p = 2^(s - lse / ln 2)`, `delta = dout.out` and `ds = p (dout.v - delta)`:
+
+    dq = scale sum_j ds k,    dk = scale sum_t ds q,    dv = sum_t p dout.
+
+One kernel walks over the keys of a tile of queries for `dq`; another walks over the queries of a tile of keys for `dk`
+and `dv`, all query heads of the KV head among them, so that no sum crosses programs and results are the same bits every
+time. The latter works on transposed matrices, keys as rows: `p` and `ds` then are operands that a matrix unit takes
+from registers. Where key tiles are too few to fill the device (long sequences have few compressed keys), the queries of
+a tile are split among several programs, which write partial sums to be added afterwards. Rows that see nothing get
+`lse = +inf`, which makes `p = 0` without a special case.
+
+What is not finite is treated as in the forward pass: a tile whose sums are not finite is computed again with CLEAN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.kernels.flash_tiles import (
+    LENGTHS,
+    PositionMap,
+    count_visible,
+    flash_config,
+    flash_constants,
+    key_range,
+    nth_tile,
+    split_range,
+)
+from nsa.kernels.primitives import (
+    LOG2E,
+    add_dot,
+    count_tiles,
+    describable,
+    descriptors,
+    dot_nt,
+    fetch,
+    find_program,
+    find_tile,
+    load_chunks,
+    not_finite,
+    probability,
+    rows_contiguous,
+    store_chunks,
+    weigh,
+    without,
+    zero_unless_finite,
+)
+from nsa.varlen import Varlen
+
+_MOST_SPLITS = 32
+"""Programs among which the queries of one key tile are split, at most: each writes a tile of partial sums."""
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _bwd_dq_kernel(
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, dgate, dq,
+    q_strides, k_strides, v_strides, out_strides, dout_strides, lse_stride, row_strides, dq_strides,
+    cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys, window, num_tiles, HEADS, scale,
+    scale_log2,
+    STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """`dq`, added to what is there with ADD, the gate's gradient, which is `delta`, and for the other kernel `delta`
+    and the log-sum-exp in base 2, weighted by the gate, both head-major."""
+    tile, head, batch = find_program(num_tiles, HEADS)
+    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+        cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+        num_tiles - 1 - tile, G, BLOCK_M, PACKED,
+    )  # fmt: skip
+    shift = num_tokens - num_queries
+    batch64 = tl.cast(batch, tl.int64)
+    head64 = tl.cast(head, tl.int64)
+    q += batch64 * q_strides[0]
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
+    out += batch64 * out_strides[0]
+    dout += batch64 * dout_strides[0]
+    dq += batch64 * dq_strides[0]
+    key_first, key_stop, count, a, b = key_range(
+        first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
+        LAST, WINDOWED, BLOCK_N, SPLIT,
+    )  # fmt: skip
+
+    poisoned = 1.0
+    for CLEAN in tl.static_range(2):
+        if poisoned != 0:
+            rows = first + tl.arange(0, BLOCK_M)
+            inside = rows < num_queries * G
+            position = rows // G + shift
+            token = (query_start + rows // G).to(tl.int64)
+            query_head = (head * G + rows % G).to(tl.int64)
+            num_visible = count_visible(position, STRIDE, LAST)
+            first_visible = position - window + 1
+            q0, q1 = load_chunks(q, token * q_strides[1] + query_head * q_strides[2], inside, DK, K0, K1)
+            dout_offsets = token * dout_strides[1] + query_head * dout_strides[2]
+            do0, do1 = load_chunks(dout, dout_offsets, inside, DV, V0, V1)
+            out_offsets = token * out_strides[1] + query_head * out_strides[2]
+            o0, o1 = load_chunks(out, out_offsets, inside, DV, V0, V1)
+            delta = tl.sum(do0.to(ACC) * o0.to(ACC), 1)
+            if V1:
+                delta += tl.sum(do1.to(ACC) * o1.to(ACC), 1)
+            of_row = batch64 * lse_stride + token * (HEADS * G) + query_head
+            lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
+            lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+            row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
+            tl.store(delta_out + row_offsets, delta, mask=inside)
+            if gate is not None:
+                weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
+                tl.store(lse2_out + row_offsets, weigh(lse2, weight, ACC), mask=inside)
+                tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
+            else:
+                weight = tl.full([BLOCK_M], 1.0, ACC)
+                tl.store(lse2_out + row_offsets, lse2, mask=inside)
+
+            k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
+            v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
+            dq0 = tl.zeros([BLOCK_M, K0], ACC)
+            dq1 = tl.zeros([BLOCK_M, K1 if K1 else 16], ACC)
+            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+                for i in range(0, count - (b - a) if MASKED else b - a):
+                    start = key_first + nth_tile(i, a, b, MASKED) * BLOCK_N
+                    keys = start + tl.arange(0, BLOCK_N)
+                    exists = keys < key_stop
+                    row = key_start + start
+                    k0, k1 = fetch(
+                        k_tiles0, k_tiles1, k, k_offsets, exists, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    v0, v1 = fetch(
+                        v_tiles0, v_tiles1, v, v_offsets, exists, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
+                        MASKED, TMA,
+                    )  # fmt: skip
+                    s = dot_nt(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
+                    if MASKED:
+                        visible = keys[None, :] < num_visible[:, None]
+                        if WINDOWED:
+                            visible = visible & (keys[None, :] >= first_visible[:, None])
+                        s = tl.where(visible, s, float("-inf"))
+                    p = tl.exp2(s - lse2[:, None])
+                    ds = p * (dot_nt(do0, do1, v0, v1, V1, ACC, PRECISION) - delta[:, None])
+                    if CLEAN and MASKED:
+                        ds = tl.where(visible, ds, 0.0)
+                        k0, k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+                    dq0, dq1 = add_dot(ds.to(k0.dtype), k0, k1, dq0, dq1, K1, ACC, PRECISION)
+
+            stored = inside
+            if not CLEAN:
+                poisoned = zero_unless_finite(dq0, dq1, K1, ACC)
+                stored = tl.where(inside, poisoned, 1.0) == 0  # what is added cannot be taken back
+            factor = (scale * weight)[:, None]
+            dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
+            store_chunks(dq, dq_offsets, stored, dq0 * factor, dq1 * factor, DK, K0, K1, ADD)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _bwd_dkdv_kernel(
+    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides,
+    v_strides, dout_strides, row_strides, dk_strides, dv_strides, cu_queries, cu_tokens, cu_keys, num_sequences,
+    num_queries, num_tokens, num_keys, window, num_tiles, HEADS, num_splits, scale, scale_log2,
+    STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """One split of `dk` and `dv` of a tile of keys. `dk_strides` begin with that of the split."""
+    tile, head, batch = find_program(num_tiles * num_splits, HEADS)
+    split = tile % num_splits
+    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+        cu_keys, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+        tile // num_splits, 1, BLOCK_N, PACKED,
+    )  # fmt: skip
+    shift = num_tokens - num_queries
+    split64 = tl.cast(split, tl.int64)
+    batch64 = tl.cast(batch, tl.int64)
+    head64 = tl.cast(head, tl.int64)
+    q += batch64 * q_strides[0]
+    k += batch64 * k_strides[0] + head64 * k_strides[2]
+    v += batch64 * v_strides[0] + head64 * v_strides[2]
+    dout += batch64 * dout_strides[0]
+    lse2 += batch64 * row_strides[0]
+    delta += batch64 * row_strides[0]
+    dk += split64 * dk_strides[0] + batch64 * dk_strides[1] + head64 * dk_strides[3]
+    dv += split64 * dv_strides[0] + batch64 * dv_strides[1] + head64 * dv_strides[3]
+
+    # The queries that see any key of the tile, and those that see all, counted from the first of the sequence.
+    last = tl.minimum(first + BLOCK_N, num_keys) - 1
+    # A start at a multiple of 16 lets what is kept a row be read 16 bytes at a time.
+    query_first = tl.maximum(first * STRIDE + LAST - shift, 0) // 16 * 16
+    full_first = tl.maximum(last * STRIDE + LAST - shift, 0)
+    query_stop = num_queries
+    full_stop = num_queries
+    if WINDOWED:
+        query_stop = tl.minimum(num_queries, last + window - shift)
+        full_stop = tl.minimum(num_queries, first + window - shift)
+    count, a, b = split_range(query_first, full_first, full_stop, query_stop, BLOCK_M, SPLIT)
+    # This split's tiles are [begin, end), and of those [a, b) need no mask.
+    begin = count * split // num_splits
+    end = count * (split + 1) // num_splits
+    a = tl.minimum(tl.maximum(a, begin), end)
+    b = tl.minimum(tl.maximum(b, begin), end)
+
+    poisoned = 1.0
+    for CLEAN in tl.static_range(2):
+        if poisoned != 0:
+            keys = first + tl.arange(0, BLOCK_N)
+            exists = keys < num_keys
+            key = (key_start + keys).to(tl.int64)
+            k0, k1 = load_chunks(k, key * k_strides[1], exists, DK, K0, K1)
+            v0, v1 = load_chunks(v, key * v_strides[1], exists, DV, V0, V1)
+            q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
+            do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
+            dk0 = tl.zeros([BLOCK_N, K0], ACC)
+            dk1 = tl.zeros([BLOCK_N, K1 if K1 else 16], ACC)
+            dv0 = tl.zeros([BLOCK_N, V0], ACC)
+            dv1 = tl.zeros([BLOCK_N, V1 if V1 else 16], ACC)
+            for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+                # Heads are the inner part of one long loop, whose pipeline is filled once.
+                for i in range(0, (end - begin - (b - a) if MASKED else b - a) * G):
+                    start = query_first + (begin + nth_tile(i // G, a - begin, b - begin, MASKED)) * BLOCK_M
+                    queries = start + tl.arange(0, BLOCK_M)
+                    inside = queries < num_queries
+                    row = query_start + start
+                    query_head = head * G + i % G
+                    query_head64 = tl.cast(query_head, tl.int64)
+                    q0, q1 = fetch(
+                        q_tiles0, q_tiles1, q + query_head64 * q_strides[2], q_offsets, inside, batch, query_head, row,
+                        q_strides[1], DK, K0, K1, BLOCK_M, MASKED, TMA,
+                    )  # fmt: skip
+                    do0, do1 = fetch(
+                        do_tiles0, do_tiles1, dout + query_head64 * dout_strides[2], do_offsets, inside, batch,
+                        query_head, row, dout_strides[1], DV, V0, V1, BLOCK_M, MASKED, TMA,
+                    )  # fmt: skip
+                    of_row = query_head64 * row_strides[1] + row + tl.arange(0, BLOCK_M)
+                    if MASKED:
+                        row_lse2 = tl.load(lse2 + of_row, mask=inside, other=float("inf"))
+                        row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
+                    else:
+                        row_lse2 = tl.load(lse2 + of_row)
+                        row_delta = tl.load(delta + of_row)
+                    s = dot_nt(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
+                    if MASKED:
+                        position = queries + shift
+                        visible = keys[:, None] < count_visible(position, STRIDE, LAST)[None, :]
+                        if WINDOWED:
+                            visible = visible & (keys[:, None] > (position - window)[None, :])
+                        s = tl.where(visible, s, float("-inf"))
+                    p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
+                    if CLEAN and MASKED:
+                        visible = visible & inside[None, :]
+                        bad = not_finite(do0, do1, V1, ACC)
+                        do0, do1 = without(do0, do1, bad, V1)
+                        q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
+                        # A query that is not finite spoils the keys that it sees, and no others.
+                        p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
+                    dv0, dv1 = add_dot(p.to(do0.dtype), do0, do1, dv0, dv1, V1, ACC, PRECISION)
+                    ds = p * (dot_nt(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
+                    if CLEAN and MASKED:
+                        ds = tl.where(visible, ds, 0.0)
+                    dk0, dk1 = add_dot(ds.to(q0.dtype), q0, q1, dk0, dk1, K1, ACC, PRECISION)
+
+            store_chunks(dk, key * dk_strides[2], exists, dk0 * scale, dk1 * scale, DK, K0, K1)
+            store_chunks(dv, key * dv_strides[2], exists, dv0, dv1, DV, V0, V1)
+            if not CLEAN:
+                poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
+
+
+def backward(
+    positions: PositionMap,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    varlen: Varlen | None,
+    num_tokens: int,
+    scale: float,
+    *,
+    gate: Tensor | None = None,
+    dgate: Tensor | None = None,
+    dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients `dq`, `dk` and `dv` of one branch, contiguous; arguments as `flash_forward.forward` has them.
+
+    Args:
+        gate: `[B, Tq, Hq]`, every third element of memory: what `dout` is to be multiplied by.
+        dgate: the same for `gate`'s gradient, written.
+        dq: contiguous, added to.
+    """
+    batch, num_queries, query_heads, _ = q.shape
+    num_keys, heads = k.shape[1:3]
+    if not lse.numel() or not k.numel():
+        return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+    add = dq is not None
+    dq = q.new_empty(q.shape) if dq is None else dq
+    dout, q, k, v, out = map(rows_contiguous, (dout, q, k, v, out))
+    offsets = positions.offsets(varlen)
+    lengths = (*offsets, num_queries, num_tokens, num_keys, positions.window or 0)
+    constants = flash_constants(q, k, v, positions, varlen is not None)
+    lse = lse.contiguous()
+    # Rows begin at whole 64 bytes, however long: kernels are compiled for strides that do and others that do not.
+    lse2, delta = lse.new_empty(2, batch, query_heads, triton.cdiv(num_queries, 16) * 16)
+
+    with torch.cuda.device_of(q):
+        config, _ = flash_config(positions, "queries", q, k, v)
+        config["TMA"] = config["TMA"] and varlen is None and describable(k, v)
+        tiles = count_tiles(num_queries, query_heads // heads, config["BLOCK_M"], offsets)
+        _bwd_dq_kernel[(tiles * heads * batch, 1, 1)](
+            q, k, v, *descriptors(k, config["BLOCK_N"], config["TMA"]),
+            *descriptors(v, config["BLOCK_N"], config["TMA"]), out, dout, gate, lse, lse2, delta, dgate, dq,
+            *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride(0), delta.stride()[:2], dq.stride()[:3],
+            *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants, **config,
+        )  # fmt: skip
+
+        config, programs = flash_config(positions, "keys", q, k, v)
+        config["TMA"] = config["TMA"] and varlen is None and describable(q, dout)
+        tiles = count_tiles(num_keys, 1, config["BLOCK_N"], offsets)
+        longest = num_queries if positions.window is None else min(num_queries, positions.window + config["BLOCK_N"])
+        most = min(_MOST_SPLITS, triton.cdiv(longest, config["BLOCK_M"]))
+        num_splits = max(1, min(programs // (tiles * heads * batch), most))
+        dtype = k.dtype if num_splits == 1 else delta.dtype
+        # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
+        make = torch.empty if varlen is None or positions.window is not None else torch.zeros
+        dk, dv = (make(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
+            q, k, v, *descriptors(q, config["BLOCK_M"], config["TMA"]),
+            *descriptors(dout, config["BLOCK_M"], config["TMA"]), dout, lse2, delta, dk, dv,
+            *(x.stride()[:3] for x in (q, k, v, dout)), delta.stride()[:2], dk.stride()[:4], dv.stride()[:4],
+            *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
+            **config,
+        )  # fmt: skip
+    dk, dv = (x[0] if num_splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv

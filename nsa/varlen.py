@@ -1,0 +1,56 @@
+"""Packed sequences: the tables that all stages need, made once a batch.
+
+Sequences of different lengths stand one after the other in one row of the batch. Offsets say where: sequence `s` has
+tokens `[cu_seqlens[s], cu_seqlens[s + 1])`. From them follow the positions of tokens and the places of compressed and
+of selection blocks. Nothing here waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+
+class Varlen(NamedTuple):
+    """Tables of packed sequences, on the device of the tensors they belong to.
+
+    Attributes:
+        cu_seqlens_q: int32 `[N + 1]`, offsets of the sequences' queries.
+        cu_seqlens_k: int32 `[N + 1]`, offsets of their keys.
+        cu_blocks: int32 `[N + 1]`, offsets of their compressed blocks, which follow one another without gaps.
+        queries: int32 `[Tq, 3]`, for each query its position, the first key and the first selection block of its
+            sequence. Selection blocks of sequence `s` begin at `cu_seqlens_k[s] // l' + s`: some numbers stand for
+            no block.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    cu_blocks: Tensor
+    queries: Tensor
+
+    @staticmethod
+    def maybe(
+        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, num_queries: int, config: NSAConfig
+    ) -> "Varlen | None":
+        """Tables as `of` makes them, or `None` where no sequences are packed."""
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return None
+        return Varlen.of(cu_seqlens_q, cu_seqlens_k, num_queries, config)
+
+    @staticmethod
+    def of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, config: NSAConfig) -> "Varlen":
+        """Tables for legal offsets: rising from 0 to the number of tokens, with no fewer keys than queries each."""
+        lengths = cu_seqlens_k.diff()
+        counts = ((lengths - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
+        cu_blocks = F.pad(counts.cumsum(0), (1, 0)).int()
+        query = torch.arange(num_queries, device=cu_seqlens_q.device, dtype=torch.int32)
+        sequence = torch.searchsorted(cu_seqlens_q[1:], query, right=True, out_int32=True)
+        # Compiled, there may be queries in no sequence, for which sequences without keys are made.
+        sequence = sequence.clamp(max=lengths.shape[0] - 1)
+        position = query - cu_seqlens_q[sequence + 1] + lengths[sequence]
+        first_key = cu_seqlens_k[sequence]
+        first_block = first_key // config.select_block_size + sequence
+        return Varlen(cu_seqlens_q, cu_seqlens_k, cu_blocks, torch.stack((position, first_key, first_block), 1))
