@@ -110,9 +110,9 @@ _FUNCTIONS = [
     Fault(
         "dtypes-mixed",
         "keys may have another dtype than queries",
-        "functional.py",
-        '_check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q, dtype=q.dtype)',
-        '_check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q)',
+        "checks.py",
+        'check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q, dtype=q.dtype)',
+        'check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q)',
         ("test_errors.py::test_mixed_dtypes",),
     ),
     Fault(
@@ -126,7 +126,7 @@ _FUNCTIONS = [
     Fault(
         "offsets-of-keys-ignored",
         "cu_seqlens_k is checked, then that of the queries used in its place",
-        "functional.py",
+        "checks.py",
         "return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()\n",
         "return cu_seqlens_q.contiguous(), cu_seqlens_q.contiguous()\n",
         (_eager("packed_last_queries", "sliding_window_attention"),),
@@ -134,7 +134,7 @@ _FUNCTIONS = [
     Fault(
         "compressed-block-crosses-a-boundary",
         "the first compressed block of a packed sequence is taken to be one more of the sequence before",
-        "functional.py",
+        "blocks.py",
         "sequence = torch.searchsorted(ends, block, right=True)",
         "sequence = torch.searchsorted(ends, block)",
         (_eager("packed_mean", "compress_keys"),),
@@ -142,7 +142,7 @@ _FUNCTIONS = [
     Fault(
         "block-listed-twice-accepted",
         "a block that is listed twice for one query counts twice",
-        "functional.py",
+        "checks.py",
         "if bool(repeated.any()):",
         "if bool(repeated.all()):",
         ("test_errors.py::test_a_block_listed_twice",),
@@ -150,7 +150,7 @@ _FUNCTIONS = [
     Fault(
         "scale-of-zero-ignored",
         "a scale of 0 is taken for none",
-        "functional.py",
+        "checks.py",
         "    if scale is None:\n        return float(",
         "    if not scale:\n        return float(",
         ("test_semantics.py::test_logits_may_be_scaled_by_any_number[eager-0.0-compressed_attention]",),
@@ -158,7 +158,7 @@ _FUNCTIONS = [
     Fault(
         "triton-offsets-strides-ignored",
         "offsets of packed sequences are read as if they were contiguous",
-        "functional.py",
+        "checks.py",
         "return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()",
         "return cu_seqlens_q, cu_seqlens_k",
         ("test_semantics.py::test_strides_of_offsets_do_not_matter[triton-select_blocks]",),
@@ -1283,7 +1283,7 @@ _UNDER_PYTORCH = [
     Fault(
         "compiled-offsets-taken-as-they-are",
         "offsets that torch.compile cannot look at lead wherever they say",
-        "functional.py",
+        "checks.py",
         "return _legal_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[1], num_keys)",
         "pass",
         ("test_compile.py::test_offsets_that_nobody_can_check_lead_nowhere[triton-not_to_the_end]",),
@@ -1291,7 +1291,7 @@ _UNDER_PYTORCH = [
     Fault(
         "compiled-offsets-may-fall",
         "offsets that torch.compile cannot look at are clamped, and may fall",
-        "functional.py",
+        "checks.py",
         "offsets.clamp(0, total).cummax(0).values",
         "offsets.clamp(0, total)",
         ("test_compile.py::test_offsets_that_nobody_can_check_lead_nowhere[eager-falling]",),
@@ -1307,7 +1307,7 @@ _UNDER_PYTORCH = [
     Fault(
         "tangents-dropped",
         "forward-mode derivatives are taken to be 0",
-        "functional.py",
+        "checks.py",
         "if forward_ad.unpack_dual(x).tangent is not None:",
         "if False:",
         ("test_errors.py::test_forward_mode_derivatives_are_refused[sliding_window_attention-plain]",),
@@ -1315,7 +1315,7 @@ _UNDER_PYTORCH = [
     Fault(
         "derivatives-of-functorch-unnoticed",
         "derivatives of torch.func end in an error of PyTorch's that does not say what to do",
-        "functional.py",
+        "checks.py",
         "return any(level.key() == _functorch.TransformType.Grad for level in _transforms())",
         "return False",
         ("test_errors.py::test_derivatives_of_functorch_are_refused[sliding_window_attention-plain]",),

@@ -50,7 +50,7 @@ def test_every_public_bug_is_among_them() -> None:
 
 
 def test_every_part_of_the_attention_has_faults() -> None:
-    parts = {"config.py", "functional.py", "module.py", "ops.py", "eager.py"}
+    parts = {"config.py", "blocks.py", "checks.py", "functional.py", "module.py", "ops.py", "eager.py"}
     around = {f"titan/{name}.py" for name in ("context", "data", "model", "runs")}
     kernels = {f"kernels/{path.name}" for path in (ROOT / "nsa" / "kernels").glob("*.py")} - {"kernels/__init__.py"}
     assert {fault.file for fault in FAULTS} == parts | kernels | around
@@ -86,7 +86,7 @@ def assert_exists(test: str) -> None:
 
 QUICK = "test_errors.py::test_scale_of_another_type"
 REFUSAL = 'raise TypeError(f"scale must be a float or None'
-FAULT = Fault("scale-of-any-type", "takes any scale", "functional.py", REFUSAL, "return 1.0  # ", (QUICK,))
+FAULT = Fault("scale-of-any-type", "takes any scale", "checks.py", REFUSAL, "return 1.0  # ", (QUICK,))
 
 
 @pytest.fixture(autouse=True)
@@ -129,4 +129,4 @@ def test_what_every_test_would_notice_is_no_kill(changes: dict[str, Any], proble
 
 def test_a_fault_that_does_not_apply_is_an_error() -> None:
     problem = trial.attempt(replace(FAULT, old="no such text")).problem
-    assert problem == "its text must stand in nsa/functional.py once, not 0 times"
+    assert problem == "its text must stand in nsa/checks.py once, not 0 times"
