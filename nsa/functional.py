@@ -22,12 +22,10 @@ A token that a query does not attend to has no influence on its output, whatever
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
-from types import ModuleType
-
 from torch import Tensor
 
 from nsa import eager
-from nsa.backends import BackendName
+from nsa.backends import Backend, BackendName
 from nsa.blocks import CompressionParams, block_starts
 from nsa.checks import (
     check_attention,
@@ -263,8 +261,8 @@ def nsa_attention(
     return (out, indices) if return_indices else out
 
 
-def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
-    """The module that implements the stages for these heads, `[B, T, H, D]`: Triton where it can, if left to choose."""
+def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:
+    """The backend of that name for `tensors` of heads `[B, T, H, D]`; `"auto"` is Triton on a GPU where it can."""
     check_backend(backend)
     if backend == "eager" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return eager
