@@ -22,71 +22,27 @@ A token that a query does not attend to has no influence on its output, whatever
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
-import math
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
-
-import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from nsa import eager
+from nsa.backends import Backend, BackendName
+from nsa.blocks import CompressionParams, block_starts
+from nsa.checks import (
+    check_attention,
+    check_backend,
+    check_blocks,
+    check_branches,
+    check_config,
+    check_derivatives,
+    check_indices,
+    check_no_block_twice,
+    check_packing,
+    check_params,
+    check_scale,
+    check_sequences,
+    check_tensor,
+)
 from nsa.config import NSAConfig
-
-Backend = Literal["auto", "eager", "triton"]
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class CompressionParams(NamedTuple):
-    """What `compress` learns, for keys or for values; `None` stands for the `"mean"` kind, which learns nothing.
-
-    Attributes:
-        position: `[Hk, l, D]`, intra-block position embedding, added to every block.
-        weight: `[Hk, l * D, F]`, first layer over the block's tokens, token-major; `F == D` for the `"linear"` kind.
-        weight_out: `[Hk, F, D]`, second layer of the `"mlp"` kind, after a SiLU.
-    """
-
-    position: Tensor
-    weight: Tensor
-    weight_out: Tensor | None = None
-
-
-class BlockStarts(NamedTuple):
-    """Where compressed blocks begin, each `[C]`.
-
-    Attributes:
-        tokens: int64, first token of each block in the packed row.
-        positions: int64, the same within its own sequence.
-        filled: bool, or `None` where every block is: packed sequences leave room at the end.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    filled: Tensor | None
-
-
-def block_starts(
-    num_keys: int, config: NSAConfig, cu_seqlens: Tensor | None = None, *, device: torch.device | None = None
-) -> BlockStarts:
-    """First tokens of the `C` compressed blocks of `num_keys` tokens; block `i` of a sequence starts at `i d`.
-
-    Sequence ends waste blocks, so packed sequences have at most as many as one sequence of their total length. `C` is
-    always that many, a static shape; blocks that do not exist start at 0 and are not `filled`.
-    """
-    block = torch.arange(config.num_compressed(num_keys), device=device)
-    if cu_seqlens is None:
-        return BlockStarts(block * config.compress_stride, block * config.compress_stride, None)
-    bounds = cu_seqlens.long()
-    counts = ((bounds.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
-    ends = counts.cumsum(0)
-    sequence = torch.searchsorted(ends, block, right=True)
-    filled = sequence < ends.shape[0]
-    sequence = sequence.clamp(max=ends.shape[0] - 1)
-    positions = (block - (ends - counts)[sequence]) * config.compress_stride * filled
-    return BlockStarts((bounds[sequence] + positions) * filled, positions, filled)
 
 
 def compress(
@@ -95,7 +51,7 @@ def compress(
     config: NSAConfig,
     *,
     cu_seqlens: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Blocks of keys or values, each as one vector (section 3.3.1, equation 7).
 
@@ -110,15 +66,12 @@ def compress(
     Returns:
         `[B, C, Hk, D]` with `C = max(0, (T - l) // d + 1)`.
     """
-    _check_config(config)
-    _check_tensor("x", x, "[B, T, Hk, D]")
-    _check_params(params, x, config)
-    if cu_seqlens is not None:
-        _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
-        if not _has_values(cu_seqlens):
-            cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, x.shape[1], x.shape[1])
+    check_config(config)
+    check_tensor("x", x, "[B, T, Hk, D]")
+    check_params(params, x, config)
+    cu_seqlens = check_sequences(x, cu_seqlens)
     implementation = _load(backend, config, x)
-    _check_derivatives(x=x)
+    check_derivatives(x=x)
     blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
     # Under autocast products come in another dtype than the keys that they stand beside.
     return implementation.compress(x, params, config, blocks).to(x.dtype)
@@ -134,7 +87,7 @@ def compressed_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over compressed keys: query `t` sees block `i` once all of it has passed, `i d + l - 1 <= t`.
 
@@ -149,13 +102,12 @@ def compressed_attention(
         Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
         differentiable). A query that sees no block gets 0, `-inf` and zero gradients.
     """
-    num_keys = q.shape[1] if num_keys is None and isinstance(q, Tensor) and q.dim() == 4 else num_keys
-    _check_config(config)
-    _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
-    tokens = _check_blocks(k_cmp, config, num_keys)
-    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = _scale(scale, q), _load(backend, config, q, v_cmp)
-    _check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
+    check_config(config)
+    check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
+    tokens = check_blocks(q, k_cmp, config, num_keys)
+    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = check_scale(scale, q), _load(backend, config, q, v_cmp)
+    check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, factor)
 
 
@@ -169,7 +121,7 @@ def select_blocks(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """The blocks each query attends to, by importance (section 3.3.2, equations 8 to 12). Not differentiable.
 
@@ -186,14 +138,13 @@ def select_blocks(
     Returns:
         int32 `[B, Tq, Hk, N]`, ascending, `-1` at the end where there are fewer candidates than `N = n`.
     """
-    num_keys = q.shape[1] if num_keys is None and isinstance(q, Tensor) and q.dim() == 4 else num_keys
-    _check_config(config)
-    _check_attention(q, k_cmp, None, ("k_cmp", ""), "C")
-    _check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
-    tokens = _check_blocks(k_cmp, config, num_keys)
-    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = _scale(scale, q), _load(backend, config, q)
-    _check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
+    check_config(config)
+    check_attention(q, k_cmp, None, ("k_cmp", ""), "C")
+    check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
+    tokens = check_blocks(q, k_cmp, config, num_keys)
+    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = check_scale(scale, q), _load(backend, config, q)
+    check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
     return implementation.select_blocks(q, k_cmp, lse, config, tokens, *cu, factor)
 
 
@@ -207,7 +158,7 @@ def selected_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Attention of query `t` over the tokens `s <= t` of its selected blocks (section 3.3.2).
 
@@ -222,14 +173,14 @@ def selected_attention(
     Returns:
         `[B, Tq, Hq, Dv]`; a query with no block gets 0.
     """
-    _check_config(config)
-    _check_attention(q, k, v, ("k", "v"), "Tk")
-    _check_indices(indices, q, k)
-    cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = _scale(scale, q), _load(backend, config, q, v)
+    check_config(config)
+    check_attention(q, k, v, ("k", "v"), "Tk")
+    check_indices(indices, q, k)
+    cu = check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
     if implementation is eager:
-        _check_no_block_twice(indices, config.num_selectable(k.shape[1]))
-    _check_derivatives(q=q, k=k, v=v)
+        check_no_block_twice(indices, config.num_selectable(k.shape[1]))
+    check_derivatives(q=q, k=k, v=v)
     return implementation.selected_attention(q, k, v, indices, config, *cu, factor)
 
 
@@ -242,7 +193,7 @@ def sliding_window_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """Attention of query `t` over `t - w < s <= t`: exactly `w` tokens, itself included (section 3.3.3).
 
@@ -254,11 +205,11 @@ def sliding_window_attention(
     Returns:
         `[B, Tq, Hq, Dv]`.
     """
-    _check_config(config)
-    _check_attention(q, k, v, ("k", "v"), "Tk")
-    cu = _check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = _scale(scale, q), _load(backend, config, q, v)
-    _check_derivatives(q=q, k=k, v=v)
+    check_config(config)
+    check_attention(q, k, v, ("k", "v"), "Tk")
+    cu = check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
+    check_derivatives(q=q, k=k, v=v)
     return implementation.sliding_window_attention(q, k, v, config, *cu, factor)
 
 
@@ -278,7 +229,7 @@ def nsa_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Native Sparse Attention: the gated sum of its three branches (section 3.2, equation 5).
 
@@ -294,37 +245,25 @@ def nsa_attention(
     Returns:
         `[B, Tq, Hq, Dv]`, or that and the indices `[B, Tq, Hk, N]`.
     """
-    _check_config(config)
-    _check_attention(q, k_slc, v_slc, ("k_slc", "v_slc"), "Tk")
-    _check_attention(q, k_win, v_win, ("k_win", "v_win"), "Tk")
-    _check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
-    tokens = _check_blocks(k_cmp, config, k_slc.shape[1])
-    for name, tensor in (("k_win", k_win), ("k_cmp", k_cmp)):
-        if tensor.shape[2] != k_slc.shape[2]:
-            raise ValueError(f"{name} must have as many heads as k_slc ({k_slc.shape[2]}), got {tensor.shape[2]}")
-    for name, tensor in (("v_win", v_win), ("v_cmp", v_cmp)):
-        if tensor.shape[3] != v_slc.shape[3]:
-            raise ValueError(f"{name} must have the head dim of v_slc ({v_slc.shape[3]}), got {tensor.shape[3]}")
-    if k_win.shape[1] != tokens:
-        raise ValueError(f"k_win must have as many tokens as k_slc ({tokens}), got {k_win.shape[1]}")
-    _check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
-    cu = _check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
-    factor = _scale(scale, q)
+    check_config(config)
+    tokens = check_branches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
+    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    factor = check_scale(scale, q)
     implementation = _load(backend, config, q, v_slc)
     if indices is not None:
-        _check_indices(indices, q, k_slc)
+        check_indices(indices, q, k_slc)
         if implementation is eager:
-            _check_no_block_twice(indices, config.num_selectable(tokens))
-    _check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates)
+            check_no_block_twice(indices, config.num_selectable(tokens))
+    check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates)
 
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     out, indices = implementation.nsa_attention(*tensors, indices, config, *cu, factor)
     return (out, indices) if return_indices else out
 
 
-def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
-    """The module that implements the stages for these heads, `[B, T, H, D]`: Triton where it can, if left to choose."""
-    _check_backend(backend)
+def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:
+    """The backend of that name for `tensors` of heads `[B, T, H, D]`; `"auto"` is Triton on a GPU where it can."""
+    check_backend(backend)
     if backend == "eager" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return eager
     from nsa import kernels
@@ -335,205 +274,3 @@ def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> ModuleType:
     if backend == "triton":
         raise ValueError(f'backend must be "auto" or "eager" where Triton lacks support, got "triton" and {reason}')
     return eager
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return float(q.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a float or None, got {scale!r} ({type(scale).__name__})")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale!r}")
-    return float(scale)
-
-
-def _check_config(config: NSAConfig) -> None:
-    if not isinstance(config, NSAConfig):
-        raise TypeError(f"config must be an NSAConfig, got {type(config).__name__}")
-
-
-def _check_tensor(
-    name: str,
-    x: Tensor,
-    layout: str,
-    *,
-    like: Tensor | None = None,
-    shape: tuple[int, ...] | None = None,
-    dtype: torch.dtype | tuple[torch.dtype, ...] | None = _DTYPES,
-) -> None:
-    """Rank, dtype, and device and shape beside a tensor checked before; `dtype=None` takes any floating type."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
-    rank = layout.count(",") + 1
-    if x.dim() != rank:
-        raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
-    if dtype is None and not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-    expected = dtype if isinstance(dtype, tuple) else (dtype,)
-    if dtype is not None and x.dtype not in expected:
-        cast = f": pass {name}.int()" if expected == (torch.int32,) else ""
-        raise TypeError(f"{name} must have dtype {' or '.join(map(str, expected))}, got {x.dtype}{cast}")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {x.device}")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
-
-
-@torch.compiler.disable
-def _transforms() -> list[Any]:
-    return _functorch.get_interpreter_stack() or []
-
-
-@torch.compiler.assume_constant_result  # true of the place in a program, not of a call
-def _differentiated_by_functorch() -> bool:
-    return any(level.key() == _functorch.TransformType.Grad for level in _transforms())
-
-
-def _check_derivatives(**tensors: Tensor) -> None:
-    """Refuses derivatives that operators do not have. PyTorch would take those of forward mode to be 0."""
-    differentiated = _differentiated_by_functorch()
-    for name, x in tensors.items():
-        if forward_ad.unpack_dual(x).tangent is not None:
-            raise ValueError(f"{name} must have no tangent, since there are no forward-mode derivatives, got one")
-        if differentiated and (torch.compiler.is_compiling() or _functorch.is_gradtrackingtensor(x)):
-            raise ValueError(f"{name} must be differentiated by torch.autograd, got a transform of torch.func")
-
-
-def _check_attention(q: Tensor, k: Tensor, v: Tensor | None, names: tuple[str, str], length: str) -> None:
-    _check_tensor("q", q, "[B, Tq, Hq, Dk]")
-    _check_tensor(names[0], k, f"[B, {length}, Hk, Dk]", like=q, dtype=q.dtype)
-    batch, _, heads, dim = q.shape
-    for what, got, expected in (("batch", k.shape[0], batch), ("head dim", k.shape[3], dim)):
-        if got != expected:
-            raise ValueError(f"{names[0]} must have the {what} of q ({expected}), got {got}")
-    if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
-        raise ValueError(f"q must have a multiple of the heads of {names[0]} ({k.shape[2]}), got {heads}")
-    if v is not None:
-        layout = f"[B, {length}, Hk, Dv]"
-        _check_tensor(names[1], v, layout, like=q, dtype=q.dtype)
-        _check_tensor(names[1], v, layout, shape=(*k.shape[:3], v.shape[3]))
-
-
-def _check_blocks(k_cmp: Tensor, config: NSAConfig, num_keys: int | None) -> int:
-    """The number of tokens behind `k_cmp`, which must have been made from that many."""
-    if isinstance(num_keys, bool) or not isinstance(num_keys, int | torch.SymInt):
-        raise TypeError(f"num_keys must be an int or None, got {num_keys!r} ({type(num_keys).__name__})")
-    if k_cmp.shape[1] != config.num_compressed(num_keys):
-        raise ValueError(
-            f"k_cmp must have the {config.num_compressed(num_keys)} blocks of num_keys = {num_keys} tokens, "
-            f"got {k_cmp.shape[1]}"
-        )
-    return num_keys
-
-
-def _check_packing(
-    q: Tensor, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Offsets of queries and keys, both or neither; keys share those of the queries unless given their own."""
-    if cu_seqlens_q is None:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
-        if q.shape[1] > num_keys:
-            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {q.shape[1]}")
-        return None, None
-    lengths_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[1])
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    lengths_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, num_keys)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_k must have as many entries as cu_seqlens_q ({len(cu_seqlens_q)}), got {len(cu_seqlens_k)}"
-        )
-    if lengths_q is not None and lengths_k is not None and bool((lengths_q > lengths_k).any()):
-        raise ValueError(
-            f"cu_seqlens_k must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
-            f"got {lengths_k.tolist()}"
-        )
-    if lengths_q is None or lengths_k is None:
-        return _legal_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[1], num_keys)
-    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-
-
-def _legal_offsets(cu_queries: Tensor, cu_keys: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Offsets from 0 to the last token, whatever is given, for where values cannot be looked at.
-
-    What lies outside of all sequences becomes sequences too: of queries that have no keys, and of keys that have no
-    queries.
-    """
-    queries, keys = (
-        offsets.clamp(0, total).cummax(0).values for offsets, total in ((cu_queries, num_queries), (cu_keys, num_keys))
-    )
-    zero = torch.zeros_like(queries[:1])
-    last_query, last_key = torch.full_like(zero, num_queries), torch.full_like(zero, num_keys)
-    return (
-        torch.cat((zero, queries[:1], queries, last_query, last_query)),
-        torch.cat((zero, zero, keys, keys[-1:], last_key)),
-    )
-
-
-def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tensor | None:
-    """Sequence lengths of valid offsets; `None` while tracing, when there are no values to look at."""
-    _check_tensor(name, offsets, "[N + 1]", like=x, dtype=torch.int32)
-    if x.shape[0] != 1:
-        raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
-    if offsets.shape[0] == 0:
-        raise ValueError(f"{name} must have at least one entry, got none")
-    if not _has_values(offsets):
-        return None
-    values = offsets.cpu()
-    lengths = values.diff()
-    if values[0] != 0 or values[-1] != total or bool((lengths < 0).any()):
-        raise ValueError(f"{name} must rise from 0 to {total} without falling, got {values.tolist()}")
-    return lengths
-
-
-def _has_values(x: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
-
-
-def _check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:
-    _check_tensor("indices", indices, "[B, Tq, Hk, N]", like=q, dtype=torch.int32)
-    expected = (q.shape[0], q.shape[1], k.shape[2])
-    if tuple(indices.shape[:3]) != expected:
-        raise ValueError(f"indices must have shape [B, Tq, Hk, N] = {(*expected, 'N')}, got {tuple(indices.shape)}")
-
-
-def _check_no_block_twice(indices: Tensor, num_blocks: int) -> None:
-    if not _has_values(indices) or indices.numel() == 0:
-        return
-    ordered = indices.sort(dim=-1).values
-    named = (ordered[..., 1:] >= 0) & (ordered[..., 1:] < num_blocks)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]) & named
-    if bool(repeated.any()):
-        raise ValueError(
-            f"indices must name a block once a query, got {ordered[..., 1:][repeated][0]} twice in one of "
-            f"{int(repeated.any(-1).sum())} rows"
-        )
-
-
-def _check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:
-    kind = config.compression
-    if kind == "mean":
-        if params is not None:
-            raise ValueError('params must be None for compression "mean", which learns nothing, got CompressionParams')
-        return
-    if not isinstance(params, CompressionParams):
-        raise TypeError(f'params must be CompressionParams for compression "{kind}", got {type(params).__name__}')
-    heads, dim, length = x.shape[2], x.shape[3], config.compress_block_size
-    _check_tensor("params.position", params.position, "[Hk, l, D]", like=x, shape=(heads, length, dim), dtype=None)
-    if (params.weight_out is None) != (kind == "linear"):
-        expected = "None" if kind == "linear" else "a tensor [Hk, F, D]"
-        got = "None" if params.weight_out is None else "a tensor"
-        raise ValueError(f'params.weight_out must be {expected} for compression "{kind}", got {got}')
-    _check_tensor("params.weight", params.weight, "[Hk, l * D, F]", like=x, dtype=None)
-    hidden = dim if params.weight_out is None else params.weight.shape[2]
-    _check_tensor("params.weight", params.weight, "[Hk, l * D, F]", shape=(heads, length * dim, hidden), dtype=None)
-    if params.weight_out is not None:
-        _check_tensor("params.weight_out", params.weight_out, "[Hk, F, D]", like=x, dtype=None)
-        shape = (heads, hidden, dim)
-        _check_tensor("params.weight_out", params.weight_out, "[Hk, F, D]", shape=shape, dtype=None)

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa.backends import BackendName
+from nsa.blocks import CompressionParams, block_starts
+from nsa.checks import check_backend, check_config, check_tensor
 from nsa.config import NSAConfig, integer
-from nsa.functional import (
-    Backend,
-    CompressionParams,
-    _check_backend,
-    _check_config,
-    _check_tensor,
-    block_starts,
-    compress,
-    nsa_attention,
-)
+from nsa.functional import compress, nsa_attention
 
 PAPER = NSAConfig()
 """The block sizes and counts of the paper's experiments (section 4.1)."""
@@ -97,7 +91,7 @@ class Compressor(nn.Module):
         """Standard deviation each parameter starts with; the layers keep the variance of what they are given."""
         return {name: INIT_STD if name == "position" else rows**-0.5 for name, rows in self._rows_of_head.items()}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: BackendName = "auto") -> Tensor:
         parameters = {
             name: self.local(parameter).view(-1, self._rows_of_head[name], parameter.shape[1])
             for name, parameter in self.named_parameters()
@@ -134,13 +128,13 @@ class NativeSparseAttention(nn.Module):
         head_dim: int | None = None,
         config: NSAConfig = PAPER,
         *,
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ):
         super().__init__()
         dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
         num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads, 1)
-        _check_config(config)
-        _check_backend(backend)
+        check_config(config)
+        check_backend(backend)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
         if head_dim is None:
@@ -195,7 +189,7 @@ class NativeSparseAttention(nn.Module):
         return self.wo(self.attend(x, rope, cu_seqlens))
 
     def _check_input(self, x: Tensor) -> None:
-        _check_tensor("x", x, "[B, T, dim]")
+        check_tensor("x", x, "[B, T, dim]")
         if x.shape[2] != self.dim:
             raise ValueError(f"x must have the width of the layer ({self.dim}), got shape {tuple(x.shape)}")
         weight = self.wq.weight
@@ -245,7 +239,7 @@ class NativeSparseAttention(nn.Module):
 
 def _check_rope(rope: Tensor, head_dim: int, x: Tensor, packed: Tensor | None) -> None:
     """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
-    _check_tensor("rope", rope, "[L, D / 2, 2]", like=x, dtype=None)
+    check_tensor("rope", rope, "[L, D / 2, 2]", like=x, dtype=None)
     if head_dim % 2:
         raise ValueError(f"rope must be None where head_dim is odd ({head_dim}): dimensions are rotated in pairs")
     if rope.shape[1:] != (head_dim // 2, 2):

@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.attention.bias import causal_lower_right
 
+from nsa.backends import BackendName
 from nsa.config import NSAConfig
-from nsa.functional import Backend, nsa_attention
+from nsa.functional import nsa_attention
 
 GATHERED_BYTES = 1 << 30
 """Of the keys and values gathered at a time; heads wait for their turn beyond that."""
@@ -126,7 +127,7 @@ def nsa_attention_over(
     gates: Tensor,
     config: NSAConfig,
     *,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """`nsa_attention` where `k_cmp` and `v_cmp` are of whole sequences, all else parts of this process."""
 

@@ -28,8 +28,10 @@ from torchtitan.models.llama3.model.model import Attention as LlamaAttention
 from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
+from nsa.backends import BackendName
+from nsa.blocks import block_starts
+from nsa.checks import check_backend
 from nsa.config import NSAConfig
-from nsa.functional import Backend, _check_backend, block_starts
 from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotate
 from nsa.titan.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.titan.data import ByteTokenizer
@@ -77,7 +79,7 @@ class ModelArgs(TransformerModelArgs):
     vocab_size: int = 0
     seed: int = 0
     attention: str = "nsa"
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     nsa: NSAConfig = PAPER
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class ModelArgs(TransformerModelArgs):
         unknown = set(self.attention.split(",")) - set(ATTENTION_KINDS)
         if unknown:
             raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
-        _check_backend(self.backend)
+        check_backend(self.backend)
         if self.attn_mask_type not in MASK_KINDS:
             raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
         if self.dim % self.n_heads:

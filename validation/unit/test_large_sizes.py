@@ -269,8 +269,8 @@ COMPRESSION = (
 
 def at_a_time(rows: int) -> Path:
     """So many queries in a tile."""
-    seen = {"eager._Tile": lambda calls: sum(call.last - call.first == rows - 1 for call in calls) > 3}
-    constants = {"eager._rows": lambda bytes_per_query, device: rows}
+    seen = {"eager.tiles.Tile": lambda calls: sum(call.last - call.first == rows - 1 for call in calls) > 3}
+    constants = {"eager.tiles._num_queries": lambda bytes_per_query, device: rows}
     cases = (
         shaped("whole", ((21, 150),), batch=2, scrambled=True),
         shaped("packed", ((19, 90), (0, 30), (6, 61)), **FREE),

@@ -1,0 +1,138 @@
+"""The names of the backends, and the functions that each of them provides.
+
+`nsa.functional` checks all arguments before it calls a backend. Offsets of packed sequences come as `cu_seqlens_q` and
+`cu_seqlens_k`, contiguous int32 `[N + 1]`, both or neither. Shapes are those of the legend of `nsa.functional`.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from nsa.blocks import BlockStarts, CompressionParams
+from nsa.config import NSAConfig
+
+BackendName = Literal["auto", "eager", "triton"]
+"""What `backend=` takes; `"auto"` is Triton where it supports the arguments on a GPU, else eager."""
+
+
+class Backend(Protocol):
+    """The stages as a module provides them, `nsa.eager` and `nsa.kernels`; a type checker holds both to it."""
+
+    def compress(self, x: Tensor, params: CompressionParams | None, config: NSAConfig, blocks: BlockStarts) -> Tensor:
+        """Compressed blocks `[B, C, Hk, D]`.
+
+        Args:
+            x: `[B, T, Hk, D]`.
+            params: `None` for the `"mean"` kind; in any floating dtype.
+            blocks: starts of the `C` blocks; a block that is not filled becomes 0.
+        """
+
+    def compressed_attention(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        config: NSAConfig,
+        num_keys: int,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, Tq, Hq, Dv]`, and lse `[B, Tq, Hq]` in the accumulation dtype, which has no gradient.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`.
+            k_cmp, v_cmp: `[B, C, Hk, Dk]`, `[B, C, Hk, Dv]`.
+            num_keys: tokens `Tk` behind `k_cmp`.
+        """
+
+    def select_blocks(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        lse: Tensor,
+        config: NSAConfig,
+        num_keys: int,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Indices, int32 `[B, Tq, Hk, N]`, ascending with `-1` at the end, without gradients.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`.
+            k_cmp: `[B, C, Hk, Dk]`.
+            lse: `[B, Tq, Hq]`, from `compressed_attention`.
+            num_keys: tokens `Tk` behind `k_cmp`.
+        """
+
+    def selected_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor,
+        config: NSAConfig,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Output `[B, Tq, Hq, Dv]`.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`.
+            k, v: `[B, Tk, Hk, Dk]`, `[B, Tk, Hk, Dv]`.
+            indices: int32 `[B, Tq, Hk, N]`, any order, any values.
+        """
+
+    def sliding_window_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: NSAConfig,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Output `[B, Tq, Hq, Dv]`.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`.
+            k, v: `[B, Tk, Hk, Dk]`, `[B, Tk, Hk, Dv]`.
+        """
+
+    def nsa_attention(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        k_slc: Tensor,
+        v_slc: Tensor,
+        k_win: Tensor,
+        v_win: Tensor,
+        gates: Tensor,
+        indices: Tensor | None,
+        config: NSAConfig,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, Tq, Hq, Dv]`, and the indices used, int32 `[B, Tq, Hk, N]`.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`.
+            k_cmp, v_cmp: `[B, C, Hk, Dk]`, `[B, C, Hk, Dv]`.
+            k_slc, v_slc, k_win, v_win: `[B, Tk, Hk, Dk]` or `[B, Tk, Hk, Dv]`.
+            gates: `[B, Tq, Hq, 3]`.
+            indices: int32 `[B, Tq, Hk, N]`, or `None` to select them.
+        """
+
+    def combine(self, branches: Sequence[Tensor], gates: Tensor) -> Tensor:
+        """The gated sum `[B, Tq, Hq, Dv]`; a part of `nsa_attention`, which need not have gradients of its own.
+
+        Args:
+            branches: outputs `[B, Tq, Hq, Dv]` of the compressed, the selected and the window branch.
+            gates: `[B, Tq, Hq, 3]`.
+        """
