@@ -1,7 +1,7 @@
 """The names of the backends, and the functions that each of them provides.
 
-`nsa.functional` checks all arguments before it calls a backend. Offsets of packed sequences come as `cu_seqlens_q` and
-`cu_seqlens_k`, contiguous int32 `[N + 1]`, both or neither. Shapes are those of the legend of `nsa.functional`.
+`nsa.functional` checks all arguments before it calls a backend. Packed sequences come as their tables, `varlen`, which
+is `None` where nothing is packed. Shapes are those of the legend of `nsa.functional`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa.blocks import BlockStarts, CompressionParams
 from nsa.config import NSAConfig
+from nsa.varlen import Varlen
 
 BackendName = Literal["auto", "eager", "triton"]
 """What `backend=` takes; `"auto"` is Triton where it supports the arguments on a GPU, else eager."""
@@ -35,8 +36,7 @@ class Backend(Protocol):
         v_cmp: Tensor,
         config: NSAConfig,
         num_keys: int,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, Tq, Hq, Dv]`, and lse `[B, Tq, Hq]` in the accumulation dtype, which has no gradient.
@@ -54,8 +54,7 @@ class Backend(Protocol):
         lse: Tensor,
         config: NSAConfig,
         num_keys: int,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         scale: float,
     ) -> Tensor:
         """Indices, int32 `[B, Tq, Hk, N]`, ascending with `-1` at the end, without gradients.
@@ -74,8 +73,7 @@ class Backend(Protocol):
         v: Tensor,
         indices: Tensor,
         config: NSAConfig,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         scale: float,
     ) -> Tensor:
         """Output `[B, Tq, Hq, Dv]`.
@@ -92,8 +90,7 @@ class Backend(Protocol):
         k: Tensor,
         v: Tensor,
         config: NSAConfig,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         scale: float,
     ) -> Tensor:
         """Output `[B, Tq, Hq, Dv]`.
@@ -115,8 +112,7 @@ class Backend(Protocol):
         gates: Tensor,
         indices: Tensor | None,
         config: NSAConfig,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Output `[B, Tq, Hq, Dv]`, and the indices used, int32 `[B, Tq, Hk, N]`.

@@ -164,14 +164,17 @@ def check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
 
 def check_packing(
     q: Tensor, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Offsets of queries and keys, both or neither; keys share those of the queries unless given their own."""
+) -> tuple[Tensor, Tensor] | None:
+    """Offsets of queries and keys, contiguous and legal, or `None` where nothing is packed.
+
+    Keys share the offsets of the queries unless given their own.
+    """
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
         if q.shape[1] > num_keys:
             raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {q.shape[1]}")
-        return None, None
+        return None
     lengths_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[1])
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q

@@ -43,6 +43,7 @@ from nsa.checks import (
     check_tensor,
 )
 from nsa.config import NSAConfig
+from nsa.varlen import Varlen
 
 
 def compress(
@@ -105,10 +106,10 @@ def compressed_attention(
     check_config(config)
     check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = check_blocks(q, k_cmp, config, num_keys)
-    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), _load(backend, config, q, v_cmp)
     check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
-    return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, *cu, factor)
+    return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, varlen, factor)
 
 
 def select_blocks(
@@ -142,10 +143,10 @@ def select_blocks(
     check_attention(q, k_cmp, None, ("k_cmp", ""), "C")
     check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = check_blocks(q, k_cmp, config, num_keys)
-    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), _load(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
-    return implementation.select_blocks(q, k_cmp, lse, config, tokens, *cu, factor)
+    return implementation.select_blocks(q, k_cmp, lse, config, tokens, varlen, factor)
 
 
 def selected_attention(
@@ -176,12 +177,12 @@ def selected_attention(
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
     check_indices(indices, q, k)
-    cu = check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
     if implementation is eager:
         check_no_block_twice(indices, config.num_selectable(k.shape[1]))
     check_derivatives(q=q, k=k, v=v)
-    return implementation.selected_attention(q, k, v, indices, config, *cu, factor)
+    return implementation.selected_attention(q, k, v, indices, config, varlen, factor)
 
 
 def sliding_window_attention(
@@ -207,10 +208,10 @@ def sliding_window_attention(
     """
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
-    cu = check_packing(q, k.shape[1], cu_seqlens_q, cu_seqlens_k)
+    varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
     check_derivatives(q=q, k=k, v=v)
-    return implementation.sliding_window_attention(q, k, v, config, *cu, factor)
+    return implementation.sliding_window_attention(q, k, v, config, varlen, factor)
 
 
 def nsa_attention(
@@ -247,7 +248,7 @@ def nsa_attention(
     """
     check_config(config)
     tokens = check_branches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
-    cu = check_packing(q, tokens, cu_seqlens_q, cu_seqlens_k)
+    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor = check_scale(scale, q)
     implementation = _load(backend, config, q, v_slc)
     if indices is not None:
@@ -257,8 +258,16 @@ def nsa_attention(
     check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates)
 
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    out, indices = implementation.nsa_attention(*tensors, indices, config, *cu, factor)
+    out, indices = implementation.nsa_attention(*tensors, indices, config, varlen, factor)
     return (out, indices) if return_indices else out
+
+
+def _tables(
+    q: Tensor, num_keys: int, config: NSAConfig, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Varlen | None:
+    """Tables of packed sequences with queries `q [1, Tq, Hq, Dk]`; `None` where nothing is packed."""
+    offsets = check_packing(q, num_keys, cu_seqlens_q, cu_seqlens_k)
+    return None if offsets is None else Varlen.of(*offsets, q.shape[1], config)
 
 
 def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:

@@ -16,6 +16,7 @@ from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
 from nsa.config import NSAConfig
+from nsa.varlen import varlen_of
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -157,12 +158,12 @@ def forward_operators() -> set[torch._ops.OpOverload]:
 def branch_operator(namespace: str, name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Operator:
     """A branch of attention as the operator `namespace::name`; its gradient is another.
 
-    All branches share one signature, `(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, num_keys, sizes, scale)`, and each
+    All branches share one signature, `(q, k, v, indices, *tensors_of(varlen), num_keys, sizes, scale)`, and each
     ignores what it does not need.
 
     Args:
-        forward: `(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale)` to output `[B, Tq, Hq, Dv]`
-            and log-sum-exp `[B, Tq, Hq]`.
+        forward: `(q, k, v, indices, varlen, num_keys, config, scale)` to output `[B, Tq, Hq, Dv]` and log-sum-exp
+            `[B, Tq, Hq]`.
         backward: `(dout, q, k, v, out, lse, ...)` and the rest as above, to `dq`, `dk` and `dv`, all contiguous.
     """
 
@@ -173,11 +174,14 @@ def branch_operator(namespace: str, name: str, forward: Callable[..., Any], back
         indices: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        cu_blocks: Tensor | None,
+        queries: Tensor | None,
         num_keys: int,
         sizes: Sequence[int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, num_keys, config_of(sizes), scale)
+        varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+        return forward(q, k, v, indices, varlen, num_keys, config_of(sizes), scale)
 
     def run_backward(
         dout: Tensor,
@@ -189,12 +193,14 @@ def branch_operator(namespace: str, name: str, forward: Callable[..., Any], back
         indices: Tensor | None,
         cu_seqlens_q: Tensor | None,
         cu_seqlens_k: Tensor | None,
+        cu_blocks: Tensor | None,
+        queries: Tensor | None,
         num_keys: int,
         sizes: Sequence[int],
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rest = (indices, cu_seqlens_q, cu_seqlens_k, num_keys, config_of(sizes), scale)
-        return backward(dout, q, k, v, out, lse, *rest)
+        varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+        return backward(dout, q, k, v, out, lse, indices, varlen, num_keys, config_of(sizes), scale)
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
@@ -204,7 +210,7 @@ def branch_operator(namespace: str, name: str, forward: Callable[..., Any], back
         return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
     def save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        return (*inputs[:3], *outputs, *inputs[3:6]), inputs[6:]
+        return (*inputs[:3], *outputs, *inputs[3:8]), inputs[8:]
 
     gradient = Gradient(Operator(f"{namespace}::{name}_backward", run_backward, fake_backward), save, num_inputs=3)
     return Operator(f"{namespace}::{name}", run, fake, gradient)

@@ -32,15 +32,6 @@ class Varlen(NamedTuple):
     queries: Tensor
 
     @staticmethod
-    def maybe(
-        cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, num_queries: int, config: NSAConfig
-    ) -> "Varlen | None":
-        """Tables as `of` makes them, or `None` where no sequences are packed."""
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            return None
-        return Varlen.of(cu_seqlens_q, cu_seqlens_k, num_queries, config)
-
-    @staticmethod
     def of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, config: NSAConfig) -> "Varlen":
         """Tables for legal offsets: rising from 0 to the number of tokens, with no fewer keys than queries each."""
         lengths = cu_seqlens_k.diff()
@@ -54,3 +45,13 @@ class Varlen(NamedTuple):
         first_key = cu_seqlens_k[sequence]
         first_block = first_key // config.select_block_size + sequence
         return Varlen(cu_seqlens_q, cu_seqlens_k, cu_blocks, torch.stack((position, first_key, first_block), 1))
+
+
+def tensors_of(varlen: Varlen | None) -> tuple[Tensor | None, ...]:
+    """The tables as the arguments of an operator, `None` each where nothing is packed."""
+    return (None, None, None, None) if varlen is None else varlen
+
+
+def varlen_of(*tensors: Tensor | None) -> Varlen | None:
+    """The inverse of `tensors_of`."""
+    return None if tensors[0] is None else Varlen(*tensors)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from nsa.eager.gates import combine
 from nsa.eager.select import select_blocks
 from nsa.eager.selected import selected_attention
 from nsa.eager.window import sliding_window_attention
+from nsa.varlen import Varlen
 
 
 def nsa_attention(
@@ -21,12 +22,11 @@ def nsa_attention(
     gates: Tensor,
     indices: Tensor | None,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.functional.nsa_attention`."""
-    num_keys, rest = k_slc.shape[1], (cu_seqlens_q, cu_seqlens_k, scale)
+    num_keys, rest = k_slc.shape[1], (varlen, scale)
     out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, *rest)
     if indices is None:
         indices = select_blocks(q, k_cmp, lse, config, num_keys, *rest)

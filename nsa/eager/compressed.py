@@ -12,6 +12,7 @@ from nsa.eager.contiguous import KeyRanges
 from nsa.eager.operators import branch
 from nsa.eager.tiles import Segment, tiles
 from nsa.ops import sizes_of
+from nsa.varlen import Varlen, tensors_of
 
 
 def visible_blocks(q: Tensor, k: Tensor, segments: Iterable[Segment], config: NSAConfig) -> KeyRanges:
@@ -39,9 +40,8 @@ def compressed_attention(
     v_cmp: Tensor,
     config: NSAConfig,
     num_keys: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and lse `[B, Tq, Hq]`; see `nsa.functional.compressed_attention`."""
-    return _compressed(q, k_cmp, v_cmp, None, cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    return _compressed(q, k_cmp, v_cmp, None, *tensors_of(varlen), num_keys, sizes_of(config), scale)

@@ -29,8 +29,8 @@ def _over_segments(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the arguments that `nsa.ops.branch_operator` passes."""
 
     def run(*arguments: Any) -> Any:
-        *tensors, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale = arguments
-        sequences = segments(tensors[0].shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
+        *tensors, varlen, num_keys, config, scale = arguments
+        sequences = segments(tensors[0].shape[1], num_keys, varlen, config)
         with no_autocast(tensors[0]):
             return function(*tensors, sequences, config, scale)
 

@@ -14,6 +14,7 @@ from nsa.eager.layout import grouped, head_major, token_major
 from nsa.eager.operators import no_autocast
 from nsa.eager.tiles import segments
 from nsa.ops import Operator, config_of, sizes_of
+from nsa.varlen import Varlen, tensors_of, varlen_of
 
 
 def _importance(p: Tensor, num_blocks: int, config: NSAConfig) -> Tensor:
@@ -59,27 +60,31 @@ def _choose_blocks(
     k_cmp: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    cu_blocks: Tensor | None,
+    queries: Tensor | None,
     num_keys: int,
     sizes: Sequence[int],
     scale: float,
 ) -> Tensor:
     """Indices `[B, Tq, Hk, N]` for `q [B, Tq, Hq, Dk]` and `k_cmp [B, C, Hk, Dk]`, from probabilities made anew."""
     config, heads = config_of(sizes), k_cmp.shape[2]
-    sequences = segments(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config)
-    queries, keys = grouped(q, heads), head_major(k_cmp)
+    varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+    sequences = segments(q.shape[1], num_keys, varlen, config)
+    grouped_q, keys = grouped(q, heads), head_major(k_cmp)
     nonfinite = may_be_nonfinite(q, k_cmp)
     indices = q.new_full((q.shape[0], heads, q.shape[1], config.num_selected_blocks), -1, dtype=torch.int32)
     with no_autocast(q):
         for tile, span, distance in visible_blocks(q, k_cmp, sequences, config):
-            rows = queries[:, :, tile.queries].flatten(2, 3)
+            rows = grouped_q[:, :, tile.queries].flatten(2, 3)
             p, lse = probabilities(rows, keys[:, :, span], distance, scale, nonfinite)
-            p = zero_rows(p, lse == -torch.inf).unflatten(2, (-1, queries.shape[3])).sum(3)
+            p = zero_rows(p, lse == -torch.inf).unflatten(2, (-1, grouped_q.shape[3])).sum(3)
             importance = _importance(p, tile.last // config.select_block_size + 1, config)
             indices[:, :, tile.queries] = _top_blocks(importance, tile.positions(q.device), config).int()
     return token_major(indices, torch.int32)
 
 
-def _fake(q: Tensor, k_cmp: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Sequence[int], scale: float) -> Tensor:
+def _fake(q: Tensor, k_cmp: Tensor, *inputs: Any) -> Tensor:
+    sizes = inputs[-2]
     return q.new_empty((*q.shape[:2], k_cmp.shape[2], config_of(sizes).num_selected_blocks), dtype=torch.int32)
 
 
@@ -92,10 +97,9 @@ def select_blocks(
     lse: Tensor,
     config: NSAConfig,
     num_keys: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Indices `[B, Tq, Hk, N]`; see `nsa.functional.select_blocks`. `lse` is not used: it would save nothing here."""
-    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    rest = (*tensors_of(varlen), num_keys, sizes_of(config), scale)
     return cast(Tensor, _select(q.detach(), k_cmp.detach(), *rest))

@@ -16,6 +16,7 @@ from nsa.eager.layout import grouped, head_major, token_major, ungrouped
 from nsa.eager.operators import branch
 from nsa.eager.tiles import Segment, Tile, tiles
 from nsa.ops import sizes_of
+from nsa.varlen import Varlen, tensors_of
 
 
 def _chosen_rows(
@@ -126,9 +127,8 @@ def selected_attention(
     v: Tensor,
     indices: Tensor,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
-    return _selected(q, k, v, indices, cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)[0]
+    return _selected(q, k, v, indices, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)[0]

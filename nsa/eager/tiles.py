@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.varlen import Varlen
 
 
 class Segment(NamedTuple):
@@ -43,14 +44,12 @@ class Tile(NamedTuple):
         return torch.arange(self.first, self.last + 1, device=device)
 
 
-def segments(
-    num_queries: int, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, config: NSAConfig
-) -> Iterator[Segment]:
-    """The sequences that have queries, from offsets `[N + 1]` or, without them, from the lengths of the row."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+def segments(num_queries: int, num_keys: int, varlen: Varlen | None, config: NSAConfig) -> Iterator[Segment]:
+    """The sequences that have queries, from their offsets or, without them, from the lengths of the row."""
+    if varlen is None:
         bounds_q, bounds_k = [0, num_queries], [0, num_keys]
     else:
-        bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        bounds_q, bounds_k = varlen.cu_seqlens_q.tolist(), varlen.cu_seqlens_k.tolist()
     first_block = 0
     for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         last_block = first_block + config.num_compressed(k1 - k0)

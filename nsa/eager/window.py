@@ -12,6 +12,7 @@ from nsa.eager.contiguous import KeyRanges
 from nsa.eager.operators import branch
 from nsa.eager.tiles import Segment, tiles
 from nsa.ops import sizes_of
+from nsa.varlen import Varlen, tensors_of
 
 
 def visible_keys(q: Tensor, k: Tensor, segments: Iterable[Segment], config: NSAConfig) -> KeyRanges:
@@ -40,9 +41,8 @@ def sliding_window_attention(
     k: Tensor,
     v: Tensor,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
-    return _window(q, k, v, None, cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)[0]
+    return _window(q, k, v, None, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)[0]

@@ -30,7 +30,7 @@ from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.primitives import accumulator, rows_contiguous
 from nsa.kernels.select import select_blocks
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
-from nsa.varlen import Varlen
+from nsa.varlen import Varlen, tensors_of, varlen_of
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -81,6 +81,8 @@ def _attend_forward(
     indices: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    cu_blocks: Tensor | None,
+    queries: Tensor | None,
     sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -89,8 +91,8 @@ def _attend_forward(
     `out_cmp` and `lse_cmp` are what the compressed branch gives for `q`, `k_cmp` and `v_cmp`.
     """
     config, num_keys = config_of(sizes), k_slc.shape[1]
-    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
-    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, cu_seqlens_q, cu_seqlens_k, num_keys, config, scale)
+    varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, varlen, num_keys, config, scale)
     window = PositionMap.sliding(config, num_keys)
     out_win, lse_win = flash_forward.forward(window, q, k_win, v_win, varlen, num_keys, scale)
     out = combine((out_cmp, out_slc, out_win), gates)
@@ -119,6 +121,8 @@ def _attend_backward(
     indices: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    cu_blocks: Tensor | None,
+    queries: Tensor | None,
     out_slc: Tensor,
     lse_slc: Tensor,
     out_win: Tensor,
@@ -127,8 +131,8 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     config, num_keys = config_of(sizes), k_slc.shape[1]
-    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
-    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, config, scale)
+    varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+    rest = (varlen, num_keys, config, scale)
     dout, q, gates = rows_contiguous(dout), rows_contiguous(q), gates.contiguous()
     dgates = torch.zeros_like(gates)
     (gate_cmp, gate_slc, gate_win), (dgate_cmp, dgate_slc, dgate_win) = gates.unbind(-1), dgates.unbind(-1)
@@ -152,7 +156,7 @@ def _fake_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    return (*inputs[:13], *outputs[1:]), inputs[13:]
+    return (*inputs[:15], *outputs[1:]), inputs[15:]
 
 
 _attend = Operator(
@@ -174,15 +178,14 @@ def nsa_attention(
     gates: Tensor,
     indices: Tensor | None,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.functional.nsa_attention`."""
-    num_keys, cu = k_slc.shape[1], (cu_seqlens_q, cu_seqlens_k)
+    num_keys = k_slc.shape[1]
     with torch.no_grad():  # its gradients are made with the others'
-        out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, *cu, scale)
+        out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, varlen, scale)
     if indices is None:
-        indices = select_blocks(q, k_cmp, lse, config, num_keys, *cu, scale)
+        indices = select_blocks(q, k_cmp, lse, config, num_keys, varlen, scale)
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, lse, indices)
-    return cast(tuple[Tensor, ...], _attend(*tensors, *cu, sizes_of(config), scale))[0], indices
+    return cast(tuple[Tensor, ...], _attend(*tensors, *tensors_of(varlen), sizes_of(config), scale))[0], indices

@@ -9,7 +9,7 @@ from nsa.config import NSAConfig
 from nsa.kernels import flash_backward, flash_forward
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.ops import Operator, branch_operator, sizes_of
-from nsa.varlen import Varlen
+from nsa.varlen import Varlen, tensors_of
 
 
 def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Operator:
@@ -18,13 +18,11 @@ def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Op
         k: Tensor,
         v: Tensor,
         indices: None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         num_tokens: int,
         config: NSAConfig,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
         return flash_forward.forward(positions(config, num_tokens), q, k, v, varlen, num_tokens, scale)
 
     def backward(
@@ -35,13 +33,11 @@ def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Op
         out: Tensor,
         lse: Tensor,
         indices: None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
+        varlen: Varlen | None,
         num_tokens: int,
         config: NSAConfig,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, q.shape[1], config)
         return flash_backward.backward(
             positions(config, num_tokens), dout, q, k, v, out, lse, varlen, num_tokens, scale
         )
@@ -59,12 +55,11 @@ def compressed_attention(
     v_cmp: Tensor,
     config: NSAConfig,
     num_keys: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]`; see `nsa.functional.compressed_attention`."""
-    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    rest = (*tensors_of(varlen), num_keys, sizes_of(config), scale)
     return cast(tuple[Tensor, Tensor], _compressed(q, k_cmp, v_cmp, None, *rest))
 
 
@@ -73,10 +68,9 @@ def sliding_window_attention(
     k: Tensor,
     v: Tensor,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
-    rest: tuple[Any, ...] = (cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)
+    rest: tuple[Any, ...] = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
     return cast(Tensor, _window(q, k, v, None, *rest)[0])

@@ -44,7 +44,7 @@ from nsa.kernels.primitives import (
 )
 from nsa.kernels.tuning import chunks, launch
 from nsa.ops import Operator, accumulation_dtype, config_of, sizes_of
-from nsa.varlen import Varlen
+from nsa.varlen import Varlen, tensors_of, varlen_of
 
 WORKSPACE_BYTES = 128 << 20
 """Importances held at a time: enough queries to fill a large GPU, little beside the queries themselves."""
@@ -177,6 +177,8 @@ def _choose_blocks(
     lse: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    cu_blocks: Tensor | None,
+    queries: Tensor | None,
     num_keys: int,
     sizes: Sequence[int],
     scale: float,
@@ -191,12 +193,12 @@ def _choose_blocks(
     padded_group = triton.next_power_of_2(group)
     parameters = launch("importance", q.dtype, dim, dim, group, q.device)
     # Columns of a product: the heads of at least as many queries as make 16, at most as many as there are.
-    queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
-    queries = max(queries, 16 // padded_group, 1)
+    tile_queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
+    tile_queries = max(tile_queries, 16 // padded_group, 1)
 
-    varlen = Varlen.maybe(cu_seqlens_q, cu_seqlens_k, num_queries, config)
+    varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
     offsets = PositionMap.compressed(config, num_keys).offsets(varlen)
-    count = count_tiles(num_queries, 1, queries, offsets)
+    count = count_tiles(num_queries, 1, tile_queries, offsets)
     first_chunk, second_chunk = chunks(dim)
     constants: dict[str, Any] = {
         "G": group,
@@ -212,38 +214,38 @@ def _choose_blocks(
         "PRECISION": dot_precision(q.dtype),
     }
     dtype = accumulation_dtype(q.dtype)
-    row_bytes = batch * heads * queries * config.num_selectable(num_keys) * dtype.itemsize
+    row_bytes = batch * heads * tile_queries * config.num_selectable(num_keys) * dtype.itemsize
     step = max(1, WORKSPACE_BYTES // row_bytes)
     for first in range(0, count, step):
         taken = min(step, count - first)
         # Unless sequences are packed, the last query of the part says how far importances can reach.
-        reach = num_keys - num_queries + min((first + taken) * queries, num_queries)
+        reach = num_keys - num_queries + min((first + taken) * tile_queries, num_queries)
         width = config.num_selectable(reach if varlen is None else num_keys)
-        scores = q.new_empty((batch, heads, taken * queries, width), dtype=dtype)
+        scores = q.new_empty((batch, heads, taken * tile_queries, width), dtype=dtype)
         programs = batch * heads * taken
         parts = max(1, min(parameters["programs"] // programs, width // (4 * constants["BLOCKS"])))
         candidates = max(16, triton.next_power_of_2(width))
-        rows = max(1, min(queries, 1024 // candidates))  # what one warp holds in registers
+        rows = max(1, min(tile_queries, 1024 // candidates))  # what one warp holds in registers
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
             _importance_kernel[(programs, parts)](
                 q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
                 k_cmp.shape[1], first, taken, width, triton.cdiv(width, parts), scale, heads, **constants,
-                QUERIES=queries, PACKED=varlen is not None, num_warps=parameters["num_warps"],
+                QUERIES=tile_queries, PACKED=varlen is not None, num_warps=parameters["num_warps"],
                 num_stages=parameters["num_stages"],
             )  # fmt: skip
-            _best_kernel[(programs * (queries // rows),)](
+            _best_kernel[(programs * (tile_queries // rows),)](
                 scores, indices, *offsets[:2], offsets[3], num_queries, num_keys, first, taken, width, heads,
                 WANTED=config.num_selected_blocks, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
-                SIZE=config.select_block_size, QUERIES=queries, ROWS=rows, CANDIDATES=candidates,
+                SIZE=config.select_block_size, QUERIES=tile_queries, ROWS=rows, CANDIDATES=candidates,
                 BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2, PACKED=varlen is not None,
                 num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
     return indices
 
 
-def _fake(q: Tensor, k_cmp: Tensor, lse: Tensor, cu_q: Any, cu_k: Any, num_keys: int, sizes: Any, _: float) -> Tensor:
-    slots = config_of(sizes).num_selected_blocks
+def _fake(q: Tensor, k_cmp: Tensor, *inputs: Any) -> Tensor:
+    slots = config_of(inputs[-2]).num_selected_blocks
     return q.new_empty((*q.shape[:2], k_cmp.shape[2], slots), dtype=torch.int32)
 
 
@@ -256,10 +258,9 @@ def select_blocks(
     lse: Tensor,
     config: NSAConfig,
     num_keys: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Indices `[B, Tq, Hk, N]`; see `nsa.functional.select_blocks`."""
-    rest = (cu_seqlens_q, cu_seqlens_k, num_keys, sizes_of(config), scale)
+    rest = (*tensors_of(varlen), num_keys, sizes_of(config), scale)
     return cast(Tensor, _select(q.detach(), k_cmp.detach(), lse.detach(), *rest))

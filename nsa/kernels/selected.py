@@ -53,6 +53,7 @@ from nsa.kernels.primitives import (
 )
 from nsa.kernels.tuning import Launch, chunks, launch
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
+from nsa.varlen import Varlen, tensors_of
 
 PARTIAL_BYTES = 1 << 30
 """Partial results held at a time where work goes by block, if one KV head does not need more."""
@@ -784,8 +785,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     num_keys: int,
     config: NSAConfig,
     scale: float,
@@ -797,7 +797,8 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(rows_contiguous, (q, k, v))
     strides, shift = tuple(x.stride()[:3] for x in (q, k, v)), num_keys - num_queries
-    packing = _packing(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, size)
+    cu = (None, None) if varlen is None else (varlen.cu_seqlens_q, varlen.cu_seqlens_k)
+    packing = _packing(num_queries, num_keys, cu[0], cu[1], size)
     constants = _constants(q, k, v, indices, size, packing)
     parameters = _parameters("selected_forward", q, k, v)
     with torch.cuda.device_of(q):
@@ -855,8 +856,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     indices: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     num_keys: int,
     config: NSAConfig,
     scale: float,
@@ -879,7 +879,8 @@ def backward(
     q, k, v, dout, out = (*map(rows_contiguous, (q, k, v, dout)), out.contiguous())
     (batch, num_queries, query_heads, _), heads, size = q.shape, k.shape[2], config.select_block_size
     strides, shift, group = tuple(x.stride()[:3] for x in (q, k, v, dout)), num_keys - num_queries, query_heads // heads
-    packing = _packing(num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, size)
+    cu = (None, None) if varlen is None else (varlen.cu_seqlens_q, varlen.cu_seqlens_k)
+    packing = _packing(num_queries, num_keys, cu[0], cu[1], size)
     constants, slots = _constants(q, k, v, indices, size, packing), indices.shape[3]
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     by_query, by_block = _parameters("selected_queries", q, k, v), _parameters("selected_keys", q, k, v)
@@ -937,10 +938,9 @@ def selected_attention(
     v: Tensor,
     indices: Tensor,
     config: NSAConfig,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    varlen: Varlen | None,
     scale: float,
 ) -> Tensor:
     """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
-    rest = (cu_seqlens_q, cu_seqlens_k, k.shape[1], sizes_of(config), scale)
+    rest = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
     return cast(tuple[Tensor, Tensor], _selected(q, k, v, indices, *rest))[0]

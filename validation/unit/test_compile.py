@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, rope_table
 from nsa.ops import OPERATORS, sizes_of
+from nsa.varlen import tensors_of
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import Case, Tensors, config, cumulative, draw, whole
 from validation.unit.forced import fresh_memory_is_poisoned
@@ -207,7 +208,7 @@ CASE = Case("operators", whole(24), ALL_BLOCKS, kv_heads=1, key_dim=16, value_di
 def branch(name: str, namespace: str, x: Tensors) -> tuple:
     k, v = ("k_cmp", "v_cmp") if name == "compressed_attention" else ("k", "v")
     indices = x["indices"] if name == "selected_attention" else None
-    return (x["q"], x[k], x[v], indices, None, None, CASE.num_keys, sizes_of(ALL_BLOCKS), 0.25)
+    return (x["q"], x[k], x[v], indices, *tensors_of(None), CASE.num_keys, sizes_of(ALL_BLOCKS), 0.25)
 
 
 def branch_backward(name: str, namespace: str, x: Tensors) -> tuple:
@@ -219,13 +220,13 @@ def branch_backward(name: str, namespace: str, x: Tensors) -> tuple:
 
 def select(name: str, namespace: str, x: Tensors) -> tuple:
     lse = (x["lse"],) if namespace == "nsa_triton" else ()
-    return (x["q"], x["k_cmp"], *lse, None, None, CASE.num_keys, sizes_of(ALL_BLOCKS), 0.25)
+    return (x["q"], x["k_cmp"], *lse, *tensors_of(None), CASE.num_keys, sizes_of(ALL_BLOCKS), 0.25)
 
 
 def attend(name: str, namespace: str, x: Tensors) -> tuple:
     out_cmp, lse_cmp = torch.ops.nsa_triton.compressed_attention(*branch("compressed_attention", namespace, x))
     names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
-    return (*(x[n] for n in names), out_cmp, lse_cmp, x["indices"], None, None, sizes_of(ALL_BLOCKS), 0.25)
+    return (*(x[n] for n in names), out_cmp, lse_cmp, x["indices"], *tensors_of(None), sizes_of(ALL_BLOCKS), 0.25)
 
 
 def attend_backward(name: str, namespace: str, x: Tensors) -> tuple:

@@ -10,7 +10,7 @@ import triton
 
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
-from nsa.kernels import attention, contiguous, select, selected
+from nsa.kernels import attention, flash_backward, flash_forward, select, selected
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import (
@@ -174,7 +174,7 @@ def test_another_length_is_no_reason_to_compile(monkeypatch):
     """Neither that it is no multiple of 16 nor how many blocks it has."""
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
-    for module in (attention, contiguous, select, selected):
+    for module in (attention, flash_forward, flash_backward, select, selected):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()  # what other tests have compiled

@@ -5,6 +5,7 @@ makes it do so. Results depend on the path: queries choose few of many blocks, e
 what is shared out leaves a remainder.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,20 +40,26 @@ PACKED = shaped("packed", ((40, 170), (0, 30), (3, 250), (21, 95)))
 FAR = shaped("far", ((5, 1609),), 40, **FREE)
 FAR_TILES = shaped("far_tiles", ((21, 1609),), 40, **FREE)
 PACKED_FAR = shaped("packed_far", ((3, 1100), (0, 8), (2, 1063)), 40, **FREE)
-# Every sequence ends with a tile of few rows, so that tables of tiles and of blocks have no entry to spare.
+# The last sequence ends with the last tile that a grid has room for.
 FULL_TABLES = (shaped("packed", ((17, 100), (18, 147)), group=3),)
 TILE_BYTES = 2 * 2 * 8 * 21 * DTYPE.itemsize
 """Of the importances of one tile of queries of `WHOLE`."""
 
 
-def full(calls: Calls) -> bool:
-    """Whether the last entry of the table of tiles is used."""
-    return all(bool(call.tiles[-1, 0] >= 0) for call in calls)
+def full(calls: Calls, offsets: str = "cu_queries", factor: str = "", block: str = "QUERIES") -> bool:
+    """Whether the last tile that there is room for exists, of those that `offsets` are cut into."""
+    for call in calls:
+        *_, begin, end = (int(x) * (getattr(call, factor) if factor else 1) for x in getattr(call, offsets))
+        rows, sequences = getattr(call, block), call.num_sequences
+        used = begin // rows + sequences - 1 - (-(end - begin) // rows)
+        if used != end // rows + sequences:
+            return False
+    return True
 
 
 SELECTION = (
     Path(
-        "full_tables", ("select_blocks",), FULL_TABLES, {"kernels.select._importance_kernel": full}, {},
+        "full_grids", ("select_blocks",), FULL_TABLES, {"kernels.select._importance_kernel": full}, {},
         at(["importance"]),
     ),
     Path(
@@ -97,6 +104,9 @@ CONTIGUOUS = ("compressed_attention", "sliding_window_attention")
 KERNELS = tuple(
     f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
 )
+FLASH_KERNELS = (
+    "flash_forward._forward_kernel", "flash_backward._bwd_dq_kernel", "flash_backward._bwd_dkdv_kernel",
+)  # fmt: skip
 QUERY_KERNELS = ("_forward_kernel", "_queries_kernel", "_keys_kernel")
 TILED = (
     shaped("whole", ((40, 328),), batch=2, group=3),
@@ -108,38 +118,51 @@ WIDE = tuple(
 )
 
 
+MANY = (shaped("many", tuple((i % 4, i % 4 + 9 * (i % 3)) for i in range(70))),)
+"""More sequences than a program looks at in one go; some have no queries, some no keys."""
+
+
 def in_chunks(calls: Calls) -> bool:
     """Whether heads wider than a chunk come in two."""
     return all((call.K1 > 0, call.V1 > 0) == (call.DK > 64, call.DV > 64) for call in calls)
 
 
-def shares(count: int, id: str, constants: dict[str, Any], **parameters: Any) -> Path:
-    """The queries of a tile of keys shared out among `count` programs."""
-    seen = {"kernels.contiguous._keys_kernel": lambda calls: calls[0].shares == count}
+def splits(count: int, id: str, constants: dict[str, Any], **parameters: Any) -> Path:
+    """The queries of a tile of keys split among `count` programs."""
+    seen = {"kernels.flash_backward._bwd_dkdv_kernel": lambda calls: calls[0].num_splits == count}
     return Path(id, CONTIGUOUS, TILED, seen, constants, at(KERNELS, **parameters))
 
 
 def tiles(id: str, rows: int, keys: int) -> Path:
     """Tiles of so many rows and keys."""
-    seen = {"kernels.contiguous._queries_kernel": lambda calls: (rows, keys) == (calls[0].BLOCK_M, calls[0].BLOCK_N)}
+    seen = {"kernels.flash_backward._bwd_dq_kernel": lambda calls: (rows, keys) == (calls[0].BLOCK_M, calls[0].BLOCK_N)}
     return Path(id, CONTIGUOUS, TILED, seen, {}, at(KERNELS, BLOCK_M=rows, BLOCK_N=keys))
 
 
-TWO_SHARES = {"kernels.contiguous._MOST_SHARES": 2}
+TWO_SPLITS = {"kernels.flash_backward._MOST_SPLITS": 2}
 ATTENTION = (
-    shares(1, "queries_in_one_share", {}, programs=1),
-    shares(2, "queries_in_two_shares", TWO_SHARES, programs=1000),
-    shares(2, "queries_in_two_shares_all_masked", TWO_SHARES, programs=1000, SPLIT=False),
-    shares(3, "queries_in_three_shares", {"kernels.contiguous._MOST_SHARES": 3}, programs=1000),
+    splits(1, "queries_in_one_split", {}, programs=1),
+    splits(2, "queries_in_two_splits", TWO_SPLITS, programs=1000),
+    splits(2, "queries_in_two_splits_all_masked", TWO_SPLITS, programs=1000, SPLIT=False),
+    splits(3, "queries_in_three_splits", {"kernels.flash_backward._MOST_SPLITS": 3}, programs=1000),
     Path(
-        "full_tables", CONTIGUOUS, FULL_TABLES, {f"kernels.contiguous.{kernel}": full for kernel in QUERY_KERNELS}, {},
-        at(KERNELS),
+        "full_grids", CONTIGUOUS, FULL_TABLES,
+        {
+            "kernels.flash_forward._forward_kernel": partial(full, factor="G", block="BLOCK_M"),
+            "kernels.flash_backward._bwd_dq_kernel": partial(full, factor="G", block="BLOCK_M"),
+            "kernels.flash_backward._bwd_dkdv_kernel": partial(full, offsets="cu_keys", block="BLOCK_N"),
+        },
+        {}, at(KERNELS),
+    ),
+    Path(
+        "many_sequences", CONTIGUOUS, MANY,
+        {"kernels.flash_forward._forward_kernel": lambda calls: calls[0].num_sequences > 32}, {}, at(KERNELS),
     ),
     tiles("tall_tiles", 32, 16),
     tiles("broad_tiles", 16, 32),
     Path(
         "heads_in_two_chunks", CONTIGUOUS, WIDE,
-        {f"kernels.contiguous.{kernel}": in_chunks for kernel in QUERY_KERNELS},
+        {f"kernels.{kernel}": in_chunks for kernel in FLASH_KERNELS},
         {}, at(KERNELS),
     ),
 )  # fmt: skip
@@ -229,7 +252,9 @@ TOGETHER = (
         "everything_in_parts", ("nsa_attention",),
         (shaped("whole", ((17, 180),), batch=2), shaped("packed", ((19, 120), (0, 30), (7, 90)))),
         {
-            "kernels.contiguous._keys_kernel": lambda calls: all(call.shares > 1 and call.WEIGHTED for call in calls),
+            "kernels.flash_backward._bwd_dkdv_kernel": lambda calls: all(
+                call.num_splits > 1 and call.WEIGHTED for call in calls
+            ),
             "kernels.selected._keys_kernel": lambda calls: len(calls) > 1 and calls[0].WEIGHTED,
             "kernels.selected._gather_dq_kernel": lambda calls: len(calls) > 1 and calls[0].ADD,
             "kernels.selected._reduce_kernel": several_pieces,

@@ -10,7 +10,8 @@ import torch
 from triton.runtime.cache import get_cache_manager
 
 from nsa import NSAConfig
-from nsa.kernels import cache, tuning
+from nsa.kernels import cache, flash_backward, flash_forward, tuning
+from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.tuning import Entry, read_table, write_table
 from validation.perf import tune
 
@@ -124,25 +125,25 @@ class Recorder:
 
 
 def launch_windows(q, k, lse, indices, config):
-    contiguous = import_module("nsa.kernels.contiguous")
-    contiguous.window_forward(q, k, k, None, None, None, k.shape[1], config, 1.0)
-    contiguous.window_backward(q, q, k, k, q, lse, None, None, None, k.shape[1], config, 1.0)
+    window = PositionMap.sliding(config, k.shape[1])
+    flash_forward.forward(window, q, k, k, None, k.shape[1], 1.0)
+    flash_backward.backward(window, q, q, k, k, q, lse, None, k.shape[1], 1.0)
 
 
 def launch_compressed(q, k, lse, indices, config):
-    contiguous, blocks = import_module("nsa.kernels.contiguous"), k[:, :1]
-    contiguous.compressed_forward(q, blocks, blocks, None, None, None, k.shape[1], config, 1.0)
-    contiguous.compressed_backward(q, q, blocks, blocks, q, lse, None, None, None, k.shape[1], config, 1.0)
+    blocks, compressed = k[:, :1], PositionMap.compressed(config, k.shape[1])
+    flash_forward.forward(compressed, q, blocks, blocks, None, k.shape[1], 1.0)
+    flash_backward.backward(compressed, q, q, blocks, blocks, q, lse, None, k.shape[1], 1.0)
 
 
 def launch_selected(q, k, lse, indices, config):
     selected = import_module("nsa.kernels.selected")
-    selected.forward(q, k, k, indices, None, None, k.shape[1], config, 1.0)
-    selected.backward(q, q, k, k, q, lse, indices, None, None, k.shape[1], config, 1.0)
+    selected.forward(q, k, k, indices, None, k.shape[1], config, 1.0)
+    selected.backward(q, q, k, k, q, lse, indices, None, k.shape[1], config, 1.0)
 
 
 def launch_selection(q, k, lse, indices, config):
-    import_module("nsa.kernels.select").select_blocks(q, k[:, :1], lse, config, k.shape[1], None, None, 1.0)
+    import_module("nsa.kernels.select").select_blocks(q, k[:, :1], lse, config, k.shape[1], None, 1.0)
 
 
 def launch_compress(q, k, lse, indices, config):
@@ -163,7 +164,7 @@ def launch_combine(q, k, lse, indices, config):
 def test_grids_have_one_side(launches, monkeypatch):
     """No batch is too large for a grid: what grows with it lies along the side that has no low limit."""
     grids = []
-    for name in ("attention", "compress", "contiguous", "select", "selected"):
+    for name in ("attention", "compress", "flash_forward", "flash_backward", "select", "selected"):
         module = import_module(f"nsa.kernels.{name}")
         for kernel in (name for name in vars(module) if name.endswith("_kernel")):
             monkeypatch.setattr(module, kernel, Recorder(grids))
