@@ -992,8 +992,8 @@ _LARGE_SIZES = [
         (_forced("many_sequences", "sliding_window_attention", "many"),),
     ),
     Fault(
-        "table-of-tiles-one-short",
-        "the table of tiles of packed sequences has an entry less than there could be tiles",
+        "grid-one-tile-short",
+        "a grid over packed sequences has a program less than there could be tiles",
         "kernels/primitives.py",
         "return length * factor // block + sequences if sequences",
         "return length * factor // block + sequences - 1 if sequences",
