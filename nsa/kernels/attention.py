@@ -24,9 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels import contiguous, selected
+from nsa.kernels import contiguous
+from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.common import accumulator, rows_contiguous
 from nsa.kernels.select import select_blocks
+from nsa.kernels.selected_attention import forward as selected_forward
+from nsa.kernels.selected_attention import gradients as selected_gradients
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
 
 
@@ -86,7 +89,7 @@ def _attend_forward(
     `out_cmp` and `lse_cmp` are what the compressed branch gives for `q`, `k_cmp` and `v_cmp`.
     """
     rest = (cu_seqlens_q, cu_seqlens_k, k_slc.shape[1], config_of(sizes), scale)
-    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, *rest)
+    out_slc, lse_slc = selected_forward(q, k_slc, v_slc, indices, *rest)
     out_win, lse_win = contiguous.window_forward(q, k_win, v_win, None, *rest)
     out = combine((out_cmp, out_slc, out_win), gates)
     return out, out_slc, lse_slc, out_win, lse_win
@@ -128,9 +131,8 @@ def _attend_backward(
     dq, dk_cmp, dv_cmp = contiguous.compressed_backward(
         dout, q, k_cmp, v_cmp, out_cmp, lse_cmp, None, *rest, gate=gate_cmp, dgate=dgate_cmp
     )
-    dq, dk_slc, dv_slc = selected.backward(
-        dout, q, k_slc, v_slc, out_slc, lse_slc, indices, *rest, gate=gate_slc, dgate=dgate_slc, dq=dq
-    )
+    (rows,) = preprocess(dout, [out_slc], [lse_slc], [gate_slc], [dgate_slc])
+    dq, dk_slc, dv_slc = selected_gradients(dout, q, k_slc, v_slc, lse_slc, rows, indices, *rest, gate=gate_slc, dq=dq)
     dq, dk_win, dv_win = contiguous.window_backward(
         dout, q, k_win, v_win, out_win, lse_win, None, *rest, gate=gate_win, dgate=dgate_win, dq=dq
     )

@@ -629,7 +629,8 @@ def _backward(
     dgate: Tensor | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `branch_operator` has it; `gate`, `dgate` and `dq` as `nsa.kernels.selected.backward` has them."""
+    """As `branch_operator` has it; `gate` and `dq` as `nsa.kernels.selected_attention.gradients` has them, and `dgate`
+    likewise for the gradient of `gate`, written."""
     batch, num_queries, query_heads, _ = q.shape
     num_keys, heads = k.shape[1:3]
     if not lse.numel() or not k.numel():

@@ -47,8 +47,8 @@ def test_kernels_and_parameters_that_are_not_there_are_refused():
             pass
         with pytest.raises(ValueError, match=unknown):
             tuning.launch(name, torch.bfloat16, 128, 128)
-    unknown = "parameters must be of .*'SCATTER'.*, got SCATER$"
-    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", SCATER=False):
+    unknown = "parameters must be of .*'KEY_MAJOR'.*, got KEY_MAYOR$"
+    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", KEY_MAYOR=False):
         pass
 
 
@@ -113,6 +113,13 @@ MOST = 65_535
 """Blocks along the second and the third side of a grid that CUDA takes."""
 
 
+MODULES = (
+    "attention", "block_index", "bwd_preprocess", "compress", "contiguous", "select", "selected_by_block",
+    "selected_by_query",
+)  # fmt: skip
+"""Below `nsa.kernels`, where kernels are launched."""
+
+
 class Recorder:
     """Stands for a kernel, and keeps the grids it would be launched with."""
 
@@ -136,7 +143,7 @@ def launch_compressed(q, k, lse, indices, config):
 
 
 def launch_selected(q, k, lse, indices, config):
-    selected = import_module("nsa.kernels.selected")
+    selected = import_module("nsa.kernels.selected_attention")
     selected.forward(q, k, k, indices, None, None, k.shape[1], config, 1.0)
     selected.backward(q, q, k, k, q, lse, indices, None, None, k.shape[1], config, 1.0)
 
@@ -163,7 +170,7 @@ def launch_combine(q, k, lse, indices, config):
 def test_grids_have_one_side(launches, monkeypatch):
     """No batch is too large for a grid: what grows with it lies along the side that has no low limit."""
     grids = []
-    for name in ("attention", "compress", "contiguous", "select", "selected"):
+    for name in MODULES:
         module = import_module(f"nsa.kernels.{name}")
         for kernel in (name for name in vars(module) if name.endswith("_kernel")):
             monkeypatch.setattr(module, kernel, Recorder(grids))
