@@ -13,7 +13,7 @@ from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
 from nsa.kernels.flash_attention import compressed_attention, sliding_window_attention
 from nsa.kernels.select import select_blocks
-from nsa.kernels.selected import selected_attention
+from nsa.kernels.selected_attention import selected_attention
 
 cache.use_writable()
 

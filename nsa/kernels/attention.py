@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels import flash_backward, flash_forward, selected
+from nsa.kernels import flash_backward, flash_forward, selected_attention
+from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.flash_attention import compressed_attention
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.primitives import accumulator, rows_contiguous
@@ -92,7 +93,7 @@ def _attend_forward(
     """
     config, num_keys = config_of(sizes), k_slc.shape[1]
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
-    out_slc, lse_slc = selected.forward(q, k_slc, v_slc, indices, varlen, num_keys, config, scale)
+    out_slc, lse_slc = selected_attention.forward(q, k_slc, v_slc, indices, varlen, num_keys, config, scale)
     window = PositionMap.sliding(config, num_keys)
     out_win, lse_win = flash_forward.forward(window, q, k_win, v_win, varlen, num_keys, scale)
     out = combine((out_cmp, out_slc, out_win), gates)
@@ -132,22 +133,25 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     config, num_keys = config_of(sizes), k_slc.shape[1]
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
-    rest = (varlen, num_keys, config, scale)
     dout, q, gates = rows_contiguous(dout), rows_contiguous(q), gates.contiguous()
-    dgates = torch.zeros_like(gates)
-    (gate_cmp, gate_slc, gate_win), (dgate_cmp, dgate_slc, dgate_win) = gates.unbind(-1), dgates.unbind(-1)
-    positions = PositionMap.compressed(config, num_keys)
+    dgates = torch.empty_like(gates)
+    outs = [x.contiguous() for x in (out_cmp, out_slc, out_win)]
+    lses = lse_cmp, lse_slc, lse_win = [x.contiguous() for x in (lse_cmp, lse_slc, lse_win)]
+    by_branch = gates.unbind(-1)
+    rows_cmp, rows_slc, rows_win = preprocess(
+        dout, outs, lses, by_branch, dgates.unbind(-1), head_major=(True, False, True)
+    )
+    compressed, window = PositionMap.compressed(config, num_keys), PositionMap.sliding(config, num_keys)
+    rest = (varlen, num_keys, scale)
     dq, dk_cmp, dv_cmp = flash_backward.backward(
-        positions, dout, q, k_cmp, v_cmp, out_cmp, lse_cmp, varlen, num_keys, scale, gate=gate_cmp, dgate=dgate_cmp
+        compressed, dout, q, k_cmp, v_cmp, lse_cmp, rows_cmp, *rest, gate=by_branch[0]
     )
-    dq, dk_slc, dv_slc = selected.backward(
-        dout, q, k_slc, v_slc, out_slc, lse_slc, indices, *rest, gate=gate_slc, dgate=dgate_slc, dq=dq
+    dq, dk_slc, dv_slc = selected_attention.gradients(
+        dout, q, k_slc, v_slc, lse_slc, rows_slc, indices, varlen, num_keys, config, scale, gate=by_branch[1], dq=dq
     )
-    positions = PositionMap.sliding(config, num_keys)
     dq, dk_win, dv_win = flash_backward.backward(
-        positions, dout, q, k_win, v_win, out_win, lse_win, varlen, num_keys, scale, gate=gate_win, dgate=dgate_win,
-        dq=dq,
-    )  # fmt: skip
+        window, dout, q, k_win, v_win, lse_win, rows_win, *rest, gate=by_branch[2], dq=dq
+    )
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels import flash_backward, flash_forward
+from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.primitives import rows_contiguous
 from nsa.ops import Operator, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
 
@@ -38,8 +40,10 @@ def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Op
         config: NSAConfig,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        dout, lse = rows_contiguous(dout), lse.contiguous()
+        (rows,) = preprocess(dout, [out.contiguous()], [lse], head_major=[True])
         return flash_backward.backward(
-            positions(config, num_tokens), dout, q, k, v, out, lse, varlen, num_tokens, scale
+            positions(config, num_tokens), dout, q, k, v, lse, rows, varlen, num_tokens, scale
         )
 
     return branch_operator("nsa_triton", name, forward, backward)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.flash_tiles import (
     LENGTHS,
     PositionMap,
@@ -35,7 +36,7 @@ from nsa.kernels.primitives import (
     count_tiles,
     describable,
     descriptors,
-    dot_nt,
+    dot_chunks,
     fetch,
     find_program,
     find_tile,
@@ -44,7 +45,6 @@ from nsa.kernels.primitives import (
     probability,
     rows_contiguous,
     store_chunks,
-    weigh,
     without,
     zero_unless_finite,
 )
@@ -56,17 +56,15 @@ _MOST_SPLITS = 32
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _bwd_dq_kernel(
-    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, dout, gate, lse, lse2_out, delta_out, dgate, dq,
-    q_strides, k_strides, v_strides, out_strides, dout_strides, lse_stride, row_strides, dq_strides,
-    cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys, window, num_tiles, HEADS, scale,
-    scale_log2,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, gate, lse, delta, dq, q_strides, k_strides, v_strides,
+    dout_strides, lse_stride, row_strides, dq_strides, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries,
+    num_tokens, num_keys, window, num_tiles, HEADS, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """`dq`, added to what is there with ADD, the gate's gradient, which is `delta`, and for the other kernel `delta`
-    and the log-sum-exp in base 2, weighted by the gate, both head-major."""
+    """`dq` of a tile of rows, added to what is there with ADD."""
     tile, head, batch = find_program(num_tiles, HEADS)
     first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
         cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
@@ -78,7 +76,6 @@ def _bwd_dq_kernel(
     q += batch64 * q_strides[0]
     k += batch64 * k_strides[0] + head64 * k_strides[2]
     v += batch64 * v_strides[0] + head64 * v_strides[2]
-    out += batch64 * out_strides[0]
     dout += batch64 * dout_strides[0]
     dq += batch64 * dq_strides[0]
     key_first, key_stop, count, a, b = key_range(
@@ -99,23 +96,15 @@ def _bwd_dq_kernel(
             q0, q1 = load_chunks(q, token * q_strides[1] + query_head * q_strides[2], inside, DK, K0, K1)
             dout_offsets = token * dout_strides[1] + query_head * dout_strides[2]
             do0, do1 = load_chunks(dout, dout_offsets, inside, DV, V0, V1)
-            out_offsets = token * out_strides[1] + query_head * out_strides[2]
-            o0, o1 = load_chunks(out, out_offsets, inside, DV, V0, V1)
-            delta = tl.sum(do0.to(ACC) * o0.to(ACC), 1)
-            if V1:
-                delta += tl.sum(do1.to(ACC) * o1.to(ACC), 1)
             of_row = batch64 * lse_stride + token * (HEADS * G) + query_head
             lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
             lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-            row_offsets = batch64 * row_strides[0] + query_head * row_strides[1] + token
-            tl.store(delta_out + row_offsets, delta, mask=inside)
+            row_delta = tl.load(
+                delta + batch64 * row_strides[0] + query_head * row_strides[1] + token, mask=inside, other=0.0
+            )
+            weight = tl.full([BLOCK_M], 1.0, ACC)
             if gate is not None:
                 weight = tl.load(gate + 3 * of_row, mask=inside, other=0.0).to(ACC)
-                tl.store(lse2_out + row_offsets, weigh(lse2, weight, ACC), mask=inside)
-                tl.store(dgate + 3 * of_row, delta.to(dgate.dtype.element_ty), mask=inside)
-            else:
-                weight = tl.full([BLOCK_M], 1.0, ACC)
-                tl.store(lse2_out + row_offsets, lse2, mask=inside)
 
             k_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * k_strides[1]
             v_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * v_strides[1]
@@ -135,14 +124,14 @@ def _bwd_dq_kernel(
                         v_tiles0, v_tiles1, v, v_offsets, exists, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
                         MASKED, TMA,
                     )  # fmt: skip
-                    s = dot_nt(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
+                    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
                     if MASKED:
                         visible = keys[None, :] < num_visible[:, None]
                         if WINDOWED:
                             visible = visible & (keys[None, :] >= first_visible[:, None])
                         s = tl.where(visible, s, float("-inf"))
                     p = tl.exp2(s - lse2[:, None])
-                    ds = p * (dot_nt(do0, do1, v0, v1, V1, ACC, PRECISION) - delta[:, None])
+                    ds = p * (dot_chunks(do0, do1, v0, v1, V1, ACC, PRECISION) - row_delta[:, None])
                     if CLEAN and MASKED:
                         ds = tl.where(visible, ds, 0.0)
                         k0, k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
@@ -242,7 +231,7 @@ def _bwd_dkdv_kernel(
                     else:
                         row_lse2 = tl.load(lse2 + of_row)
                         row_delta = tl.load(delta + of_row)
-                    s = dot_nt(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
+                    s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
                     if MASKED:
                         position = queries + shift
                         visible = keys[:, None] < count_visible(position, STRIDE, LAST)[None, :]
@@ -258,7 +247,7 @@ def _bwd_dkdv_kernel(
                         # A query that is not finite spoils the keys that it sees, and no others.
                         p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
                     dv0, dv1 = add_dot(p.to(do0.dtype), do0, do1, dv0, dv1, V1, ACC, PRECISION)
-                    ds = p * (dot_nt(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
+                    ds = p * (dot_chunks(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
                     if CLEAN and MASKED:
                         ds = tl.where(visible, ds, 0.0)
                     dk0, dk1 = add_dot(ds.to(q0.dtype), q0, q1, dk0, dk1, K1, ACC, PRECISION)
@@ -275,21 +264,21 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
+    rows: BackwardRows,
     varlen: Varlen | None,
     num_tokens: int,
     scale: float,
     *,
     gate: Tensor | None = None,
-    dgate: Tensor | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients `dq`, `dk` and `dv` of one branch, contiguous; arguments as `flash_forward.forward` has them.
 
     Args:
-        gate: `[B, Tq, Hq]`, every third element of memory: what `dout` is to be multiplied by.
-        dgate: the same for `gate`'s gradient, written.
+        lse: `[B, Tq, Hq]`, as the forward pass gave it.
+        rows: head-major, weighted if there is a gate.
+        gate: `[B, Tq, Hq]`, every third element of contiguous memory: what `dout` is to be multiplied by.
         dq: contiguous, added to.
     """
     batch, num_queries, query_heads, _ = q.shape
@@ -298,13 +287,12 @@ def backward(
         return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
     add = dq is not None
     dq = q.new_empty(q.shape) if dq is None else dq
-    dout, q, k, v, out = map(rows_contiguous, (dout, q, k, v, out))
+    dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
     offsets = positions.offsets(varlen)
     lengths = (*offsets, num_queries, num_tokens, num_keys, positions.window or 0)
     constants = flash_constants(q, k, v, positions, varlen is not None)
-    lse = lse.contiguous()
-    # Rows begin at whole 64 bytes, however long: kernels are compiled for strides that do and others that do not.
-    lse2, delta = lse.new_empty(2, batch, query_heads, triton.cdiv(num_queries, 16) * 16)
+    lse, (delta, lse2) = lse.contiguous(), rows
+    row_strides = (delta.stride(0), delta.stride(2))
 
     with torch.cuda.device_of(q):
         config, _ = flash_config(positions, "queries", q, k, v)
@@ -312,8 +300,8 @@ def backward(
         tiles = count_tiles(num_queries, query_heads // heads, config["BLOCK_M"], offsets)
         _bwd_dq_kernel[(tiles * heads * batch, 1, 1)](
             q, k, v, *descriptors(k, config["BLOCK_N"], config["TMA"]),
-            *descriptors(v, config["BLOCK_N"], config["TMA"]), out, dout, gate, lse, lse2, delta, dgate, dq,
-            *(x.stride()[:3] for x in (q, k, v, out, dout)), lse.stride(0), delta.stride()[:2], dq.stride()[:3],
+            *descriptors(v, config["BLOCK_N"], config["TMA"]), dout, gate, lse, delta, dq,
+            *(x.stride()[:3] for x in (q, k, v, dout)), lse.stride(0), row_strides, dq.stride()[:3],
             *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants, **config,
         )  # fmt: skip
 
@@ -330,7 +318,7 @@ def backward(
         _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
             q, k, v, *descriptors(q, config["BLOCK_M"], config["TMA"]),
             *descriptors(dout, config["BLOCK_M"], config["TMA"]), dout, lse2, delta, dk, dv,
-            *(x.stride()[:3] for x in (q, k, v, dout)), delta.stride()[:2], dk.stride()[:4], dv.stride()[:4],
+            *(x.stride()[:3] for x in (q, k, v, dout)), row_strides, dk.stride()[:4], dv.stride()[:4],
             *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
             **config,
         )  # fmt: skip

@@ -34,7 +34,7 @@ from nsa.kernels.primitives import (
     count_tiles,
     describable,
     descriptors,
-    dot_nt,
+    dot_chunks,
     fetch,
     find_program,
     find_tile,
@@ -87,7 +87,7 @@ def _attend(
                 k_tiles0, k_tiles1, k, k_offsets, exists, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
                 MASKED, TMA and not CLEAN,
             )  # fmt: skip
-            s = dot_nt(q0, q1, k0, k1, K1, ACC, PRECISION)
+            s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
             if MASKED:
                 visible = keys[None, :] < num_visible[:, None]
                 if WINDOWED:

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.primitives import accumulator, dot_precision
-from nsa.kernels.tuning import chunks, launch
+from nsa.kernels.primitives import head_constants
+from nsa.kernels.tuning import launch
 from nsa.varlen import Varlen
 
 # Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
@@ -109,21 +109,12 @@ class PositionMap(NamedTuple):
 
 def flash_constants(q: Tensor, k: Tensor, v: Tensor, positions: PositionMap, packed: bool) -> dict[str, Any]:
     """What every kernel of both branches is compiled for."""
-    (k0, k1), (v0, v1) = chunks(k.shape[3]), chunks(v.shape[3])
     return {
+        **head_constants(q, k, v),
         "STRIDE": positions.stride,
         "LAST": positions.last,
         "WINDOWED": positions.window is not None,
-        "G": q.shape[2] // k.shape[2],
-        "DK": k.shape[3],
-        "K0": k0,
-        "K1": k1,
-        "DV": v.shape[3],
-        "V0": v0,
-        "V1": v1,
         "PACKED": packed,
-        "ACC": accumulator(q.dtype),
-        "PRECISION": dot_precision(q.dtype),
     }
 
 

@@ -69,7 +69,36 @@ def descriptors(x: Tensor, block: int, use: bool) -> tuple[TensorDescriptor | No
     return first, second
 
 
-# In the kernels.
+def head_constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """The constants that dtype and head dimensions give every attention kernel."""
+    (k0, k1), (v0, v1) = chunks(k.shape[3]), chunks(v.shape[3])
+    return {
+        "G": q.shape[2] // k.shape[2],
+        "DK": k.shape[3],
+        "K0": k0,
+        "K1": k1,
+        "DV": v.shape[3],
+        "V0": v0,
+        "V1": v1,
+        "ACC": accumulator(q.dtype),
+        "PRECISION": dot_precision(q.dtype),
+    }
+
+
+WORKSPACE_BYTES = 1 << 30
+"""Workspace held at a time by kernels that work on some heads after others, if one head does not need more."""
+
+_LARGEST_GRID = 65535  # along any side but the first
+
+
+def head_runs(heads: int, bytes_per_head: int) -> list[tuple[int, int]]:
+    """Runs of heads whose workspace is held at a time, each the first head and their number; the first is longest."""
+    step = min(_LARGEST_GRID, max(1, WORKSPACE_BYTES // max(1, bytes_per_head)))
+    return [(first, min(step, heads - first)) for first in range(0, heads, step)]
+
+
+# In the kernels. A head dimension comes in one or two chunks; where there is one, the second is a copy of the first
+# that nobody uses.
 
 
 @triton.jit
@@ -82,26 +111,35 @@ def dot(a, b, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def weigh(log_sum, weight, ACC: tl.constexpr):
-    """Log-sum-exps, base 2, that make `probability` give `weight` times as much.
+def dot_chunks(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """`a b^T` of rows `a [M, D]` and `b [N, D]` in two chunks of columns."""
+    product = dot(a0, tl.trans(b0), None, ACC, PRECISION)
+    if D1:
+        product = dot(a1, tl.trans(b1), product, ACC, PRECISION)
+    return product
+
+
+@triton.jit
+def weigh(lse2, weight, ACC: tl.constexpr):
+    """Log-sum-exps in base 2 that make `probability` give `weight` times as much.
 
     The weight's sign goes into the last bit, below what rounding leaves certain. One number a row instead of two:
     kernels that hold a tile of keys' gradients have no registers left.
     """
     INTEGER: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
     nothing = weight == 0
-    log_sum = tl.where(nothing, float("inf"), log_sum - tl.log2(tl.where(nothing, 1.0, tl.abs(weight))))
-    negative = (weight < 0) & (log_sum < float("inf"))
-    return (log_sum.to(INTEGER, bitcast=True) & -2 | negative.to(INTEGER)).to(ACC, bitcast=True)
+    lse2 = tl.where(nothing, float("inf"), lse2 - tl.log2(tl.where(nothing, 1.0, tl.abs(weight))))
+    negative = (weight < 0) & (lse2 < float("inf"))
+    return (lse2.to(INTEGER, bitcast=True) & -2 | negative.to(INTEGER)).to(ACC, bitcast=True)
 
 
 @triton.jit
-def probability(x, log_sum, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
-    """`2^(x - log_sum)`; with WEIGHTED `log_sum` is what `weigh` made."""
-    p = tl.exp2(x - log_sum)
+def probability(x, lse2, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
+    """`2^(x - lse2)`; with WEIGHTED `lse2` is what `weigh` made."""
+    p = tl.exp2(x - lse2)
     if WEIGHTED:
         INTEGER: tl.constexpr = tl.int64 if tl.float64 == ACC else tl.int32
-        sign = log_sum.to(INTEGER, bitcast=True) << (63 if tl.float64 == ACC else 31)
+        sign = lse2.to(INTEGER, bitcast=True) << (63 if tl.float64 == ACC else 31)
         p = (p.to(INTEGER, bitcast=True) ^ sign).to(ACC, bitcast=True)
     return p
 
@@ -170,13 +208,24 @@ def load_rows(base, offsets, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM
 
 
 @triton.jit
+def load_chunks(
+    base, offsets, seen, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr = True
+):
+    """The rows at `base + offsets [M]` in two chunks, `[M, D0]` and `[M, D1]`; 0 if MASKED and not `seen [M]`."""
+    first = load_rows(base, offsets, seen, 0, D0, DIM, MASKED)
+    second = first
+    if D1:
+        second = load_rows(base, offsets, seen, D0, D1, DIM, MASKED)
+    return first, second
+
+
+@triton.jit
 def fetch(
     tiles0, tiles1, base, offsets, seen, batch, head, row, stride,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows `row` to `row + BLOCK` of one head in two chunks: by descriptor (which pads with 0) or by pointers. Where
-    there is one chunk, the second is something of no meaning."""
+    """Rows `row` to `row + BLOCK` of one head in two chunks, by descriptor (which pads with 0) or by pointers."""
     if TMA:
         first = tiles0.load([batch, head, row, 0]).reshape(BLOCK, D0)
         second = first
@@ -184,10 +233,7 @@ def fetch(
             second = tiles1.load([batch, head, row, D0]).reshape(BLOCK, D1)
     else:
         base += tl.cast(row, tl.int64) * stride
-        first = load_rows(base, offsets, seen, 0, D0, DIM, MASKED)
-        second = first
-        if D1 > 0:
-            second = load_rows(base, offsets, seen, D0, D1, DIM, MASKED)
+        first, second = load_chunks(base, offsets, seen, DIM, D0, D1, MASKED)
     return first, second
 
 
@@ -240,16 +286,6 @@ def store_rows(
 
 
 @triton.jit
-def load_chunks(base, offsets, seen, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr = True):
-    """Rows `[M, D0]` and `[M, D1]` at `base + offsets [M]`; 0 if MASKED where not `seen [M]`."""
-    first = load_rows(base, offsets, seen, 0, D0, D, MASKED)
-    second = first
-    if D1 > 0:
-        second = load_rows(base, offsets, seen, D0, D1, D, MASKED)
-    return first, second
-
-
-@triton.jit
 def store_chunks(
     base, offsets, seen, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ADD: tl.constexpr = False
 ):
@@ -257,15 +293,6 @@ def store_chunks(
     store_rows(base, offsets, seen, x0, 0, D0, D, ADD)
     if D1 > 0:
         store_rows(base, offsets, seen, x1, D0, D1, D, ADD)
-
-
-@triton.jit
-def dot_nt(x0, x1, y0, y1, D1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """`x y^T` for `x [M, D]` and `y [N, D]`."""
-    product = dot(x0, tl.trans(y0), None, ACC, PRECISION)
-    if D1 > 0:
-        product = dot(x1, tl.trans(y1), product, ACC, PRECISION)
-    return product
 
 
 @triton.jit

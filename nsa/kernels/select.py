@@ -36,7 +36,7 @@ from nsa.kernels.primitives import (
     LOG2E,
     accumulator,
     count_tiles,
-    dot_nt,
+    dot_chunks,
     dot_precision,
     find_tile,
     load_chunks,
@@ -106,7 +106,7 @@ def _importance_kernel(
         exists = (block >= 0) & (block < count)
         k_offsets = block.to(tl.int64) * k_strides[1]
         k0, k1 = load_chunks(k, k_offsets, exists, DK, K0, K1)
-        s = dot_nt(k0, k1, q0, q1, K1, ACC, PRECISION)
+        s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION)
         # A hidden key's logit may be any height above the log-sum-exp; a visible one's is not, but for rounding.
         p = tl.exp2(tl.minimum(s * (scale * LOG2E) - log_sum[None, :], 0.0))
         p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)

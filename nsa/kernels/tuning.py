@@ -14,7 +14,8 @@ A set of parameters says how a kernel is cut up (`BLOCK_M` query rows, `BLOCK_N`
   are shared out among several programs, whose float32 partial sums are added afterwards. Those of the compressed branch
   want many more than there are processors, since the first keys of a sequence have all queries to walk over and the
   last hardly any;
-- `SCATTER`, `CHUNK`: how `nsa.kernels.selected` brings queries and blocks together.
+- `KEY_MAJOR`: whether `nsa.kernels.selected_attention` makes the output, or `dq`, key-major rather than query-major;
+- `CHUNK`: queries of a piece, into which the list of queries of each block is cut.
 """
 
 import json
@@ -61,13 +62,13 @@ KERNELS = frozenset(
     {
         *(f"{branch}_{part}" for branch in ("window", "compressed") for part in ("forward", "queries", "keys")),
         "importance",
-        *(f"selected_{part}" for part in ("forward", "scatter", "queries", "keys")),
+        *(f"selected_{part}" for part in ("forward", "forward_key_major", "bwd_dq", "bwd_dkdv")),
     }
 )
 """The kernels whose launch is looked up here, by the names that their launchers use."""
 
 PARAMETERS = frozenset(
-    {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs", "SCATTER", "CHUNK"}
+    {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs", "KEY_MAJOR", "CHUNK"}
 )
 """The parameters that a launch can have."""
 
@@ -198,7 +199,7 @@ def _fitting(name: str, row_bytes: int, dtype: torch.dtype) -> Launch:
     else:
         long, short, warps, stages = 16, 16, 4, 1
     rows, keys = long, short
-    if name.endswith("_keys"):  # it keeps its keys and streams its queries; its sums take twice the room
+    if name.endswith(("_keys", "_bwd_dkdv")):  # it keeps its keys and streams its queries; its sums take twice the room
         rows, keys = min(short, 32), long if row_bytes <= 256 else short
     return {
         "BLOCK_M": rows,

@@ -76,31 +76,31 @@ def _importance(group: int) -> list[Launch]:
     return _each(BLOCK_M=[64, 128], BLOCK_N=[64, 128], num_warps=[4, 8], num_stages=[2, 3])
 
 
-# Where few heads share what is fetched, fetching by query is hopeless, and where many do, so is scattering.
+# Where few heads share what is fetched, query-major kernels are hopeless, and where many do, key-major ones are.
 
 
-def _selected_scatter(group: int) -> list[Launch]:
+def _selected_forward_key_major(group: int) -> list[Launch]:
     if group > 8:
         return []
     return [{"CHUNK": 2048}, *_each(BLOCK_M=[64, 128], num_warps=[4, 8], num_stages=[1, 2, 3], CHUNK=[1024])]
 
 
 def _selected_forward(group: int) -> list[Launch]:
-    by_query = _each(SCATTER=[False], TMA=[True], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3, 4])
-    return (by_query if group >= 4 else []) + ([{"SCATTER": True}] if group <= 8 else [])
+    query_major = _each(KEY_MAJOR=[False], TMA=[True], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3, 4])
+    return (query_major if group >= 4 else []) + ([{"KEY_MAJOR": True}] if group <= 8 else [])
 
 
-def _selected_queries(group: int) -> list[Launch]:
+def _selected_bwd_dq(group: int) -> list[Launch]:
     if group < 4:
         return []
     return _each(TMA=[True], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3])
 
 
-def _selected_keys(group: int) -> list[Launch]:
+def _selected_bwd_dkdv(group: int) -> list[Launch]:
     shapes = {"num_warps": [4, 8], "num_stages": [1, 2, 3]}
-    once = _each(SCATTER=[False], BLOCK_M=[32, 64, 128], CHUNK=[1024], **shapes)
-    scattered = _each(SCATTER=[True], BLOCK_M=[32, 64, 128], CHUNK=[2048], **shapes)
-    return (once if group >= 4 else []) + (scattered if group <= 8 else [])
+    query_major = _each(KEY_MAJOR=[False], BLOCK_M=[32, 64, 128], CHUNK=[1024], **shapes)
+    key_major = _each(KEY_MAJOR=[True], BLOCK_M=[32, 64, 128], CHUNK=[2048], **shapes)
+    return (query_major if group >= 4 else []) + (key_major if group <= 8 else [])
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,18 @@ KERNELS = {
     "window_queries": Kernel("sliding_window_attention", "backward", _queries, any_group=True),
     "window_keys": Kernel("sliding_window_attention", "backward", _keys([132]), any_group=True),
     "importance": Kernel("select_blocks", "forward", _importance),
-    "selected_scatter": Kernel(
-        "selected_attention", "forward", _selected_scatter, meanwhile={"selected_forward": {"SCATTER": True}}
+    "selected_forward_key_major": Kernel(
+        "selected_attention",
+        "forward",
+        _selected_forward_key_major,
+        meanwhile={"selected_forward": {"KEY_MAJOR": True}},
     ),
     "selected_forward": Kernel("selected_attention", "forward", _selected_forward),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
-    "selected_queries": Kernel(
-        "selected_attention", "backward", _selected_queries, meanwhile={"selected_keys": {"SCATTER": False}}
+    "selected_bwd_dq": Kernel(
+        "selected_attention", "backward", _selected_bwd_dq, meanwhile={"selected_bwd_dkdv": {"KEY_MAJOR": False}}
     ),
-    "selected_keys": Kernel("selected_attention", "backward", _selected_keys),
+    "selected_bwd_dkdv": Kernel("selected_attention", "backward", _selected_bwd_dkdv),
 }
 
 

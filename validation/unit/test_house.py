@@ -17,8 +17,6 @@ FILES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "nsa").rgl
 ENTRY_POINTS = ("nsa/train.py", "nsa/generate.py")
 
 LONGEST = 500
-TOO_LONG = {"nsa/kernels/contiguous.py": 714, "nsa/kernels/selected.py": 946}
-"""Files that are still to be split, with the lines they have; an entry is deleted once its file is."""
 
 
 def module(file: str) -> str:
@@ -96,11 +94,5 @@ def test_imports_close_no_circle() -> None:
 
 def test_files_are_short() -> None:
     lengths = {file: len(path.read_text().splitlines()) for file, path in FILES.items()}
-    found = [f"{file} has {length} lines" for file, length in lengths.items() if length > TOO_LONG.get(file, LONGEST)]
+    found = [f"{file} has {length} lines" for file, length in lengths.items() if length > LONGEST]
     assert not found, f"a file of more than {LONGEST} lines holds more than one idea: {'; '.join(found)}"
-
-
-@pytest.mark.parametrize("file", TOO_LONG)
-def test_files_that_may_be_long_still_are(file: str) -> None:
-    length = len(FILES[file].read_text().splitlines()) if file in FILES else 0
-    assert length > LONGEST, f"{file} has {length} lines: delete its entry of TOO_LONG"

@@ -10,7 +10,17 @@ import triton
 
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
-from nsa.kernels import attention, flash_backward, flash_forward, select, selected
+from nsa.kernels import (
+    attention,
+    block_index,
+    bwd_preprocess,
+    flash_backward,
+    flash_forward,
+    primitives,
+    select,
+    selected_by_block,
+    selected_by_query,
+)
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import (
@@ -164,9 +174,9 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
 
 
 def test_launches_by_block_fit_a_grid() -> None:
-    shares = selected._shares(200_000, 1)
-    assert max(number for _, number in shares) < 1 << 16
-    assert sum(number for _, number in shares) == 200_000
+    runs = primitives.head_runs(200_000, 1)
+    assert max(number for _, number in runs) < 1 << 16
+    assert sum(number for _, number in runs) == 200_000
 
 
 @pytest.mark.needs_gpu
@@ -174,7 +184,11 @@ def test_another_length_is_no_reason_to_compile(monkeypatch):
     """Neither that it is no multiple of 16 nor how many blocks it has."""
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
-    for module in (attention, flash_forward, flash_backward, select, selected):
+    modules = (
+        attention, block_index, bwd_preprocess, flash_forward, flash_backward, select, selected_by_block,
+        selected_by_query,
+    )  # fmt: skip
+    for module in modules:
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()  # what other tests have compiled

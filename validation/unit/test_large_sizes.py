@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from nsa import NSAConfig
-from nsa.kernels import selected
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.cases import Case, config, draw, select_blocks, whole, with_selection
-from validation.unit.forced import DTYPE, Calls, Path, Watched, at, force, launched_as, workspaces_are_guarded
+from validation.unit.forced import DTYPE, Calls, Path, at, force, launched_as, workspaces_are_guarded
 from validation.unit.ways import SELECTED, WAYS
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -107,7 +106,6 @@ KERNELS = tuple(
 FLASH_KERNELS = (
     "flash_forward._forward_kernel", "flash_backward._bwd_dq_kernel", "flash_backward._bwd_dkdv_kernel",
 )  # fmt: skip
-QUERY_KERNELS = ("_forward_kernel", "_queries_kernel", "_keys_kernel")
 TILED = (
     shaped("whole", ((40, 328),), batch=2, group=3),
     shaped("packed", ((50, 200), (0, 40), (33, 150), (1, 1)), group=3),
@@ -185,62 +183,63 @@ LARGE_BLOCKS = (
     shaped("whole", ((13, 350),), 3, blocks=(16, 8, 128), group=3, scrambled=True),
     shaped("packed", ((9, 150), (0, 30), (12, 270)), 3, blocks=(16, 8, 128), group=3, scrambled=True),
 )
-BLOCK_KERNELS = ("_scatter_kernel", "_gather_kernel", "_keys_kernel", "_gather_dq_kernel")
+BLOCK_KERNELS = ("_forward_kernel", "_merge_kernel", "_bwd_dkdv_kernel", "_merge_dq_kernel")
+DKDV, REDUCE = "kernels.selected_by_block._bwd_dkdv_kernel", "kernels.selected_by_block._reduce_kernel"
 
 
 def several_pieces(calls: Calls) -> bool:
     """Whether there are lists of several pieces and lists of one."""
-    counts = calls[0].pieces.diff(prepend=calls[0].pieces.new_zeros(1))
+    counts = calls[0].pieces.diff()
     return bool((counts > 1).any() and (counts == 1).any())
 
 
 def by_heads(id: str, count: int, constants: dict[str, Any], **parameters: Any) -> Path:
     """Partial results of `count` heads at a time."""
-    seen = {f"kernels.selected.{kernel}": lambda calls: calls[1].first_head == count for kernel in BLOCK_KERNELS}
+    seen = {
+        f"kernels.selected_by_block.{kernel}": lambda calls: calls[1].first_head == count for kernel in BLOCK_KERNELS
+    }
     cases = [case for case in HEADS if count < case.batch * case.kv_heads]
     return Path(id, ("selected_attention",), tuple(cases), seen, constants, at(SELECTED, **{**BY_BLOCK, **parameters}))
 
 
 def in_pieces(way: str, length: int, *cases: Case) -> Path:
     """Lists of queries in pieces of `length`."""
-    seen = {"kernels.selected._reduce_kernel": several_pieces}
+    seen = {REDUCE: several_pieces}
     launch = at(SELECTED, **{**WAYS[way], "CHUNK": length})
     return Path(f"lists_in_pieces_of_{length}_{way}", ("selected_attention",), cases, seen, {}, launch)
 
 
 def in_parts(way: str, kernels: tuple[str, ...]) -> Path:
     """Blocks a part at a time."""
-    seen = {
-        f"kernels.selected.{kernel}": lambda calls: all(call.KEYS < call.BLOCK for call in calls)
-        for kernel in (*kernels, "_reduce_kernel")
-    }
+    names = (*(f"kernels.selected_{way}.{kernel}" for kernel in kernels), DKDV, REDUCE)
+    seen = {name: lambda calls: all(call.BLOCK_N < call.BLOCK_SIZE for call in calls) for name in names}
     return Path(f"blocks_in_parts_{way}", ("selected_attention",), LARGE_BLOCKS, seen, {}, at(SELECTED, **WAYS[way]))
 
 
 def wide_heads(way: str) -> Path:
     """Heads in two chunks."""
-    seen = {"kernels.selected._keys_kernel": in_chunks, "kernels.selected._reduce_kernel": in_chunks}
+    seen = {DKDV: in_chunks, REDUCE: in_chunks}
     launch = at(SELECTED, **{**WAYS[way], "CHUNK": 3})
     return Path(f"heads_in_two_chunks_{way}", ("selected_attention",), WIDE, seen, {}, launch)
 
 
-ONE_HEAD = {"kernels.selected.PARTIAL_BYTES": 1}
+ONE_HEAD = {"kernels.primitives.WORKSPACE_BYTES": 1}
 SELECTED_BLOCKS = (
     by_heads("one_head_at_a_time", 1, ONE_HEAD),
     by_heads("one_head_at_a_time_in_pieces", 1, ONE_HEAD, CHUNK=3),
-    by_heads("two_heads_at_a_time", 2, {"kernels.selected.PARTIAL_BYTES": 2 * HEAD_BYTES}),
-    by_heads("four_heads_at_a_time", 4, {"kernels.selected.PARTIAL_BYTES": 4 * HEAD_BYTES}),
-    by_heads("as_many_heads_as_a_grid_takes", 2, {"kernels.selected._LARGEST_GRID": 2}),
+    by_heads("two_heads_at_a_time", 2, {"kernels.primitives.WORKSPACE_BYTES": 2 * HEAD_BYTES}),
+    by_heads("four_heads_at_a_time", 4, {"kernels.primitives.WORKSPACE_BYTES": 4 * HEAD_BYTES}),
+    by_heads("as_many_heads_as_a_grid_takes", 2, {"kernels.primitives._LARGEST_GRID": 2}),
     *(in_pieces(way, 3, *LISTS) for way in WAYS),
     in_pieces("by_block", 8, *LISTS),
     # More lists than there are places for partial sums of pieces.
     in_pieces("by_query", 32, shaped("many_lists", ((40, 320),), kv_heads=3)),
     Path(
-        "full_tables", ("selected_attention",), FULL_TABLES,
-        {"kernels.selected._keys_kernel": lambda calls: bool(calls[0].spans[-1, 2] > 0)}, {}, at(SELECTED, **BY_BLOCK),
+        "full_grids", ("selected_attention",), FULL_TABLES,
+        {DKDV: partial(full, offsets="cu_keys", block="BLOCK_SIZE")}, {}, at(SELECTED, **BY_BLOCK),
     ),
     in_parts("by_block", BLOCK_KERNELS),
-    in_parts("by_query", QUERY_KERNELS),
+    in_parts("by_query", ("_forward_kernel", "_bwd_dq_kernel")),
     *map(wide_heads, WAYS),
 )  # fmt: skip
 
@@ -255,9 +254,9 @@ TOGETHER = (
             "kernels.flash_backward._bwd_dkdv_kernel": lambda calls: all(
                 call.num_splits > 1 and call.WEIGHTED for call in calls
             ),
-            "kernels.selected._keys_kernel": lambda calls: len(calls) > 1 and calls[0].WEIGHTED,
-            "kernels.selected._gather_dq_kernel": lambda calls: len(calls) > 1 and calls[0].ADD,
-            "kernels.selected._reduce_kernel": several_pieces,
+            DKDV: lambda calls: len(calls) > 1 and calls[0].WEIGHTED,
+            "kernels.selected_by_block._merge_dq_kernel": lambda calls: len(calls) > 1 and calls[0].ADD,
+            REDUCE: several_pieces,
         },
         ONE_HEAD, {**at(KERNELS, programs=1000), **at(SELECTED, **{**BY_BLOCK, "CHUNK": 3})},
     ),
@@ -345,24 +344,3 @@ def test_ties_across_parts_go_to_the_lower_index(path: Path, case: Case, monkeyp
     force(path, "select_blocks", case, tensors, monkeypatch)
     with launched_as(path):
         assert_equal(select_blocks(load("triton"), case, tensors), tensors["indices"], what="indices under ties")
-
-
-@pytest.mark.parametrize(
-    ("lists", "dtype"), [(2**15 - 2, torch.int16), (2**15, torch.int32), (2**16 + 6, torch.int32)], ids=str
-)
-def test_lists_have_numbers_wide_enough(lists: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the last list of every head are found, and slots that hold nothing are in none."""
-    heads, blocks, size = 2, lists // 2, 16
-    wanted = torch.tensor([[0, blocks - 1], [blocks - 1, -1], [3, 0]], dtype=torch.int32)
-    indices = wanted[None, :, None].expand(1, 3, heads, 2).contiguous()
-    watched = Watched(selected._lists_kernel)
-    monkeypatch.setattr(selected, "_lists_kernel", watched)
-    shift = blocks * size  # all queries are beyond the last block
-    members, offsets, _ = selected._invert(indices, shift, selected._Packing(None, None, blocks), size, 8)
-    assert watched.calls[0].lists_of.dtype == dtype
-    found = {
-        number: members[offsets[number] : offsets[number + 1]].tolist()
-        for number in offsets.diff().nonzero().flatten().tolist()
-    }
-    of_head = {0: [0, 5], 3: [4], blocks - 1: [1, 2]}  # twice the query, and the slot
-    assert found == {head * blocks + block: pairs for head in range(heads) for block, pairs in of_head.items()}

@@ -10,9 +10,10 @@ import torch
 from triton.runtime.cache import get_cache_manager
 
 from nsa import NSAConfig
-from nsa.kernels import cache, flash_backward, flash_forward, tuning
-from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels import cache, tuning
 from nsa.kernels.tuning import Entry, read_table, write_table
+from nsa.ops import OPERATORS, sizes_of
+from nsa.varlen import tensors_of
 from validation.perf import tune
 
 CONTIGUOUS = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs"}
@@ -48,8 +49,8 @@ def test_kernels_and_parameters_that_are_not_there_are_refused():
             pass
         with pytest.raises(ValueError, match=unknown):
             tuning.launch(name, torch.bfloat16, 128, 128)
-    unknown = "parameters must be of .*'SCATTER'.*, got SCATER$"
-    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", SCATER=False):
+    unknown = "parameters must be of .*'KEY_MAJOR'.*, got KEY_MAYOR$"
+    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", KEY_MAYOR=False):
         pass
 
 
@@ -114,6 +115,10 @@ MOST = 65_535
 """Blocks along the second and the third side of a grid that CUDA takes."""
 
 
+MODULES = [path.stem for path in Path(cache.__file__).parent.glob("[!_]*.py")]
+"""Below `nsa.kernels`."""
+
+
 class Recorder:
     """Stands for a kernel, and keeps the grids it would be launched with."""
 
@@ -125,19 +130,19 @@ class Recorder:
 
 
 def launch_windows(q, k, lse, indices, config):
-    window = PositionMap.sliding(config, k.shape[1])
-    flash_forward.forward(window, q, k, k, None, k.shape[1], 1.0)
-    flash_backward.backward(window, q, q, k, k, q, lse, None, k.shape[1], 1.0)
+    inputs = (None, *tensors_of(None), k.shape[1], sizes_of(config), 1.0)
+    OPERATORS["nsa_triton::sliding_window_attention"](q, k, k, *inputs)
+    OPERATORS["nsa_triton::sliding_window_attention_backward"](q, q, k, k, q, lse, *inputs)
 
 
 def launch_compressed(q, k, lse, indices, config):
-    blocks, compressed = k[:, :1], PositionMap.compressed(config, k.shape[1])
-    flash_forward.forward(compressed, q, blocks, blocks, None, k.shape[1], 1.0)
-    flash_backward.backward(compressed, q, q, blocks, blocks, q, lse, None, k.shape[1], 1.0)
+    blocks, inputs = k[:, :1], (None, *tensors_of(None), k.shape[1], sizes_of(config), 1.0)
+    OPERATORS["nsa_triton::compressed_attention"](q, blocks, blocks, *inputs)
+    OPERATORS["nsa_triton::compressed_attention_backward"](q, q, blocks, blocks, q, lse, *inputs)
 
 
 def launch_selected(q, k, lse, indices, config):
-    selected = import_module("nsa.kernels.selected")
+    selected = import_module("nsa.kernels.selected_attention")
     selected.forward(q, k, k, indices, None, k.shape[1], config, 1.0)
     selected.backward(q, q, k, k, q, lse, indices, None, k.shape[1], config, 1.0)
 
@@ -164,7 +169,7 @@ def launch_combine(q, k, lse, indices, config):
 def test_grids_have_one_side(launches, monkeypatch):
     """No batch is too large for a grid: what grows with it lies along the side that has no low limit."""
     grids = []
-    for name in ("attention", "compress", "flash_forward", "flash_backward", "select", "selected"):
+    for name in MODULES:
         module = import_module(f"nsa.kernels.{name}")
         for kernel in (name for name in vars(module) if name.endswith("_kernel")):
             monkeypatch.setattr(module, kernel, Recorder(grids))

@@ -10,8 +10,8 @@ from typing import Any
 
 from nsa.kernels import tuning
 
-SELECTED = ("selected_forward", "selected_scatter", "selected_queries", "selected_keys")
-WAYS = {"by_query": {"SCATTER": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"SCATTER": True, "CHUNK": 8}}
+SELECTED = ("selected_forward", "selected_forward_key_major", "selected_bwd_dq", "selected_bwd_dkdv")
+WAYS = {"by_query": {"KEY_MAJOR": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"KEY_MAJOR": True, "CHUNK": 8}}
 
 
 @contextmanager

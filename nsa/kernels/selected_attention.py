@@ -1,0 +1,166 @@
+"""Selected attention: query `t` attends to the tokens `s <= t` of the blocks chosen for it (paper, section 3.3.2).
+
+Forward, for one query and one KV head, over the chosen blocks and their tokens `s <= t`:
+
+    S = scale q k_s,    lse = log sum exp(S),    out = sum_s exp(S - lse) v_s
+
+Backward, with `P = exp(S - lse)`, `dP = dout v_s` and `delta = dout.out`:
+
+    dS = P (dP - delta),    dq = scale sum_s dS k_s,    dk_s = scale sum dS q,    dv_s = sum P dout
+
+There are two ways to bring queries and blocks together, in files of their own:
+
+- query-major (`nsa.kernels.selected_by_query`): a program has a query and reads its blocks;
+- key-major (`nsa.kernels.selected_by_block`): a program has a block and reads the queries that selected it.
+
+`dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
+head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The launch
+parameter `KEY_MAJOR` chooses.
+"""
+
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels import selected_by_block, selected_by_query
+from nsa.kernels.block_index import Packing
+from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
+from nsa.kernels.primitives import head_constants, rows_contiguous
+from nsa.kernels.tuning import Launch, launch
+from nsa.ops import accumulation_dtype, branch_operator, sizes_of
+from nsa.varlen import Varlen, tensors_of
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, packing: Packing) -> dict[str, Any]:
+    """The constants of all kernels of the arithmetic; query-major ones choose `BLOCK_N`, keys a step, themselves."""
+    heads = head_constants(q, k, v)
+    # Wide float32 rows come fewer at a time: split in two for its products, one takes twice the shared memory.
+    widest = max(heads["K0"] + heads["K1"], heads["V0"] + heads["V1"])
+    row_bytes = widest * q.dtype.itemsize * (2 if q.dtype == torch.float32 else 1)
+    return {
+        **heads,
+        "NUM_SELECTED": indices.shape[3],
+        "BLOCK_SIZE": block_size,
+        "BLOCK_N": min(block_size, 64 if row_bytes <= 1024 else 32),
+        "PACKED": packing.query_table is not None,
+    }
+
+
+def _parameters(name: str, q: Tensor, k: Tensor, v: Tensor) -> Launch:
+    group = q.shape[2] // k.shape[2]
+    found = launch(name, q.dtype, k.shape[3], v.shape[3], group, q.device)
+    chunk = 2 if triton.knobs.runtime.interpret else 2048
+    return {"KEY_MAJOR": group < 8, "CHUNK": chunk, **found}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    varlen: Varlen | None,
+    num_keys: int,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; `branch_operator` describes the arguments."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    if not indices.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    q, k, v = map(rows_contiguous, (q, k, v))
+    packing = Packing.of(varlen, num_keys, config.select_block_size)
+    constants = _constants(q, k, v, indices, config.select_block_size, packing)
+    parameters = _parameters("selected_forward", q, k, v)
+    way: ModuleType = selected_by_query
+    if parameters["KEY_MAJOR"]:
+        parameters, way = _parameters("selected_forward_key_major", q, k, v), selected_by_block
+    with torch.cuda.device_of(q):
+        way.forward(q, k, v, indices, out, lse, packing, constants, parameters, scale)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    varlen: Varlen | None,
+    num_keys: int,
+    config: NSAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq`, `dk` and `dv`; `branch_operator` describes the arguments."""
+    dout, lse = rows_contiguous(dout), lse.contiguous()
+    (rows,) = preprocess(dout, [out.contiguous()], [lse])
+    return gradients(dout, q, k, v, lse, rows, indices, varlen, num_keys, config, scale)
+
+
+def gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    rows: BackwardRows,
+    indices: Tensor,
+    varlen: Varlen | None,
+    num_keys: int,
+    config: NSAConfig,
+    scale: float,
+    *,
+    gate: Tensor | None = None,
+    dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq`, `dk` and `dv` from what `nsa.kernels.bwd_preprocess` makes.
+
+    Args:
+        lse: contiguous.
+        rows: token-major; weighted if there is a gate.
+        gate: `[B, Tq, Hq]`, every third element of contiguous memory: what `dout` is multiplied by.
+        dq: contiguous, added to.
+    """
+    add = dq is not None
+    if not indices.numel():
+        return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dq, dk, dv = q.new_empty(q.shape) if dq is None else dq, k.new_empty(k.shape), v.new_empty(v.shape)
+    dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
+    packing = Packing.of(varlen, num_keys, config.select_block_size)
+    constants = _constants(q, k, v, indices, config.select_block_size, packing)
+    parameters = _parameters("selected_bwd_dkdv", q, k, v)
+    key_major = parameters["KEY_MAJOR"]
+    with torch.cuda.device_of(q):
+        if not key_major:
+            selected_by_query.bwd_dq(
+                dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants,
+                _parameters("selected_bwd_dq", q, k, v), scale, add,
+            )  # fmt: skip
+        selected_by_block.bwd_dkdv(
+            dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, parameters, scale,
+            gate is not None, add,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+_selected = branch_operator("nsa_triton", "selected_attention", forward, backward)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    config: NSAConfig,
+    varlen: Varlen | None,
+    scale: float,
+) -> Tensor:
+    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
+    rest = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
+    return cast(tuple[Tensor, Tensor], _selected(q, k, v, indices, *rest))[0]

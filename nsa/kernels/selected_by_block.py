@@ -1,0 +1,445 @@
+"""Attention to selected blocks, key-major: the forward, and the gradients of keys and values and of the queries.
+
+A program has one piece of a block's list of queries (`nsa.kernels.block_index`) and `BLOCK_N` keys of the block, a part
+of it. It holds the keys and gathers the queries, `BLOCK_M` rows (query, head of the group) a step. This is how dk and
+dv are always made: the sum over queries lies within a program,
+
+    p = 2^(s - lse2),    ds = p (dout.v - delta),    dk = scale sum ds q,    dv = sum p dout,
+
+but for a list of several pieces, whose float32 partial sums `_reduce_kernel` adds up in order.
+
+The forward and dq sum over the blocks of a query instead. Each pair (query, slot) leaves a partial result for every
+part of its block: for the forward, the softmax over these keys alone and its log-sum-exp, which `_merge_kernel` weights
+by 2^(lse2 - max) and adds up; for dq, its summand, rounded to the dtype of the inputs, for `_merge_dq_kernel`. That
+moves about `G (Dk + 2 Dv)` elements a pair, less than query-major kernels where `G` is small. Partial results
+are `[heads, Tq, N, parts, G]` rows of some heads at a time.
+
+A query has no part in the gradient of a key that it does not see, whatever either holds. Masked weights alone do not
+ensure it, as 0 times NaN is NaN: where a result is not finite, the program works once more (CLEAN), leaves rows that
+are not finite out of the products, and gives them NaN as their weight where they are seen.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.kernels.block_index import (
+    Packing,
+    build_block_index,
+    find_block,
+    find_piece,
+    query_positions,
+    sees_block,
+)
+from nsa.kernels.bwd_preprocess import BackwardRows
+from nsa.kernels.primitives import (
+    LN2,
+    LOG2E,
+    dot,
+    dot_chunks,
+    head_runs,
+    load_chunks,
+    not_finite,
+    probability,
+    store_chunks,
+    without,
+    zero_unless_finite,
+)
+from nsa.kernels.tuning import Launch
+
+# Sizes that change from call to call and are no reason to compile again.
+_LENGTHS = (
+    "num_queries",
+    "num_keys",
+    "shift",
+    "num_blocks",
+    "pieces_per_head",
+    "partials_per_head",
+    "first_head",
+    "num_sequences",
+)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _forward_kernel(
+    q, k, v, members, offsets, pieces, partial, partial_lse2, query_table, cu_keys, num_sequences, q_strides, k_strides,
+    v_strides, num_queries, num_keys, shift, num_blocks, pieces_per_head, first_head, scale, HEADS,
+    NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Partial results of the pairs of one piece and the log-sum-exps of their rows, in base 2."""
+    owner, block, _, _, begin, count = find_piece(
+        offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
+    )
+    if block >= 0:
+        part = tl.program_id(1)
+        start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
+        head = (owner % HEADS).to(tl.int64)
+        batch = (owner // HEADS).to(tl.int64)
+        k += batch * k_strides[0] + head * k_strides[2]
+        v += batch * v_strides[0] + head * v_strides[2]
+        q += batch * q_strides[0] + head * G * q_strides[2]
+
+        spoiled = 1.0
+        for CLEAN in tl.static_range(2):
+            if spoiled != 0:
+                within = part * BLOCK_N + tl.arange(0, BLOCK_N)
+                real = within < length
+                keys = start + within.to(tl.int64)
+                k0, k1 = load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
+                v0, v1 = load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
+                if CLEAN:
+                    bad = not_finite(v0, v1, V1, ACC)
+                    v0, v1 = without(v0, v1, bad, V1)
+                for step in range(0, count * G, BLOCK_M):
+                    row = step + tl.arange(0, BLOCK_M)
+                    inside = row < count * G
+                    member = tl.load(members + begin + row // G, mask=inside, other=0)
+                    query = (member // NUM_SELECTED).to(tl.int64)
+                    of_group = (row % G).to(tl.int64)
+                    q0, q1 = load_chunks(q, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
+                    reach = query_positions(query_table, query, shift, inside, PACKED) - position
+                    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
+                    visible = within[None, :] <= reach[:, None]
+                    s = tl.where(visible, s, float("-inf"))
+                    row_max = tl.max(s, 1)
+                    safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+                    p = tl.exp2(s - safe_max[:, None])
+                    row_sum = tl.sum(p, 1)
+                    empty = row_sum == 0
+                    row_sum = tl.where(empty, 1.0, row_sum)
+                    if CLEAN:
+                        p = tl.where(visible & bad[None, :], float("nan"), p)
+                    p = p.to(v0.dtype)
+                    out0 = dot(p, v0, None, ACC, PRECISION) / row_sum[:, None]
+                    out1 = out0
+                    if V1 > 0:
+                        out1 = dot(p, v1, None, ACC, PRECISION) / row_sum[:, None]
+                    place = ((owner - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
+                    place = (place * (BLOCK_SIZE // BLOCK_N) + part) * G + row % G
+                    lse2 = tl.where(empty, float("-inf"), safe_max + tl.log2(row_sum))
+                    tl.store(partial_lse2 + place, lse2, mask=inside)
+                    store_chunks(partial, place * DV, inside, out0, out1, DV, V0, V1)
+                if not CLEAN:
+                    spoiled = zero_unless_finite(v0, v1, V1, ACC)
+
+
+@triton.jit
+def _find_rows(
+    query_table, num_queries, shift, first_head, HEADS, G: tl.constexpr, BLOCK_M: tl.constexpr, PACKED: tl.constexpr
+):
+    """`BLOCK_M` rows (query, head of the group) of one KV head: batch, head, queries, heads of the group, positions,
+    and which rows there are."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < num_queries * G
+    query = (row // G).to(tl.int64)
+    head = first_head + tl.program_id(1)
+    position = query_positions(query_table, query, shift, inside, PACKED)
+    return (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64), query, row % G, position, inside
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _merge_kernel(
+    partial, partial_lse2, indices, out, lse, query_table, index_strides, num_queries, shift, first_head, HEADS,
+    NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """The output and log-sum-exp of each row, from its partial results."""
+    batch, head, query, of_group, position, inside = _find_rows(
+        query_table, num_queries, shift, first_head, HEADS, G, BLOCK_M, PACKED
+    )
+    indices += batch * index_strides[0] + head * index_strides[2]
+    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)) * G + of_group
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
+    row_sum = tl.zeros([BLOCK_M], dtype=ACC)
+    out0 = tl.zeros([BLOCK_M, V0], dtype=ACC)
+    out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
+    for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
+        block = tl.load(
+            indices + query * index_strides[1] + step // (BLOCK_SIZE // BLOCK_N) * index_strides[3], inside, other=-1
+        )
+        # The partial results of a block that the query does not see were never written.
+        valid = sees_block(block, position, BLOCK_SIZE)
+        lse2 = tl.load(partial_lse2 + place + step * G, mask=valid, other=float("-inf"))
+        new_max = tl.maximum(row_max, lse2)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - safe_max)
+        weight = tl.exp2(lse2 - safe_max)
+        row_max = new_max
+        row_sum = row_sum * rescale + weight
+        part0, part1 = load_chunks(partial, (place + step * G) * DV, valid, DV, V0, V1)
+        out0 = out0 * rescale[:, None] + weight[:, None] * part0.to(ACC)
+        if V1 > 0:
+            out1 = out1 * rescale[:, None] + weight[:, None] * part1.to(ACC)
+    empty = row_sum == 0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    rows = ((batch * num_queries + query) * HEADS + head) * G + of_group
+    tl.store(lse + rows, tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2), mask=inside)
+    store_chunks(out, rows * DV, inside, out0 / row_sum[:, None], out1 / row_sum[:, None], DV, V0, V1)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _bwd_dkdv_kernel(
+    q, k, v, dout, lse2, delta, members, offsets, pieces, partials, dk, dv, partial_dk, partial_dv, partial_dq,
+    query_table, cu_keys, num_sequences, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift,
+    num_blocks, pieces_per_head, partials_per_head, first_head, scale, HEADS, NUM_SELECTED: tl.constexpr,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """`dk` and `dv` of one part of a block from one piece of its list; tiles are `[BLOCK_N, BLOCK_M]`. WITH_DQ also the
+    summands of `dq`, where `_forward_kernel` has its partial results."""
+    owner, block, piece, siblings, begin, count = find_piece(
+        offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
+    )
+    if block >= 0:
+        start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
+        head = (owner % HEADS).to(tl.int64)
+        batch = (owner // HEADS).to(tl.int64)
+        k += batch * k_strides[0] + head * k_strides[2]
+        v += batch * v_strides[0] + head * v_strides[2]
+        q += batch * q_strides[0] + head * G * q_strides[2]
+        dout += batch * do_strides[0] + head * G * do_strides[2]
+        first_row = (batch * num_queries * HEADS + head) * G
+
+        spoiled = 1.0
+        for CLEAN in tl.static_range(2):
+            if spoiled != 0:
+                within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+                real = within < length
+                keys = start + within.to(tl.int64)
+                k0, k1 = load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
+                v0, v1 = load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
+                dk0 = tl.zeros([BLOCK_N, K0], dtype=ACC)
+                dk1 = tl.zeros([BLOCK_N, K1 if K1 > 0 else 16], dtype=ACC)
+                dv0 = tl.zeros([BLOCK_N, V0], dtype=ACC)
+                dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 16], dtype=ACC)
+                clean_k0 = k0
+                clean_k1 = k1
+                if CLEAN and WITH_DQ:
+                    clean_k0, clean_k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+                for step in range(0, count * G, BLOCK_M):
+                    row = step + tl.arange(0, BLOCK_M)
+                    inside = row < count * G
+                    member = tl.load(members + begin + row // G, mask=inside, other=0)
+                    query = (member // NUM_SELECTED).to(tl.int64)
+                    reach = query_positions(query_table, query, shift, inside, PACKED) - position
+                    of_group = (row % G).to(tl.int64)
+                    q0, q1 = load_chunks(q, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
+                    do0, do1 = load_chunks(dout, query * do_strides[1] + of_group * do_strides[2], inside, DV, V0, V1)
+                    # Rows beyond the list have q and dout of 0, and so no part in either sum.
+                    of_row = first_row + query * (HEADS * G) + of_group
+                    row_lse2 = tl.load(lse2 + of_row, mask=inside, other=0.0)
+                    row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
+                    s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
+                    s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
+                    p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
+                    if CLEAN:
+                        visible = (within[:, None] <= reach[None, :]) & inside[None, :]
+                        bad = not_finite(do0, do1, V1, ACC)
+                        do0, do1 = without(do0, do1, bad, V1)
+                        q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
+                        # A query that is not finite spoils the keys that it sees, and no others.
+                        p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
+                    dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
+                    if V1 > 0:
+                        dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
+                    ds = p * (dot_chunks(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
+                    if CLEAN:
+                        ds = tl.where(visible, ds, 0.0)
+                    ds = ds.to(q0.dtype)
+                    dk0 = dot(ds, q0, dk0, ACC, PRECISION)
+                    if K1 > 0:
+                        dk1 = dot(ds, q1, dk1, ACC, PRECISION)
+                    if WITH_DQ:
+                        dq0 = dot(tl.trans(ds), clean_k0, None, ACC, PRECISION) * scale
+                        dq1 = dq0
+                        if K1 > 0:
+                            dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
+                        place = ((owner - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
+                        place = (place * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + row % G
+                        store_chunks(partial_dq, place * DK, inside, dq0, dq1, DK, K0, K1)
+
+                if not CLEAN:
+                    spoiled = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
+                    if WITH_DQ:  # a key that no query sees leaves no trace in its own gradients
+                        spoiled += zero_unless_finite(k0, k1, K1, ACC)
+                dk0 *= scale
+                dk1 *= scale
+                # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
+                if siblings == 1:
+                    rows = (batch * num_keys + keys) * HEADS + head
+                    store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                    store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+                else:
+                    place = owner.to(tl.int64) * partials_per_head + piece
+                    place += tl.load(partials + owner.to(tl.int64) * (num_blocks + 1) + block)
+                    rows = place * BLOCK_SIZE + within
+                    store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                    store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _merge_dq_kernel(
+    partial_dq, indices, dq, query_table, index_strides, num_queries, shift, first_head, HEADS,
+    NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ACC: tl.constexpr,
+    PACKED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """The sum of each row's summands of `dq`, in the order of its slots, added to what is there with ADD."""
+    batch, head, query, of_group, position, inside = _find_rows(
+        query_table, num_queries, shift, first_head, HEADS, G, BLOCK_M, PACKED
+    )
+    indices += batch * index_strides[0] + head * index_strides[2]
+    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)) * G + of_group
+    dq0 = tl.zeros([BLOCK_M, K0], dtype=ACC)
+    dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
+    for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
+        block = tl.load(
+            indices + query * index_strides[1] + step // (BLOCK_SIZE // BLOCK_N) * index_strides[3], inside, other=-1
+        )
+        valid = sees_block(block, position, BLOCK_SIZE)
+        part0, part1 = load_chunks(partial_dq, (place + step * G) * DK, valid, DK, K0, K1)
+        dq0 += part0.to(ACC)
+        if K1 > 0:
+            dq1 += part1.to(ACC)
+    rows = ((batch * num_queries + query) * HEADS + head) * G + of_group
+    store_chunks(dq, rows * DK, inside, dq0, dq1, DK, K0, K1, ADD)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _reduce_kernel(
+    partial_dk, partial_dv, pieces, partials, dk, dv, cu_keys, num_sequences, num_keys, num_blocks,
+    partials_per_head, HEADS, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr,
+    K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """`dk` and `dv` of the lists that have several pieces: their partial sums added up, first to last."""
+    block = tl.program_id(0) % num_blocks
+    owner = (tl.program_id(0) // num_blocks).to(tl.int64)
+    pieces += owner * (num_blocks + 1) + block
+    count = tl.load(pieces + 1) - tl.load(pieces)
+    if count > 1:
+        place = owner * partials_per_head + tl.load(partials + owner * (num_blocks + 1) + block)
+        start, _, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
+        within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        real = within < length
+        dk0 = tl.zeros([BLOCK_N, K0], dtype=ACC)
+        dk1 = tl.zeros([BLOCK_N, K1 if K1 > 0 else 16], dtype=ACC)
+        dv0 = tl.zeros([BLOCK_N, V0], dtype=ACC)
+        dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 16], dtype=ACC)
+        for piece in range(0, count):
+            rows = (place + piece) * BLOCK_SIZE + within
+            part0, part1 = load_chunks(partial_dk, rows * DK, real, DK, K0, K1)
+            dk0 += part0
+            if K1 > 0:
+                dk1 += part1
+            part0, part1 = load_chunks(partial_dv, rows * DV, real, DV, V0, V1)
+            dv0 += part0
+            if V1 > 0:
+                dv1 += part1
+        rows = (owner // HEADS * num_keys + start + within) * HEADS + owner % HEADS
+        store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+        store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+
+
+# Launchers. `constants` are those of `nsa.kernels.selected_attention`.
+
+_MERGED_ROWS = 16 if triton.knobs.runtime.interpret else 32
+"""Rows of a program that merges partial results."""
+
+
+def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if name not in names}
+
+
+def _compiled(parameters: Launch) -> Launch:
+    return {
+        "BLOCK_M": parameters["BLOCK_M"],
+        "CHUNK": parameters["CHUNK"],
+        "num_warps": parameters["num_warps"],
+        "num_stages": parameters["num_stages"],
+    }
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    packing: Packing,
+    constants: dict[str, Any],
+    parameters: Launch,
+    scale: float,
+) -> None:
+    """Writes `out` and `lse`."""
+    batch, num_queries, heads, num_selected = indices.shape
+    num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v))
+    shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
+    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], parameters["CHUNK"])
+    rows = num_queries * num_selected * parts * group
+    runs = head_runs(batch * heads, rows * v.shape[3] * q.element_size())
+    partial, partial_lse2 = q.new_empty(runs[0][1], rows, v.shape[3]), lse.new_empty(runs[0][1], rows)
+    for first, count in runs:
+        _forward_kernel[(count * index.pieces_per_head, parts)](
+            q, k, v, index.members, index.offsets, index.pieces, partial, partial_lse2, packing.query_table,
+            packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
+            index.pieces_per_head, first, scale, heads, **constants, **_compiled(parameters),
+        )  # fmt: skip
+        _merge_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
+            partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
+            first, heads, BLOCK_M=_MERGED_ROWS, **_without(constants, "DK", "K0", "K1", "PRECISION"),
+        )  # fmt: skip
+
+
+def bwd_dkdv(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    rows: BackwardRows,
+    dk: Tensor,
+    dv: Tensor,
+    dq: Tensor | None,
+    packing: Packing,
+    constants: dict[str, Any],
+    parameters: Launch,
+    scale: float,
+    weighted: bool,
+    add: bool,
+) -> None:
+    """Writes `dk` and `dv`, and, if `dq` is given, writes it or adds to it."""
+    batch, num_queries, heads, num_selected = indices.shape
+    num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v, dout))
+    shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
+    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], parameters["CHUNK"])
+    partial_dk, partial_dv = (
+        rows.delta.new_empty(batch * heads * index.partials_per_head, constants["BLOCK_SIZE"], x.shape[3])
+        for x in (k, v)
+    )
+    summands = 0 if dq is None else num_queries * num_selected * parts * group
+    runs = head_runs(batch * heads, summands * k.shape[3] * q.element_size())
+    partial_dq = q.new_empty(runs[0][1], summands, k.shape[3])
+    for first, count in runs:
+        _bwd_dkdv_kernel[(count * index.pieces_per_head, parts)](
+            q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk, dv,
+            partial_dk, partial_dv, partial_dq, packing.query_table, packing.cu_keys, packing.num_sequences, *strides,
+            num_queries, num_keys, shift, packing.num_blocks, index.pieces_per_head, index.partials_per_head, first,
+            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **_compiled(parameters),
+        )  # fmt: skip
+        if dq is not None:
+            _merge_dq_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
+                partial_dq, indices, dq, packing.query_table, indices.stride(), num_queries, shift, first, heads,
+                BLOCK_M=_MERGED_ROWS, ADD=add, **_without(constants, "DV", "V0", "V1", "PRECISION"),
+            )  # fmt: skip
+    _reduce_kernel[(batch * heads * packing.num_blocks, parts)](
+        partial_dk, partial_dv, index.pieces, index.partials, dk, dv, packing.cu_keys, packing.num_sequences, num_keys,
+        packing.num_blocks, index.partials_per_head, heads, **_without(constants, "NUM_SELECTED", "G", "PRECISION"),
+        num_warps=8,
+    )  # fmt: skip
