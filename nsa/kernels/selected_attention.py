@@ -74,11 +74,11 @@ def forward(
     q, k, v = map(rows_contiguous, (q, k, v))
     packing = find_packing(q.shape[1], num_keys, cu_seqlens_q, cu_seqlens_k, config.select_block_size)
     constants = _constants(q, k, v, indices, config.select_block_size, packing)
-    parameters, way = _parameters("selected_forward", q, k, v), selected_by_query
+    run, parameters = selected_by_query.forward, _parameters("selected_forward", q, k, v)
     if parameters["KEY_MAJOR"]:
-        parameters, way = _parameters("selected_forward_key_major", q, k, v), selected_by_block
+        run, parameters = selected_by_block.forward, _parameters("selected_forward_key_major", q, k, v)
     with torch.cuda.device_of(q):
-        way.forward(q, k, v, indices, out, lse, packing, constants, parameters, scale)
+        run(q, k, v, indices, out, lse, packing, constants, parameters, scale)
     return out, lse
 
 
