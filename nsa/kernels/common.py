@@ -1,4 +1,4 @@
-"""What the kernels share: dtypes, head dimensions in two chunks, tiles of packed sequences, loads and stores of rows.
+"""Helpers of all kernels: dtypes, head dimensions in two chunks, tiles of packed sequences, loads and stores of rows.
 
 Packed sequences are cut into tiles that never cross a boundary. How many tiles that makes depends on the lengths, which
 live on the device, while a grid must be known on the host. So a table of tiles is made with as many entries as there
