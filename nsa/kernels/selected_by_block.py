@@ -196,6 +196,9 @@ def _bwd_dkdv_kernel(
         q += batch * q_strides[0] + head * G * q_strides[2]
         dout += batch * do_strides[0] + head * G * do_strides[2]
         first_row = (batch * num_queries * HEADS + head) * G
+        # Found before the loop, which leaves no registers for what it is found by.
+        partial_place = batch_head.to(tl.int64) * partials_per_head + piece
+        partial_place += tl.load(partials + batch_head.to(tl.int64) * (num_blocks + 1) + block)
 
         spoiled = 1.0
         for CLEAN in tl.static_range(2):
@@ -267,9 +270,7 @@ def _bwd_dkdv_kernel(
                     store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
                     store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
                 else:
-                    place = batch_head.to(tl.int64) * partials_per_head + piece
-                    place += tl.load(partials + batch_head.to(tl.int64) * (num_blocks + 1) + block)
-                    rows = place * BLOCK_SIZE + within
+                    rows = partial_place * BLOCK_SIZE + within
                     store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
                     store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
 

@@ -1084,8 +1084,8 @@ _LARGE_SIZES = [
         "pieces-in-one-place",
         "the pieces of a list write their partial sums over one another",
         "kernels/selected_by_block.py",
-        "place = batch_head.to(tl.int64) * partials_per_head + piece\n",
-        "place = batch_head.to(tl.int64) * partials_per_head\n",
+        "partial_place = batch_head.to(tl.int64) * partials_per_head + piece\n",
+        "partial_place = batch_head.to(tl.int64) * partials_per_head\n",
         (_attended("lists_in_pieces_of_3_by_query", "whole"),),
     ),
     Fault(
