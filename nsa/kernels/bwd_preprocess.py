@@ -1,4 +1,4 @@
-"""Preprocessing of the backward pass: numbers that branches need for each row (token, head), in one pass over `dout`.
+"""Backward preprocessing: numbers that all branches need for each row (token, head), made in one pass over `dout`.
 
 For every branch `c` with output `out_c`, log-sum-exp `lse_c` and, if there are gates, `gate_c`:
 

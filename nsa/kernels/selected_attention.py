@@ -18,7 +18,6 @@ head: query-major reads the keys of a block once for `G` rows, key-major writes 
 parameter `KEY_MAJOR` chooses.
 """
 
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -75,12 +74,11 @@ def forward(
     q, k, v = map(rows_contiguous, (q, k, v))
     packing = Packing.of(varlen, num_keys, config.select_block_size)
     constants = _constants(q, k, v, indices, config.select_block_size, packing)
-    parameters = _parameters("selected_forward", q, k, v)
-    way: ModuleType = selected_by_query
+    run, parameters = selected_by_query.forward, _parameters("selected_forward", q, k, v)
     if parameters["KEY_MAJOR"]:
-        parameters, way = _parameters("selected_forward_key_major", q, k, v), selected_by_block
+        run, parameters = selected_by_block.forward, _parameters("selected_forward_key_major", q, k, v)
     with torch.cuda.device_of(q):
-        way.forward(q, k, v, indices, out, lse, packing, constants, parameters, scale)
+        run(q, k, v, indices, out, lse, packing, constants, parameters, scale)
     return out, lse
 
 

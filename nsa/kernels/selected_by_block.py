@@ -51,15 +51,9 @@ from nsa.kernels.tuning import Launch
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = (
-    "num_queries",
-    "num_keys",
-    "shift",
-    "num_blocks",
-    "pieces_per_head",
-    "partials_per_head",
+    "num_queries", "num_keys", "num_sequences", "shift", "num_blocks", "pieces_per_head", "partials_per_head",
     "first_head",
-    "num_sequences",
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -71,21 +65,21 @@ def _forward_kernel(
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Partial results of the pairs of one piece and the log-sum-exps of their rows, in base 2."""
-    owner, block, _, _, begin, count = find_piece(
+    batch_head, block, _, _, begin, count = find_piece(
         offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
     )
     if block >= 0:
         part = tl.program_id(1)
         start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
-        head = (owner % HEADS).to(tl.int64)
-        batch = (owner // HEADS).to(tl.int64)
+        head = (batch_head % HEADS).to(tl.int64)
+        batch = (batch_head // HEADS).to(tl.int64)
         k += batch * k_strides[0] + head * k_strides[2]
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
 
-        spoiled = 1.0
+        poisoned = 1.0
         for CLEAN in tl.static_range(2):
-            if spoiled != 0:
+            if poisoned != 0:
                 within = part * BLOCK_N + tl.arange(0, BLOCK_N)
                 real = within < length
                 keys = start + within.to(tl.int64)
@@ -118,13 +112,13 @@ def _forward_kernel(
                     out1 = out0
                     if V1 > 0:
                         out1 = dot(p, v1, None, ACC, PRECISION) / row_sum[:, None]
-                    place = ((owner - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
+                    place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
                     place = (place * (BLOCK_SIZE // BLOCK_N) + part) * G + row % G
                     lse2 = tl.where(empty, float("-inf"), safe_max + tl.log2(row_sum))
                     tl.store(partial_lse2 + place, lse2, mask=inside)
                     store_chunks(partial, place * DV, inside, out0, out1, DV, V0, V1)
                 if not CLEAN:
-                    spoiled = zero_unless_finite(v0, v1, V1, ACC)
+                    poisoned = zero_unless_finite(v0, v1, V1, ACC)
 
 
 @triton.jit
@@ -193,22 +187,25 @@ def _bwd_dkdv_kernel(
 ):  # fmt: skip
     """`dk` and `dv` of one part of a block from one piece of its list; tiles are `[BLOCK_N, BLOCK_M]`. WITH_DQ also the
     summands of `dq`, where `_forward_kernel` has its partial results."""
-    owner, block, piece, siblings, begin, count = find_piece(
+    batch_head, block, piece, siblings, begin, count = find_piece(
         offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
     )
     if block >= 0:
         start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
-        head = (owner % HEADS).to(tl.int64)
-        batch = (owner // HEADS).to(tl.int64)
+        head = (batch_head % HEADS).to(tl.int64)
+        batch = (batch_head // HEADS).to(tl.int64)
         k += batch * k_strides[0] + head * k_strides[2]
         v += batch * v_strides[0] + head * v_strides[2]
         q += batch * q_strides[0] + head * G * q_strides[2]
         dout += batch * do_strides[0] + head * G * do_strides[2]
         first_row = (batch * num_queries * HEADS + head) * G
+        # Found before the loop, which leaves no registers for what it is found by.
+        partial_place = batch_head.to(tl.int64) * partials_per_head + piece
+        partial_place += tl.load(partials + batch_head.to(tl.int64) * (num_blocks + 1) + block)
 
-        spoiled = 1.0
+        poisoned = 1.0
         for CLEAN in tl.static_range(2):
-            if spoiled != 0:
+            if poisoned != 0:
                 within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
                 real = within < length
                 keys = start + within.to(tl.int64)
@@ -260,14 +257,14 @@ def _bwd_dkdv_kernel(
                         dq1 = dq0
                         if K1 > 0:
                             dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
-                        place = ((owner - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
+                        place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
                         place = (place * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + row % G
                         store_chunks(partial_dq, place * DK, inside, dq0, dq1, DK, K0, K1)
 
                 if not CLEAN:
-                    spoiled = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
+                    poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
                     if WITH_DQ:  # a key that no query sees leaves no trace in its own gradients
-                        spoiled += zero_unless_finite(k0, k1, K1, ACC)
+                        poisoned += zero_unless_finite(k0, k1, K1, ACC)
                 dk0 *= scale
                 dk1 *= scale
                 # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
@@ -276,9 +273,7 @@ def _bwd_dkdv_kernel(
                     store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
                     store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
                 else:
-                    place = owner.to(tl.int64) * partials_per_head + piece
-                    place += tl.load(partials + owner.to(tl.int64) * (num_blocks + 1) + block)
-                    rows = place * BLOCK_SIZE + within
+                    rows = partial_place * BLOCK_SIZE + within
                     store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
                     store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
 
@@ -319,11 +314,11 @@ def _reduce_kernel(
 ):  # fmt: skip
     """`dk` and `dv` of the lists that have several pieces: their partial sums added up, first to last."""
     block = tl.program_id(0) % num_blocks
-    owner = (tl.program_id(0) // num_blocks).to(tl.int64)
-    pieces += owner * (num_blocks + 1) + block
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    pieces += batch_head * (num_blocks + 1) + block
     count = tl.load(pieces + 1) - tl.load(pieces)
     if count > 1:
-        place = owner * partials_per_head + tl.load(partials + owner * (num_blocks + 1) + block)
+        place = batch_head * partials_per_head + tl.load(partials + batch_head * (num_blocks + 1) + block)
         start, _, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
         within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         real = within < length
@@ -341,7 +336,7 @@ def _reduce_kernel(
             dv0 += part0
             if V1 > 0:
                 dv1 += part1
-        rows = (owner // HEADS * num_keys + start + within) * HEADS + owner % HEADS
+        rows = (batch_head // HEADS * num_keys + start + within) * HEADS + batch_head % HEADS
         store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
         store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
 

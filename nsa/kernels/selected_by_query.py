@@ -106,9 +106,9 @@ def _forward_kernel(
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     steps = _num_steps(indices, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
 
-    spoiled = 1.0
+    poisoned = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
-        if spoiled != 0:
+        if poisoned != 0:
             row = tl.arange(0, BLOCK_M)
             inside = row < G
             q0, q1 = load_chunks(q, row.to(tl.int64) * q_strides[2], inside, DK, K0, K1)
@@ -151,7 +151,7 @@ def _forward_kernel(
             tl.store(lse + rows, tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2), mask=inside)
             store_chunks(out, rows * DV, inside, out0 / row_sum[:, None], out1 / row_sum[:, None], DV, V0, V1)
             if TMA and not CLEAN:
-                spoiled = zero_unless_finite(out0, out1, V1, ACC)
+                poisoned = zero_unless_finite(out0, out1, V1, ACC)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -172,9 +172,9 @@ def _bwd_dq_kernel(
     indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
     steps = _num_steps(indices, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
 
-    spoiled = 1.0
+    poisoned = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
-        if spoiled != 0:
+        if poisoned != 0:
             row = tl.arange(0, BLOCK_M)
             inside = row < G
             rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
@@ -206,8 +206,8 @@ def _bwd_dq_kernel(
                     dq1 = dot(ds, k1, dq1, ACC, PRECISION)
             stored = inside
             if TMA and not CLEAN:
-                spoiled = zero_unless_finite(dq0, dq1, K1, ACC)
-                stored = tl.where(inside, spoiled, 1.0) == 0  # what is added cannot be taken back
+                poisoned = zero_unless_finite(dq0, dq1, K1, ACC)
+                stored = tl.where(inside, poisoned, 1.0) == 0  # what is added cannot be taken back
             factor = tl.full([BLOCK_M], 1.0, ACC) * scale
             if gate is not None:
                 factor *= tl.load(gate + 3 * rows, mask=inside, other=0.0).to(ACC)

@@ -750,8 +750,8 @@ _SELECTED_KERNELS = [
         "empty-slot-is-block-0",
         "going by block, an empty slot is read as the first block",
         "kernels/block_index.py",
-        "valid = sees_block(block, query_positions(query_table, query, shift, inside, PACKED), BLOCK_SIZE)",
-        "valid = inside & (block <= query_positions(query_table, query, shift, inside, PACKED) // BLOCK_SIZE)",
+        "block = tl.load(indices + offsets, mask=inside, other=-1)",
+        "block = tl.maximum(tl.load(indices + offsets, mask=inside, other=-1), inside.to(tl.int32) - 1)",
         (_oracle("scrambled", "selected_attention_by_block"),),
         models=8,
     ),
@@ -794,9 +794,9 @@ _SELECTED_KERNELS = [
         "going by block, the head dim of values is taken to be padded to a power of two in memory",
         "kernels/selected_by_block.py",
         "        v += batch * v_strides[0] + head * v_strides[2]\n"
-        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        spoiled",
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        poisoned",
         "        v += batch * v_strides[0] + head * (V0 + V1)\n"
-        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        spoiled",
+        "        q += batch * q_strides[0] + head * G * q_strides[2]\n\n        poisoned",
         (_oracle("wide_values", "selected_attention_by_block"),),
     ),
     Fault(
@@ -1090,8 +1090,8 @@ _LARGE_SIZES = [
         "pieces-in-one-place",
         "the pieces of a list write their partial sums over one another",
         "kernels/selected_by_block.py",
-        "place = owner.to(tl.int64) * partials_per_head + piece\n",
-        "place = owner.to(tl.int64) * partials_per_head\n",
+        "partial_place = batch_head.to(tl.int64) * partials_per_head + piece\n",
+        "partial_place = batch_head.to(tl.int64) * partials_per_head\n",
         (_attended("lists_in_pieces_of_3_by_query", "whole"),),
     ),
     Fault(
@@ -1159,11 +1159,11 @@ _LARGE_SIZES = [
         ("test_block_index.py::test_a_list_has_the_pairs_of_its_block_ascending",),
     ),
     Fault(
-        "index-places-a-query-by-its-own-bit-too",
-        "the place of a pair in its list counts the query itself: lists begin with a pair that was never written",
+        "index-of-one-query-of-a-word",
+        "the queries of a word that selected a block have one place in its list",
         "kernels/block_index.py",
-        "<< (query % _TILE)) - 1\n",
-        "<< (query % _TILE)) * 2 - 1\n",
+        "place += _count_bits(",
+        "place += 0 * _count_bits(",
         ("test_block_index.py::test_a_list_has_the_pairs_of_its_block_ascending",),
     ),
     Fault(
@@ -1429,8 +1429,8 @@ _HIDDEN_VALUES = [
         "hidden-values-weighed-by-nothing-by-block",
         "going by block, values hidden in a query's own block are weighed by 0",
         "kernels/selected_by_block.py",
-        "spoiled = zero_unless_finite(v0, v1, V1, ACC)",
-        "spoiled = 0.0",
+        "poisoned = zero_unless_finite(v0, v1, V1, ACC)",
+        "poisoned = 0.0",
         ("test_hidden_values.py::test_keys_and_values[triton-widest-small-selected_attention-nan]",),
     ),
     Fault(
