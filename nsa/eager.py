@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.eager_rope import apply_rope as apply_rope
 from nsa.ops import Operator, accumulation_dtype, branch_operator, config_of, sizes_of
 
 

@@ -89,6 +89,74 @@ def block_starts(
     return BlockStarts((bounds[sequence] + positions) * filled, positions, filled)
 
 
+def token_positions(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
+    """Position of each packed token in its own sequence, int64 `[T]`; offsets rise from 0 to `T`."""
+    token, bounds = torch.arange(num_tokens, device=cu_seqlens.device), cu_seqlens.long()
+    return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]
+
+
+def apply_rope(
+    q: Tensor,
+    k_cmp: Tensor,
+    k_slc: Tensor,
+    k_win: Tensor,
+    rope: Tensor,
+    config: NSAConfig,
+    *,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotary position embedding of queries and of the keys of all branches (RoFormer, arXiv 2104.09864).
+
+    Tokens are rotated at their own positions, compressed blocks at those of their first tokens, `i d`. Arithmetic is
+    done in float32, or in float64 where anything is given in it, and rounded once.
+
+    Args:
+        q: `[B, T, Hq, D]`, `D` even.
+        k_cmp: `[B, C, Hk, D]`, from `compress`.
+        k_slc, k_win: `[B, T, Hk, D]`.
+        rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
+        positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
+            must be below `L`, which is checked on a CPU.
+        cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
+
+    Returns:
+        The four rotated, contiguous, in their dtype.
+    """
+    _check_config(config)
+    _check_tensor("q", q, "[B, T, Hq, D]")
+    batch, num_tokens, _, dim = q.shape
+    for name, x, length in (("k_slc", k_slc, "T"), ("k_win", k_win, "T"), ("k_cmp", k_cmp, "C")):
+        layout = f"[B, {length}, Hk, D]"
+        _check_tensor(name, x, layout, like=q, dtype=q.dtype)
+        _check_tensor(name, x, layout, shape=(batch, num_tokens if length == "T" else x.shape[1], k_slc.shape[2], dim))
+    _check_rope(rope, q, 0 if cu_seqlens is not None else k_cmp.shape[1], config)
+    block_positions = None
+    if cu_seqlens is not None:
+        if positions is not None:
+            raise ValueError("positions must be None where cu_seqlens says what they are, got a tensor")
+        lengths = _check_cu_seqlens("cu_seqlens", cu_seqlens, q, num_tokens)
+        if lengths is None:
+            cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, num_tokens, num_tokens)
+        else:
+            _check_angles(rope, int(lengths.max()) if num_tokens else 0)
+        _check_tensor("k_cmp", k_cmp, layout, shape=(batch, config.num_compressed(num_tokens), *k_slc.shape[2:]))
+        positions = token_positions(num_tokens, cu_seqlens)
+        block_positions = block_starts(num_tokens, config, cu_seqlens, device=q.device).positions
+    elif positions is not None:
+        _check_tensor("positions", positions, "[T]", like=q, shape=(num_tokens,), dtype=(torch.int32, torch.int64))
+        if num_tokens and positions.device.type == "cpu" and _has_values(positions):
+            if int(positions.min()) < 0:
+                raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
+            _check_angles(rope, int(positions.max()) + 1)
+    else:
+        _check_angles(rope, num_tokens)
+    implementation = _load(backend, config, q)
+    _check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
+    return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions)
+
+
 def compress(
     x: Tensor,
     params: CompressionParams | None,
@@ -514,6 +582,22 @@ def _check_no_block_twice(indices: Tensor, num_blocks: int) -> None:
             f"indices must name a block once a query, got {ordered[..., 1:][repeated][0]} twice in one of "
             f"{int(repeated.any(-1).sum())} rows"
         )
+
+
+def _check_rope(rope: Tensor, q: Tensor, num_blocks: int, config: NSAConfig) -> None:
+    """A row of the right width for each position that compressed blocks of one sequence start at."""
+    dim = q.shape[3]
+    if dim % 2:
+        raise ValueError(f"q must have an even head dim to be rotated in pairs, got {dim}")
+    _check_tensor("rope", rope, "[L, D / 2, 2]", like=q, dtype=None)
+    if rope.shape[1:] != (dim // 2, 2):
+        raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {dim // 2}, 2), got {tuple(rope.shape)}")
+    _check_angles(rope, (num_blocks - 1) * config.compress_stride + 1)
+
+
+def _check_angles(rope: Tensor, count: int) -> None:
+    if rope.shape[0] < count:
+        raise ValueError(f"rope must have a row for each of the {count} positions, got {rope.shape[0]}")
 
 
 def _check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:

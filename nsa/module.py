@@ -14,7 +14,7 @@ from nsa.functional import (
     _check_backend,
     _check_config,
     _check_tensor,
-    block_starts,
+    apply_rope,
     compress,
     nsa_attention,
 )
@@ -57,14 +57,6 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: to
 def _split(x: Tensor, *sizes: int) -> Tensor:
     """The last dimension as `[..., whatever is left, *sizes]`; unlike `unflatten`, compiles under a device context."""
     return x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(sizes), *sizes)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates the pairs of `x [B, T, H, D]` by rows of a RoPE table, `[T, D / 2, 2]`, one a token."""
-    dtype = torch.promote_types(x.dtype, table.dtype)
-    even, odd = _split(x.to(dtype), 2).unbind(-1)
-    cos, sin = table.unsqueeze(1).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
 class Compressor(nn.Module):
@@ -215,12 +207,12 @@ class NativeSparseAttention(nn.Module):
         k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
         v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
         if rope is not None:
-            tokens = _positions(x, cu_seqlens)
-            _check_rope(rope, self.head_dim, x, tokens if cu_seqlens is not None else None)
-            blocks = block_starts(x.shape[1], self.config, cu_seqlens, device=x.device)
-            by_token = rope[tokens]
-            q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
-            k_cmp = rotate(k_cmp, rope[blocks.positions])
+            if self.head_dim % 2:
+                raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
+            tensors = (q, k_cmp, k_slc, k_win)
+            q, k_cmp, k_slc, k_win = apply_rope(
+                *tensors, rope, self.config, cu_seqlens=cu_seqlens, backend=self.backend
+            )
         out = nsa_attention(
             q,
             k_cmp,
@@ -241,28 +233,3 @@ class NativeSparseAttention(nn.Module):
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""
         branches = _split(projected, self.branches, self.head_dim).unbind(3)
         return branches * (3 // self.branches)
-
-
-def _check_rope(rope: Tensor, head_dim: int, x: Tensor, packed: Tensor | None) -> None:
-    """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
-    _check_tensor("rope", rope, "[L, D / 2, 2]", like=x, dtype=None)
-    if head_dim % 2:
-        raise ValueError(f"rope must be None where head_dim is odd ({head_dim}): dimensions are rotated in pairs")
-    if rope.shape[1:] != (head_dim // 2, 2):
-        raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {head_dim // 2}, 2), got {tuple(rope.shape)}")
-    num_tokens = x.shape[1]
-    if rope.shape[0] >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
-        return
-    longest = num_tokens if packed is None else int(packed.max()) + 1
-    if rope.shape[0] < longest:
-        raise ValueError(f"rope must have a row for each of the {longest} positions of x, got {rope.shape[0]}")
-
-
-def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of each token of `x [B, T, dim]` in its own sequence, `[T]`."""
-    token = torch.arange(x.shape[1], device=x.device)
-    if cu_seqlens is None:
-        return token
-    bounds = cu_seqlens.long()
-    # Compiled, offsets may begin anywhere: a token before the first has no position.
-    return (token - bounds[torch.searchsorted(bounds, token, right=True) - 1]).clamp(min=0)
