@@ -446,8 +446,13 @@ _select = Operator("nsa_eager::select_blocks", _choose_blocks, _fake_indices)
 # The backend's side of nsa.functional, which has checked every argument.
 
 
-def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
-    """`[B, T, Hk, D] -> [B, C, Hk, D]` for blocks that start where `nsa.functional.block_starts` says."""
+def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blocks: Any) -> tuple[Tensor, ...]:
+    """`[B, T, Hk, D] -> [B, C, Hk, D]`, each with its parameters, for blocks that start where
+    `nsa.functional.block_starts` says."""
+    return tuple(_compress(x, learned, config, blocks) for x, learned in zip(xs, params, strict=True))
+
+
+def _compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
     within = torch.arange(config.compress_block_size, device=x.device)
     tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)
     if blocks.filled is not None:

@@ -178,18 +178,59 @@ def compress(
     Returns:
         `[B, C, Hk, D]` with `C = max(0, (T - l) // d + 1)`.
     """
+    return _compress({"x": x}, [params], config, cu_seqlens, backend)[0]
+
+
+def compress_keys_and_values(
+    k: Tensor,
+    v: Tensor,
+    k_params: CompressionParams | None,
+    v_params: CompressionParams | None,
+    config: NSAConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`compress` of keys and of values with parameters of their own, in fewer launches than two calls take.
+
+    Args:
+        k: `[B, T, Hk, Dk]`, unrotated.
+        v: `[B, T, Hk, Dv]`.
+        k_params, v_params, cu_seqlens: as `compress` takes them.
+
+    Returns:
+        `[B, C, Hk, Dk]` and `[B, C, Hk, Dv]`.
+    """
+    k_cmp, v_cmp = _compress({"k": k, "v": v}, [k_params, v_params], config, cu_seqlens, backend)
+    return k_cmp, v_cmp
+
+
+def _compress(
+    tensors: dict[str, Tensor],
+    params: list[CompressionParams | None],
+    config: NSAConfig,
+    cu_seqlens: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, ...]:
     _check_config(config)
-    _check_tensor("x", x, "[B, T, Hk, D]")
-    _check_params(params, x, config)
+    xs = list(tensors.values())
+    for (name, x), learned in zip(tensors.items(), params, strict=True):
+        _check_tensor(name, x, "[B, T, Hk, D]", like=xs[0], dtype=_DTYPES if x is xs[0] else xs[0].dtype)
+        _check_tensor(name, x, "[B, T, Hk, D]", shape=(*xs[0].shape[:3], x.shape[3]))
+        _check_params(learned, x, config)
+    num_tokens, device = xs[0].shape[1], xs[0].device
     if cu_seqlens is not None:
-        _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1])
+        _check_cu_seqlens("cu_seqlens", cu_seqlens, xs[0], num_tokens)
         if not _has_values(cu_seqlens):
-            cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, x.shape[1], x.shape[1])
-    implementation = _load(backend, config, x)
-    _check_derivatives(x=x)
-    blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
+            cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, num_tokens, num_tokens)
+    implementation = _load(backend, config, *xs)
+    _check_derivatives(**tensors)
+    # Kernels find the blocks of whole sequences by themselves.
+    listed = cu_seqlens is not None or implementation is eager
+    blocks = block_starts(num_tokens, config, cu_seqlens, device=device) if listed else None
+    outs = implementation.compress(xs, params, config, blocks)
     # Under autocast products come in another dtype than the keys that they stand beside.
-    return implementation.compress(x, params, config, blocks).to(x.dtype)
+    return tuple(out.to(x.dtype) for out, x in zip(outs, xs, strict=True))
 
 
 def compressed_attention(

@@ -16,6 +16,7 @@ from nsa.functional import (
     _check_tensor,
     apply_rope,
     compress,
+    compress_keys_and_values,
     nsa_attention,
 )
 
@@ -89,13 +90,16 @@ class Compressor(nn.Module):
         """Standard deviation each parameter starts with; the layers keep the variance of what they are given."""
         return {name: INIT_STD if name == "position" else rows**-0.5 for name, rows in self._rows_of_head.items()}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    def params(self) -> CompressionParams | None:
+        """The parameters by head."""
         parameters = {
             name: self.local(parameter).view(-1, self._rows_of_head[name], parameter.shape[1])
             for name, parameter in self.named_parameters()
         }
-        params = CompressionParams(**parameters) if parameters else None
-        return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
+        return CompressionParams(**parameters) if parameters else None
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+        return compress(x, self.params(), self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
 class NativeSparseAttention(nn.Module):
@@ -204,8 +208,10 @@ class NativeSparseAttention(nn.Module):
     def attend(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`."""
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
-        v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
+        params = self.compress_k.params(), self.compress_v.params()
+        k_cmp, v_cmp = compress_keys_and_values(
+            k_cmp, v_cmp, *params, self.config, cu_seqlens=cu_seqlens, backend=self.backend
+        )
         if rope is not None:
             if self.head_dim % 2:
                 raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
