@@ -127,11 +127,13 @@ def apply_rope(
     _check_config(config)
     _check_tensor("q", q, "[B, T, Hq, D]")
     batch, num_tokens, _, dim = q.shape
-    for name, x, length in (("k_slc", k_slc, "T"), ("k_win", k_win, "T"), ("k_cmp", k_cmp, "C")):
-        layout = f"[B, {length}, Hk, D]"
+    for name, x, layout in (("k_slc", k_slc, "[B, T, Hk, D]"), ("k_win", k_win, "[B, T, Hk, D]")):
         _check_tensor(name, x, layout, like=q, dtype=q.dtype)
-        _check_tensor(name, x, layout, shape=(batch, num_tokens if length == "T" else x.shape[1], k_slc.shape[2], dim))
-    _check_rope(rope, q, 0 if cu_seqlens is not None else k_cmp.shape[1], config)
+        _check_tensor(name, x, layout, shape=(batch, num_tokens, k_slc.shape[2], dim))
+    _check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", like=q, dtype=q.dtype)
+    num_blocks = k_cmp.shape[1] if cu_seqlens is None else config.num_compressed(num_tokens)
+    _check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", shape=(batch, num_blocks, k_slc.shape[2], dim))
+    _check_rope(rope, q)
     block_positions = None
     if cu_seqlens is not None:
         if positions is not None:
@@ -139,19 +141,13 @@ def apply_rope(
         lengths = _check_cu_seqlens("cu_seqlens", cu_seqlens, q, num_tokens)
         if lengths is None:
             cu_seqlens, _ = _legal_offsets(cu_seqlens, cu_seqlens, num_tokens, num_tokens)
-        else:
-            _check_angles(rope, int(lengths.max()) if num_tokens else 0)
-        _check_tensor("k_cmp", k_cmp, layout, shape=(batch, config.num_compressed(num_tokens), *k_slc.shape[2:]))
+        elif num_tokens:
+            _check_rope_length(rope, int(lengths.max()))
         positions = token_positions(num_tokens, cu_seqlens)
         block_positions = block_starts(num_tokens, config, cu_seqlens, device=q.device).positions
-    elif positions is not None:
-        _check_tensor("positions", positions, "[T]", like=q, shape=(num_tokens,), dtype=(torch.int32, torch.int64))
-        if num_tokens and positions.device.type == "cpu" and _has_values(positions):
-            if int(positions.min()) < 0:
-                raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
-            _check_angles(rope, int(positions.max()) + 1)
     else:
-        _check_angles(rope, num_tokens)
+        _check_rope_length(rope, num_tokens if positions is None else _check_positions(positions, q))
+        _check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
     implementation = _load(backend, config, q)
     _check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
     return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions)
@@ -625,20 +621,28 @@ def _check_no_block_twice(indices: Tensor, num_blocks: int) -> None:
         )
 
 
-def _check_rope(rope: Tensor, q: Tensor, num_blocks: int, config: NSAConfig) -> None:
-    """A row of the right width for each position that compressed blocks of one sequence start at."""
+def _check_rope(rope: Tensor, q: Tensor) -> None:
     dim = q.shape[3]
     if dim % 2:
         raise ValueError(f"q must have an even head dim to be rotated in pairs, got {dim}")
     _check_tensor("rope", rope, "[L, D / 2, 2]", like=q, dtype=None)
     if rope.shape[1:] != (dim // 2, 2):
         raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {dim // 2}, 2), got {tuple(rope.shape)}")
-    _check_angles(rope, (num_blocks - 1) * config.compress_stride + 1)
 
 
-def _check_angles(rope: Tensor, count: int) -> None:
-    if rope.shape[0] < count:
-        raise ValueError(f"rope must have a row for each of the {count} positions, got {rope.shape[0]}")
+def _check_rope_length(rope: Tensor, num_positions: int) -> None:
+    if rope.shape[0] < num_positions:
+        raise ValueError(f"rope must have a row for each of the {num_positions} positions, got {rope.shape[0]}")
+
+
+def _check_positions(positions: Tensor, q: Tensor) -> int:
+    """The number of rows that positions ask of a table; 0 where to look at them would mean to wait for a device."""
+    _check_tensor("positions", positions, "[T]", like=q, shape=(q.shape[1],), dtype=(torch.int32, torch.int64))
+    if not _has_values(positions) or positions.device.type != "cpu" or not positions.numel():
+        return 0
+    if int(positions.min()) < 0:
+        raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
+    return int(positions.max()) + 1
 
 
 def _check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:

@@ -187,7 +187,7 @@ def _save_mean(
 
 def _add_up(
     dblocks: Tensor,
-    strides: tuple[int, int, int, int],
+    strides: Sequence[int],
     count: int,
     dxs: Sequence[Tensor],
     starts: Tensor | None,
@@ -246,14 +246,23 @@ def _rows(
     batch, _, heads, dim = x.shape
     rows = x.new_empty(len(xs), heads, batch * count, length * dim)
     if rows.numel():
+        of_x, of_y = positions[0].contiguous(), positions[-1].contiguous()
         width = triton.next_power_of_2(dim)
         with torch.cuda.device_of(x):
             _rows_kernel[(count * heads * batch * len(xs), 1, 1)](
-                x, y, positions[0].contiguous(), positions[-1].contiguous(), starts, rows, count, batch, *x.stride()[:3], *y.stride()[:3], heads,
+                x, y, of_x, of_y, starts, rows, count, batch, *x.stride()[:3], *y.stride()[:3], heads,
                 LENGTH=length, STRIDE=stride, DIM=dim, WIDTH=width, TOKENS=max(1, min(length, _ELEMENTS // width)),
                 ACC=accumulator(x.dtype), PACKED=starts is not None,
             )  # fmt: skip
     return rows
+
+
+def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`rows [1 or 2, H, B C, I]` under the weights `[H, I, O]` of each half of a pair."""
+    out = rows.new_empty(*rows.shape[:3], weights[0].shape[2])
+    for row, weight, product in zip(rows.unbind(), weights, out.unbind(), strict=True):
+        torch.bmm(row, weight, out=product)
+    return out
 
 
 def _forward(
@@ -263,14 +272,9 @@ def _forward(
     xs, positions, weights, second = _by_kind(tensors, layers)
     batch, _, heads, dim = xs[0].shape
     rows = _rows(xs, positions, starts, count, length, stride)
-    hidden = rows.new_empty(*rows.shape[:3], weights[0].shape[2])
-    for row, weight, out in zip(rows.unbind(), weights, hidden.unbind(), strict=True):
-        torch.bmm(row, weight, out=out)
-    blocks, saved = hidden, rows.new_empty(0)
+    blocks, saved = _multiply(rows, weights), rows.new_empty(0)
     if second:
-        activated, blocks, saved = F.silu(hidden), rows.new_empty(*rows.shape[:3], dim), hidden
-        for row, weight, out in zip(activated.unbind(), second, blocks.unbind(), strict=True):
-            torch.bmm(row, weight, out=out)
+        blocks, saved = _multiply(F.silu(blocks), second), blocks
     return blocks.view(len(xs), heads, batch, count, dim).permute(0, 2, 3, 1, 4), saved
 
 
@@ -301,20 +305,18 @@ def _backward(
     gradients = [x.new_empty(x.shape) for x in tensors]
     dxs, dpositions, dweights, dsecond = _by_kind(gradients, layers)
     if second:
-        activated, dactivated = F.silu(hidden).mT, hidden.new_empty(hidden.shape)
-        parts = (activated.unbind(), dhidden.unbind(), second, dsecond, dactivated.unbind())
-        for columns, d, weight, dweight, out in zip(*parts, strict=True):
-            torch.bmm(columns, d, out=dweight)
-            torch.bmm(d, weight.mT, out=out)
+        activated, dactivated = F.silu(hidden).mT.unbind(), hidden.new_empty(hidden.shape)
+        for i, (d, dactive) in enumerate(zip(dhidden.unbind(), dactivated.unbind(), strict=True)):
+            torch.bmm(activated[i], d, out=dsecond[i])
+            torch.bmm(d, second[i].mT, out=dactive)
         dhidden = torch.ops.aten.silu_backward(dactivated, hidden)
     rows = _rows(xs, positions, starts, count, length, stride)
-    sums = dhidden.sum(2, keepdim=True, dtype=dhidden.dtype)
-    parts = (rows.unbind(), dhidden.unbind(), sums.unbind(), weights, dweights, dpositions)
-    for row, d, total, weight, dweight, dposition in zip(*parts, strict=True):
-        torch.bmm(row.mT, d, out=dweight)
-        columns = weight.mT
-        torch.bmm(total, columns, out=dposition.view(heads, 1, length * dim))
-        torch.bmm(d, columns, out=row)  # nobody needs the row again
+    sums = dhidden.sum(2, keepdim=True, dtype=dhidden.dtype).unbind()
+    for i, (row, d) in enumerate(zip(rows.unbind(), dhidden.unbind(), strict=True)):
+        transposed = weights[i].mT
+        torch.bmm(row.mT, d, out=dweights[i])
+        torch.bmm(sums[i], transposed, out=dpositions[i].view(heads, 1, length * dim))
+        torch.bmm(d, transposed, out=row)  # which nobody needs again
     of_batch, of_head = count * length * dim, batch * count * length * dim
     strides = (of_batch, length * dim, of_head, heads * of_head)
     _add_up(rows, strides, count, dxs, starts, length, stride, mean=False)

@@ -104,7 +104,12 @@ def _rotate(
     inverse: bool,
 ) -> Rotated:
     q, k_cmp, k_slc, k_win = (rows_contiguous(x) for x in tensors)
-    outs = q.new_empty(q.shape), k_cmp.new_empty(k_cmp.shape), k_slc.new_empty(k_slc.shape), k_win.new_empty(k_win.shape)
+    outs = (
+        q.new_empty(q.shape),
+        k_cmp.new_empty(k_cmp.shape),
+        k_slc.new_empty(k_slc.shape),
+        k_win.new_empty(k_win.shape),
+    )
     batch, _, query_heads, dim = q.shape
     width = triton.next_power_of_2(dim)
     rows = max(1, _ELEMENTS // width)

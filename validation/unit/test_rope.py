@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nsa import NSAConfig, NativeSparseAttention, rope_table
+from nsa import NativeSparseAttention, NSAConfig, rope_table
 from nsa.functional import apply_rope
 from nsa.kernels import rope as kernel
 from validation import oracle
@@ -144,12 +144,36 @@ def test_another_length_compiles_nothing(backend: str) -> None:
 REFUSED = {
     "odd_head_dim": ({"dim": 7}, ValueError, "q must have an even head dim to be rotated in pairs, got 7"),
     "dtype_of_keys": ({"k_win": lambda x: x.half()}, TypeError, "k_win must have dtype torch.float32, got"),
-    "tokens_of_keys": ({"k_win": lambda x: x[:, 1:]}, ValueError, "k_win must have shape [B, T, Hk, D] = (1, 45, 2, 8)"),
-    "heads_of_blocks": ({"k_cmp": lambda x: x[:, :, 1:]}, ValueError, "k_cmp must have shape [B, C, Hk, D] = (1, 4, 2,"),
-    "flat_table": ({"rope": lambda x: x.flatten(1)}, ValueError, "rope must have 3 dimensions [L, D / 2, 2], got shape"),
-    "table_of_others": ({"rope": lambda x: x[:, 1:]}, ValueError, "rope must have shape [L, D / 2, 2] = (L, 4, 2), got"),
-    "short_table": ({"rope": lambda x: x[:44]}, ValueError, "rope must have a row for each of the 45 positions, got 44"),
-    "short_for_blocks": ({"rope": lambda x: x[:24]}, ValueError, "rope must have a row for each of the 25 positions"),
+    "tokens_of_keys": (
+        {"k_win": lambda x: x[:, 1:]},
+        ValueError,
+        "k_win must have shape [B, T, Hk, D] = (1, 45, 2, 8)",
+    ),
+    "heads_of_blocks": (
+        {"k_cmp": lambda x: x[:, :, 1:]},
+        ValueError,
+        "k_cmp must have shape [B, C, Hk, D] = (1, 4, 2,",
+    ),
+    "flat_table": (
+        {"rope": lambda x: x.flatten(1)},
+        ValueError,
+        "rope must have 3 dimensions [L, D / 2, 2], got shape",
+    ),
+    "table_of_others": (
+        {"rope": lambda x: x[:, 1:]},
+        ValueError,
+        "rope must have shape [L, D / 2, 2] = (L, 4, 2), got",
+    ),
+    "short_table": (
+        {"rope": lambda x: x[:44]},
+        ValueError,
+        "rope must have a row for each of the 45 positions, got 44",
+    ),
+    "short_for_blocks": (
+        {"rope": lambda x: x[:24], "positions": lambda x: x % 8},
+        ValueError,
+        "rope must have a row for each of the 25 positions, got 24",
+    ),
     "short_for_packed": (
         {"rope": lambda x: x[:21], "cu_seqlens": LENGTHS},
         ValueError,
@@ -161,7 +185,11 @@ REFUSED = {
         "rope must have a row for each of the 61 positions, got 60",
     ),
     "negative_positions": ({"positions": lambda x: x - 3}, ValueError, "positions must be at least 0, got -3"),
-    "positions_of_others": ({"positions": lambda x: x[1:]}, ValueError, "positions must have shape [T] = (45,), got (44,)"),
+    "positions_of_others": (
+        {"positions": lambda x: x[1:]},
+        ValueError,
+        "positions must have shape [T] = (45,), got (44,)",
+    ),
     "floating_positions": ({"positions": lambda x: x.float()}, TypeError, "positions must have dtype torch.int32 or"),
     "positions_of_packed": (
         {"positions": lambda x: x, "cu_seqlens": LENGTHS},
