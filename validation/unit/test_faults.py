@@ -50,7 +50,7 @@ def test_every_public_bug_is_among_them() -> None:
 
 
 def test_every_part_of_the_attention_has_faults() -> None:
-    parts = {"config.py", "functional.py", "module.py", "ops.py", "eager.py"}
+    parts = {"config.py", "functional.py", "module.py", "ops.py", "eager.py", "eager_rope.py"}
     around = {f"titan/{name}.py" for name in ("context", "data", "model", "runs")}
     kernels = {f"kernels/{path.name}" for path in (ROOT / "nsa" / "kernels").glob("*.py")} - {"kernels/__init__.py"}
     assert {fault.file for fault in FAULTS} == parts | kernels | around
