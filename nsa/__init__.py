@@ -7,7 +7,9 @@ layers into TorchTitan and, with the entry point `nsa.train`, is the only part t
 from nsa.config import NSAConfig
 from nsa.functional import (
     CompressionParams,
+    apply_rope,
     compress,
+    compress_keys_and_values,
     compressed_attention,
     nsa_attention,
     select_blocks,
@@ -20,7 +22,9 @@ __all__ = [
     "CompressionParams",
     "NSAConfig",
     "NativeSparseAttention",
+    "apply_rope",
     "compress",
+    "compress_keys_and_values",
     "compressed_attention",
     "nsa_attention",
     "rope_table",

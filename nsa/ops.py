@@ -71,10 +71,17 @@ class Operator:
             the schema. Its first input may be a list of tensors. It runs without a graph, gradients or not.
         fake: the same for shapes alone.
         gradient: without one, the outputs have no gradients.
+        cheap: whether it takes less to compute the outputs again than to keep them.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], fake: Callable[..., Any], gradient: Gradient | None = None
+        self,
+        name: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any],
+        gradient: Gradient | None = None,
+        *,
+        cheap: bool = False,
     ):
         namespace, _, short = name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
@@ -82,7 +89,7 @@ class Operator:
         self._library.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(short, function, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=self._library)
-        self.function, self.gradient = function, gradient
+        self.function, self.gradient, self.cheap = function, gradient, cheap
         OPERATORS[name] = self
         self.registered = getattr(getattr(torch.ops, namespace), short).default
         if gradient is not None:
@@ -157,8 +164,12 @@ class _Direct(torch.autograd.Function):
 
 
 def forward_operators() -> set[torch._ops.OpOverload]:
-    """All operators of the backends imported so far but those that are gradients: what is costly to compute again."""
-    return {operator.registered for name, operator in OPERATORS.items() if not name.endswith("_backward")}
+    """The operators of the backends imported so far that are costly to compute again; gradients are none of them."""
+    return {
+        operator.registered
+        for name, operator in OPERATORS.items()
+        if not (operator.cheap or name.endswith("_backward"))
+    }
 
 
 def branch_operator(namespace: str, name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Operator:

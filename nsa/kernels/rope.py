@@ -167,6 +167,7 @@ _rope = Operator(
     _forward,
     _fake,
     Gradient(Operator("nsa_triton::rope_backward", _backward, _fake), _save, num_inputs=4, num_outputs=4),
+    cheap=True,
 )
 
 

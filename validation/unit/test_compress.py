@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa import CompressionParams, NSAConfig, compress
-from nsa.functional import compress_keys_and_values
+from nsa import CompressionParams, NSAConfig, compress, compress_keys_and_values
 from validation.numerics import assert_matches
 from validation.unit.cases import Case, config, draw, draw_cotangent, whole
 from validation.unit.forced import Watched, fresh_memory_is_poisoned

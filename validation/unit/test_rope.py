@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nsa import NativeSparseAttention, NSAConfig, rope_table
-from nsa.functional import apply_rope
+from nsa import NativeSparseAttention, NSAConfig, apply_rope, rope_table
 from nsa.kernels import rope as kernel
 from validation import oracle
 from validation.numerics import assert_equal, assert_matches
