@@ -7,22 +7,30 @@ layers into TorchTitan and, with the entry point `nsa.train`, is the only part t
 from nsa.config import NSAConfig
 from nsa.functional import (
     CompressionParams,
+    apply_rope,
     compress,
+    compress_keys_and_values,
     compressed_attention,
     nsa_attention,
+    pack_sequences,
     select_blocks,
     selected_attention,
     sliding_window_attention,
 )
 from nsa.module import NativeSparseAttention, rope_table
+from nsa.varlen import PackedSequences
 
 __all__ = [
     "CompressionParams",
     "NSAConfig",
     "NativeSparseAttention",
+    "PackedSequences",
+    "apply_rope",
     "compress",
+    "compress_keys_and_values",
     "compressed_attention",
     "nsa_attention",
+    "pack_sequences",
     "rope_table",
     "select_blocks",
     "selected_attention",

@@ -20,13 +20,42 @@ BackendName = Literal["auto", "eager", "triton"]
 class Backend(Protocol):
     """The stages as a module provides them, `nsa.eager` and `nsa.kernels`; a type checker holds both to it."""
 
-    def compress(self, x: Tensor, params: CompressionParams | None, config: NSAConfig, blocks: BlockStarts) -> Tensor:
-        """Compressed blocks `[B, C, Hk, D]`.
+    def compress(
+        self,
+        xs: Sequence[Tensor],
+        params: Sequence[CompressionParams | None],
+        config: NSAConfig,
+        blocks: BlockStarts | None,
+    ) -> tuple[Tensor, ...]:
+        """Compressed blocks `[B, C, Hk, D]` of each of one or two tensors.
 
         Args:
-            x: `[B, T, Hk, D]`.
-            params: `None` for the `"mean"` kind; in any floating dtype.
-            blocks: starts of the `C` blocks; a block that is not filled becomes 0.
+            xs: `[B, T, Hk, D]` each.
+            params: those of each tensor, `None` for the `"mean"` kind; in any floating dtype.
+            blocks: starts of the `C` blocks; a block that is not filled becomes 0. `nsa.kernels` needs none where
+                nothing is packed.
+        """
+
+    def apply_rope(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        k_slc: Tensor,
+        k_win: Tensor,
+        rope: Tensor,
+        config: NSAConfig,
+        positions: Tensor | None,
+        block_positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors, rotated and contiguous.
+
+        Args:
+            q: `[B, T, Hq, D]`.
+            k_cmp: `[B, C, Hk, D]`.
+            k_slc, k_win: `[B, T, Hk, D]`.
+            rope: `[L, D / 2, 2]`, cosines and sines.
+            positions: `[T]`, those of the tokens; `0` to `T - 1` unless given.
+            block_positions: `[C]`, those of the blocks; `i d` unless given.
         """
 
     def compressed_attention(

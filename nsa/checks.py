@@ -5,7 +5,7 @@ sequences, blocks listed twice) is skipped where there are none: while tracing, 
 """
 
 import math
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from nsa.backends import BackendName
 from nsa.blocks import CompressionParams
 from nsa.config import NSAConfig
+from nsa.varlen import PackedSequences, block_sizes
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -153,44 +154,72 @@ def check_blocks(q: Tensor, k_cmp: Tensor, config: NSAConfig, num_keys: int | No
     return num_keys
 
 
-def check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """Offsets of the sequences packed in `x [B, T, Hk, D]`, made legal where their values cannot be looked at."""
-    if cu_seqlens is None:
-        return None
-    if _check_cu_seqlens("cu_seqlens", cu_seqlens, x, x.shape[1]) is None:
-        return _legal_offsets(cu_seqlens, cu_seqlens, x.shape[1], x.shape[1])[0]
-    return cu_seqlens
+class Offsets(NamedTuple):
+    """Legal offsets of queries and of keys, and the keys of the longest sequence, or the bound that is known."""
+
+    queries: Tensor
+    keys: Tensor
+    longest: int
 
 
 def check_packing(
-    q: Tensor, num_keys: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Offsets of queries and keys, contiguous and legal, or `None` where nothing is packed.
+    like: Tensor,
+    num_queries: int,
+    num_keys: int,
+    cu_seqlens_q: Tensor | PackedSequences,
+    cu_seqlens_k: Tensor | None,
+    config: NSAConfig,
+    *,
+    names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k"),
+) -> PackedSequences | Offsets:
+    """Tables that were made before, or legal offsets.
 
-    Keys share the offsets of the queries unless given their own.
+    Args:
+        like: a tensor of the batch, which must have one row, and be on the device of the offsets.
+        cu_seqlens_k: those of the queries unless given.
     """
-    if cu_seqlens_q is None:
+    if like.shape[0] != 1:
+        raise ValueError(f"{names[0]} needs a batch of 1, since sequences are packed along T, got {like.shape[0]}")
+    if isinstance(cu_seqlens_q, PackedSequences):
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
-        if q.shape[1] > num_keys:
-            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {q.shape[1]}")
-        return None
-    lengths_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[1])
-    if cu_seqlens_k is None:
+            raise ValueError(f"{names[1]} must be None where {names[0]} is PackedSequences, got a tensor")
+        _check_tables(names[0], cu_seqlens_q, like, num_queries, num_keys, config)
+        return cu_seqlens_q
+    lengths_q = _check_cu_seqlens(names[0], cu_seqlens_q, like, num_queries)
+    lengths_k = lengths_q
+    if cu_seqlens_k is None and num_keys == num_queries:
         cu_seqlens_k = cu_seqlens_q
-    lengths_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, num_keys)
+    else:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        lengths_k = _check_cu_seqlens(names[1], cu_seqlens_k, like, num_keys)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_seqlens_k must have as many entries as cu_seqlens_q ({len(cu_seqlens_q)}), got {len(cu_seqlens_k)}"
-        )
-    if lengths_q is not None and lengths_k is not None and bool((lengths_q > lengths_k).any()):
-        raise ValueError(
-            f"cu_seqlens_k must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
-            f"got {lengths_k.tolist()}"
+            f"{names[1]} must have as many entries as {names[0]} ({len(cu_seqlens_q)}), got {len(cu_seqlens_k)}"
         )
     if lengths_q is None or lengths_k is None:
-        return _legal_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[1], num_keys)
-    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        return Offsets(*_legal_offsets(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys), num_keys)
+    if bool((lengths_q > lengths_k).any()):
+        raise ValueError(
+            f"{names[1]} must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
+            f"got {lengths_k.tolist()}"
+        )
+    longest = int(lengths_k.max()) if len(lengths_k) else 0
+    return Offsets(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest)
+
+
+def _check_tables(
+    name: str, packed: PackedSequences, like: Tensor, num_queries: int, num_keys: int, config: NSAConfig
+) -> None:
+    """Refuses tables of another batch or for other block sizes."""
+    for what, got, expected in (
+        ("queries", packed.varlen.queries.shape[0], num_queries),
+        ("keys", packed.positions.shape[0], num_keys),
+        ("block sizes", packed.sizes, block_sizes(config)),
+    ):
+        if got != expected:
+            raise ValueError(f"{name} must be packed for the {what} at hand ({expected}), got {got}")
+    if packed.positions.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {packed.positions.device}")
 
 
 def _legal_offsets(cu_queries: Tensor, cu_keys: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -213,8 +242,6 @@ def _legal_offsets(cu_queries: Tensor, cu_keys: Tensor, num_queries: int, num_ke
 def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tensor | None:
     """Sequence lengths of valid offsets; `None` while tracing, when there are no values to look at."""
     check_tensor(name, offsets, "[N + 1]", like=x, dtype=torch.int32)
-    if x.shape[0] != 1:
-        raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
     if offsets.shape[0] == 0:
         raise ValueError(f"{name} must have at least one entry, got none")
     if not _has_values(offsets):
@@ -251,6 +278,32 @@ def check_no_block_twice(indices: Tensor, num_blocks: int) -> None:
             f"indices must name a block once a query, got {ordered[..., 1:][repeated][0]} twice in one of "
             f"{int(repeated.any(-1).sum())} rows"
         )
+
+
+def check_rope(rope: Tensor, q: Tensor) -> None:
+    """Refuses a table that does not hold the pairs of `q [B, T, Hq, D]`."""
+    dim = q.shape[3]
+    if dim % 2:
+        raise ValueError(f"q must have an even head dim to be rotated in pairs, got {dim}")
+    check_tensor("rope", rope, "[L, D / 2, 2]", like=q, dtype=None)
+    if rope.shape[1:] != (dim // 2, 2):
+        raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {dim // 2}, 2), got {tuple(rope.shape)}")
+
+
+def check_rope_length(rope: Tensor, num_positions: int) -> None:
+    """Refuses a table with fewer rows than there are positions."""
+    if rope.shape[0] < num_positions:
+        raise ValueError(f"rope must have a row for each of the {num_positions} positions, got {rope.shape[0]}")
+
+
+def check_positions(positions: Tensor, q: Tensor) -> int:
+    """The number of rows that positions ask of a table; 0 where to look at them would mean to wait for a device."""
+    check_tensor("positions", positions, "[T]", like=q, shape=(q.shape[1],), dtype=(torch.int32, torch.int64))
+    if not _has_values(positions) or positions.device.type != "cpu" or not positions.numel():
+        return 0
+    if int(positions.min()) < 0:
+        raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
+    return int(positions.max()) + 1
 
 
 def check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:

@@ -2,7 +2,8 @@
 
 Layout is `[B, T, H, D]` throughout, any strides. Queries are the last `Tq` of `Tk` tokens, so one rule serves training
 (`Tq == Tk`), chunked prefill and decoding. Packed sequences come as one batch row with `cu_seqlens_q` and
-`cu_seqlens_k` (int32 `[N + 1]`); every stage then treats each sequence by itself, block indices included.
+`cu_seqlens_k` (int32 `[N + 1]`); every stage then treats each sequence by itself, block indices included. In place of
+offsets functions take what `pack_sequences` makes of them.
 
 Legend: `B` batch, `T` tokens, `C` compressed blocks, `S` selection blocks, `Hq`, `Hk` query and key/value heads,
 `G = Hq / Hk`, `Dk`, `Dv` head dims, `N` selected blocks. Section and equation numbers are those of arXiv 2502.11089.
@@ -22,6 +23,7 @@ A token that a query does not attend to has no influence on its output, whatever
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
+import torch
 from torch import Tensor
 
 from nsa import eager
@@ -38,12 +40,14 @@ from nsa.checks import (
     check_no_block_twice,
     check_packing,
     check_params,
+    check_positions,
+    check_rope,
+    check_rope_length,
     check_scale,
-    check_sequences,
     check_tensor,
 )
 from nsa.config import NSAConfig
-from nsa.varlen import Varlen
+from nsa.varlen import PackedSequences, Varlen, make_tables
 
 
 def compress(
@@ -51,7 +55,7 @@ def compress(
     params: CompressionParams | None,
     config: NSAConfig,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | PackedSequences | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
     """Blocks of keys or values, each as one vector (section 3.3.1, equation 7).
@@ -67,15 +71,150 @@ def compress(
     Returns:
         `[B, C, Hk, D]` with `C = max(0, (T - l) // d + 1)`.
     """
+    return _compress({"x": x}, [params], config, cu_seqlens, backend)[0]
+
+
+def compress_keys_and_values(
+    k: Tensor,
+    v: Tensor,
+    k_params: CompressionParams | None,
+    v_params: CompressionParams | None,
+    config: NSAConfig,
+    *,
+    cu_seqlens: Tensor | PackedSequences | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`compress` of keys and of values with parameters of their own, in fewer launches than two calls take.
+
+    Args:
+        k: `[B, T, Hk, Dk]`, unrotated.
+        v: `[B, T, Hk, Dv]`.
+        k_params, v_params, cu_seqlens: as `compress` takes them.
+
+    Returns:
+        `[B, C, Hk, Dk]` and `[B, C, Hk, Dv]`.
+    """
+    k_cmp, v_cmp = _compress({"k": k, "v": v}, [k_params, v_params], config, cu_seqlens, backend)
+    return k_cmp, v_cmp
+
+
+def _compress(
+    tensors: dict[str, Tensor],
+    params: list[CompressionParams | None],
+    config: NSAConfig,
+    cu_seqlens: Tensor | PackedSequences | None,
+    backend: BackendName,
+) -> tuple[Tensor, ...]:
     check_config(config)
-    check_tensor("x", x, "[B, T, Hk, D]")
-    check_params(params, x, config)
-    cu_seqlens = check_sequences(x, cu_seqlens)
-    implementation = _load(backend, config, x)
-    check_derivatives(x=x)
-    blocks = block_starts(x.shape[1], config, cu_seqlens, device=x.device)
+    xs = list(tensors.values())
+    for (name, x), learned in zip(tensors.items(), params, strict=True):
+        check_tensor(name, x, "[B, T, Hk, D]", like=xs[0])
+        if x is not xs[0]:
+            check_tensor(name, x, "[B, T, Hk, D]", shape=(*xs[0].shape[:3], x.shape[3]), dtype=xs[0].dtype)
+        check_params(learned, x, config)
+    packed = pack_tokens(xs[0], cu_seqlens, config)
+    implementation = _load(backend, config, *xs)
+    check_derivatives(**tensors)
+    blocks = None if packed is None else packed.blocks
+    if blocks is None and implementation is eager:
+        blocks = block_starts(xs[0].shape[1], config, device=xs[0].device)
+    outs = implementation.compress(xs, params, config, blocks)
     # Under autocast products come in another dtype than the keys that they stand beside.
-    return implementation.compress(x, params, config, blocks).to(x.dtype)
+    return tuple(out.to(x.dtype) for out, x in zip(outs, xs, strict=True))
+
+
+def pack_tokens(x: Tensor, cu_seqlens: Tensor | PackedSequences | None, config: NSAConfig) -> PackedSequences | None:
+    """Tables of the sequences packed in `x [1, T, ...]`; `None` where nothing is packed."""
+    if cu_seqlens is None:
+        return None
+    num_tokens, names = x.shape[1], ("cu_seqlens", "cu_seqlens")
+    packed = check_packing(x, num_tokens, num_tokens, cu_seqlens, None, config, names=names)
+    if isinstance(packed, PackedSequences):
+        return packed
+    return make_tables(packed.queries, packed.keys, num_tokens, num_tokens, packed.longest, config)
+
+
+def apply_rope(
+    q: Tensor,
+    k_cmp: Tensor,
+    k_slc: Tensor,
+    k_win: Tensor,
+    rope: Tensor,
+    config: NSAConfig,
+    *,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | PackedSequences | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotary position embedding of queries and of the keys of all branches (RoFormer, arXiv 2104.09864).
+
+    Tokens are rotated at their own positions, compressed blocks at those of their first tokens, `i d`. Arithmetic is
+    done in float32, or in float64 where anything is given in it, and rounded once.
+
+    Args:
+        q: `[B, T, Hq, D]`, `D` even.
+        k_cmp: `[B, C, Hk, D]`, from `compress`.
+        k_slc, k_win: `[B, T, Hk, D]`.
+        rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
+        positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
+            must be below `L`, which is checked on a CPU.
+        cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
+
+    Returns:
+        The four rotated, contiguous, in their dtype.
+    """
+    check_config(config)
+    check_tensor("q", q, "[B, T, Hq, D]")
+    batch, num_tokens, _, dim = q.shape
+    for name, x in (("k_slc", k_slc), ("k_win", k_win)):
+        check_tensor(name, x, "[B, T, Hk, D]", like=q, dtype=q.dtype)
+        check_tensor(name, x, "[B, T, Hk, D]", shape=(batch, num_tokens, k_slc.shape[2], dim))
+    check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", like=q, dtype=q.dtype)
+    num_blocks = k_cmp.shape[1] if cu_seqlens is None else config.num_compressed(num_tokens)
+    check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", shape=(batch, num_blocks, k_slc.shape[2], dim))
+    check_rope(rope, q)
+    block_positions, packed = None, pack_tokens(q, cu_seqlens, config)
+    if packed is not None:
+        if positions is not None:
+            raise ValueError("positions must be None where cu_seqlens says what they are, got a tensor")
+        if not torch.compiler.is_compiling():
+            check_rope_length(rope, packed.longest)
+        positions, block_positions = packed.positions, packed.blocks.positions
+    else:
+        check_rope_length(rope, num_tokens if positions is None else check_positions(positions, q))
+        check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
+    implementation = _load(backend, config, q)
+    check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
+    return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions)
+
+
+def pack_sequences(
+    cu_seqlens: Tensor,
+    config: NSAConfig,
+    *,
+    num_tokens: int,
+    cu_seqlens_k: Tensor | None = None,
+    num_keys: int | None = None,
+) -> PackedSequences:
+    """Packed sequences as all functions take them in place of offsets: checked, and with their tables made once.
+
+    Args:
+        cu_seqlens: int32 `[N + 1]`, offsets of the sequences among the queries, rising from 0 to `Tq`.
+        num_tokens: `Tq`.
+        cu_seqlens_k: int32 `[N + 1]`, offsets among the keys; those of the queries unless given.
+        num_keys: `Tk`; `Tq` unless given.
+
+    Raises:
+        TypeError: offsets that are not int32.
+        ValueError: offsets that fall or do not end with the tokens, a sequence with more queries than keys.
+    """
+    check_config(config)
+    check_tensor("cu_seqlens", cu_seqlens, "[N + 1]", dtype=torch.int32)
+    num_keys = num_tokens if num_keys is None else num_keys
+    row, names = cu_seqlens.new_empty(1, 0), ("cu_seqlens", "cu_seqlens_k")
+    offsets = check_packing(row, num_tokens, num_keys, cu_seqlens, cu_seqlens_k, config, names=names)
+    assert not isinstance(offsets, PackedSequences)
+    return make_tables(offsets.queries, offsets.keys, num_tokens, num_keys, offsets.longest, config)
 
 
 def compressed_attention(
@@ -85,7 +224,7 @@ def compressed_attention(
     config: NSAConfig,
     *,
     num_keys: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -119,7 +258,7 @@ def select_blocks(
     config: NSAConfig,
     *,
     num_keys: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -156,7 +295,7 @@ def selected_attention(
     indices: Tensor,
     config: NSAConfig,
     *,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -191,7 +330,7 @@ def sliding_window_attention(
     v: Tensor,
     config: NSAConfig,
     *,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -227,7 +366,7 @@ def nsa_attention(
     *,
     indices: Tensor | None = None,
     return_indices: bool = False,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
@@ -263,11 +402,24 @@ def nsa_attention(
 
 
 def _tables(
-    q: Tensor, num_keys: int, config: NSAConfig, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+    q: Tensor,
+    num_keys: int,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | PackedSequences | None,
+    cu_seqlens_k: Tensor | None,
 ) -> Varlen | None:
     """Tables of packed sequences with queries `q [1, Tq, Hq, Dk]`; `None` where nothing is packed."""
-    offsets = check_packing(q, num_keys, cu_seqlens_q, cu_seqlens_k)
-    return None if offsets is None else Varlen.of(*offsets, q.shape[1], config)
+    num_queries = q.shape[1]
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
+        if num_queries > num_keys:
+            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {num_queries}")
+        return None
+    packed = check_packing(q, num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, config)
+    if isinstance(packed, PackedSequences):
+        return packed.varlen
+    return Varlen.of(packed.queries, packed.keys, num_queries, config)
 
 
 def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:

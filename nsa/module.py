@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nsa.backends import BackendName
-from nsa.blocks import CompressionParams, block_starts
+from nsa.blocks import CompressionParams
 from nsa.checks import check_backend, check_config, check_tensor
 from nsa.config import NSAConfig, integer
-from nsa.functional import compress, nsa_attention
+from nsa.functional import apply_rope, compress, compress_keys_and_values, nsa_attention, pack_tokens
+from nsa.varlen import PackedSequences
 
 PAPER = NSAConfig()
 """The block sizes and counts of the paper's experiments (section 4.1)."""
@@ -53,14 +54,6 @@ def _split(x: Tensor, *sizes: int) -> Tensor:
     return x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(sizes), *sizes)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates the pairs of `x [B, T, H, D]` by rows of a RoPE table, `[T, D / 2, 2]`, one a token."""
-    dtype = torch.promote_types(x.dtype, table.dtype)
-    even, odd = _split(x.to(dtype), 2).unbind(-1)
-    cos, sin = table.unsqueeze(1).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
-
-
 class Compressor(nn.Module):
     """The learned map from a block of keys, or of values, to one vector (section 3.3.1), by KV head.
 
@@ -91,13 +84,18 @@ class Compressor(nn.Module):
         """Standard deviation each parameter starts with; the layers keep the variance of what they are given."""
         return {name: INIT_STD if name == "position" else rows**-0.5 for name, rows in self._rows_of_head.items()}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, backend: BackendName = "auto") -> Tensor:
+    def params(self) -> CompressionParams | None:
+        """The parameters by head."""
         parameters = {
             name: self.local(parameter).view(-1, self._rows_of_head[name], parameter.shape[1])
             for name, parameter in self.named_parameters()
         }
-        params = CompressionParams(**parameters) if parameters else None
-        return compress(x, params, self.config, cu_seqlens=cu_seqlens, backend=backend)
+        return CompressionParams(**parameters) if parameters else None
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | PackedSequences | None = None, backend: BackendName = "auto"
+    ) -> Tensor:
+        return compress(x, self.params(), self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
 class NativeSparseAttention(nn.Module):
@@ -169,14 +167,17 @@ class NativeSparseAttention(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.normal_(std=std[name])
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | PackedSequences | None = None
+    ) -> Tensor:
         """Attention of every token of `x` over those before it.
 
         Args:
             x: `[B, T, dim]`; batch 1 where sequences are packed.
             rope: `[L, D / 2, 2]` with `L >= T`, from `rope_table`; positions count from the start of each sequence.
                 No rotation unless given.
-            cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences.
+            cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, or what `pack_sequences` makes of them,
+                which several layers can share.
 
         Returns:
             `[B, T, dim]`.
@@ -203,18 +204,21 @@ class NativeSparseAttention(nn.Module):
         gates = _split(self.wg(x), 3).sigmoid()
         return _split(self.wq(x), self.head_dim), self._branches(self.wk(x)), self._branches(self.wv(x)), gates
 
-    def attend(self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def attend(
+        self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | PackedSequences | None = None
+    ) -> Tensor:
         """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`."""
+        packed = pack_tokens(x, cu_seqlens, self.config)
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        k_cmp = self.compress_k(k_cmp, cu_seqlens, self.backend)
-        v_cmp = self.compress_v(v_cmp, cu_seqlens, self.backend)
+        params = self.compress_k.params(), self.compress_v.params()
+        k_cmp, v_cmp = compress_keys_and_values(
+            k_cmp, v_cmp, *params, self.config, cu_seqlens=packed, backend=self.backend
+        )
         if rope is not None:
-            tokens = _positions(x, cu_seqlens)
-            _check_rope(rope, self.head_dim, x, tokens if cu_seqlens is not None else None)
-            blocks = block_starts(x.shape[1], self.config, cu_seqlens, device=x.device)
-            by_token = rope[tokens]
-            q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
-            k_cmp = rotate(k_cmp, rope[blocks.positions])
+            if self.head_dim % 2:
+                raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
+            tensors = (q, k_cmp, k_slc, k_win)
+            q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, cu_seqlens=packed, backend=self.backend)
         out = nsa_attention(
             q,
             k_cmp,
@@ -225,7 +229,7 @@ class NativeSparseAttention(nn.Module):
             v_win,
             gates,
             self.config,
-            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_q=packed,
             backend=self.backend,
         )
         assert isinstance(out, Tensor)  # no indices were asked for
@@ -235,28 +239,3 @@ class NativeSparseAttention(nn.Module):
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""
         branches = _split(projected, self.branches, self.head_dim).unbind(3)
         return branches * (3 // self.branches)
-
-
-def _check_rope(rope: Tensor, head_dim: int, x: Tensor, packed: Tensor | None) -> None:
-    """One row for each position: `T` of them, or as many as the longest of the packed sequences has."""
-    check_tensor("rope", rope, "[L, D / 2, 2]", like=x, dtype=None)
-    if head_dim % 2:
-        raise ValueError(f"rope must be None where head_dim is odd ({head_dim}): dimensions are rotated in pairs")
-    if rope.shape[1:] != (head_dim // 2, 2):
-        raise ValueError(f"rope must have shape [L, D / 2, 2] = (L, {head_dim // 2}, 2), got {tuple(rope.shape)}")
-    num_tokens = x.shape[1]
-    if rope.shape[0] >= num_tokens or (packed is not None and torch.compiler.is_compiling()):
-        return
-    longest = num_tokens if packed is None else int(packed.max()) + 1
-    if rope.shape[0] < longest:
-        raise ValueError(f"rope must have a row for each of the {longest} positions of x, got {rope.shape[0]}")
-
-
-def _positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position of each token of `x [B, T, dim]` in its own sequence, `[T]`."""
-    token = torch.arange(x.shape[1], device=x.device)
-    if cu_seqlens is None:
-        return token
-    bounds = cu_seqlens.long()
-    # Compiled, offsets may begin anywhere: a token before the first has no position.
-    return (token - bounds[torch.searchsorted(bounds, token, right=True) - 1]).clamp(min=0)

@@ -46,13 +46,14 @@ class Gradient(NamedTuple):
     """How the gradient of an operator is made.
 
     Attributes:
-        operator: called as `operator(*douts, *tensors, *rest)`; returns a gradient for each differentiable input.
+        operator: called as `operator(*douts, *tensors, *rest)`; returns a gradient for each differentiable input, and
+            a list of them for a list.
         save: from the inputs and the tuple of outputs to `tensors` and `rest`.
         num_inputs: the first inputs, as many as these, are differentiable.
         num_outputs: likewise of the outputs; the gradient of a single one may be missing, those of several may not.
     """
 
-    operator: "Operator"
+    operator: Callable[..., Any]
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Tensor | None, ...], tuple[Any, ...]]]
     num_inputs: int
     num_outputs: int = 1
@@ -68,13 +69,20 @@ class Operator:
     Args:
         name: `namespace::name`.
         function: returns a tensor or a tuple of them, none of which shares memory with an input. Its annotations make
-            the schema. It runs without a graph, gradients or not.
+            the schema. Its first input may be a list of tensors. It runs without a graph, gradients or not.
         fake: the same for shapes alone.
         gradient: without one, the outputs have no gradients.
+        cheap: whether it takes less to compute the outputs again than to keep them.
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], fake: Callable[..., Any], gradient: Gradient | None = None
+        self,
+        name: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any],
+        gradient: Gradient | None = None,
+        *,
+        cheap: bool = False,
     ):
         namespace, _, short = name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")
@@ -82,7 +90,7 @@ class Operator:
         self._library.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self._library.impl(short, function, "CompositeExplicitAutograd")
         torch.library.register_fake(name, fake, lib=self._library)
-        self.function, self.gradient = function, gradient
+        self.function, self.gradient, self.cheap = function, gradient, cheap
         OPERATORS[name] = self
         self.registered = getattr(getattr(torch.ops, namespace), short).default
         if gradient is not None:
@@ -94,12 +102,15 @@ class Operator:
             )
 
     def __call__(self, *inputs: Any) -> Any:
-        if _is_observed(inputs):
+        # `autograd.Function` sees no tensors inside of a list.
+        listed = len(inputs[0]) if isinstance(inputs[0], list) else 0
+        flat = (*inputs[0], *inputs[1:]) if listed else inputs
+        if _is_observed(flat):
             return self.registered(*inputs)
         if self.gradient is not None and torch.is_grad_enabled():
-            for x in inputs[: self.gradient.num_inputs]:
+            for x in flat[: listed or self.gradient.num_inputs]:
                 if x is not None and x.requires_grad:
-                    return _Direct.apply(self, *inputs)
+                    return _Direct.apply(self, listed, *flat)
         with torch.no_grad():
             return self.function(*inputs)
 
@@ -118,41 +129,48 @@ def _setup_context(gradient: Gradient, ctx: Any, inputs: tuple[Any, ...], output
     outputs = output if isinstance(output, tuple) else (output,)
     tensors, ctx.rest = gradient.save(inputs, outputs)
     ctx.save_for_backward(*tensors)
-    ctx.num_inputs = len(inputs)
+    of_first = [None] * len(inputs[0]) if isinstance(inputs[0], list) else None
+    ctx.no_gradients = (of_first, *[None] * (len(inputs) - 1))
     ctx.mark_non_differentiable(*outputs[gradient.num_outputs :])
     # Else the gradients of outputs that have none come as zeros, as large as they are.
     ctx.set_materialize_grads(gradient.num_outputs > 1)
 
 
-def _differentiate(gradient: Gradient, ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(gradient: Gradient, ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
     douts = douts[: gradient.num_outputs]
     if douts == (None,):
-        return (None,) * ctx.num_inputs
+        return ctx.no_gradients
     found = gradient.operator(*douts, *ctx.saved_tensors, *ctx.rest)
     found = found if isinstance(found, tuple) else (found,)
-    return (*found, *[None] * (ctx.num_inputs - gradient.num_inputs))
+    return (*found, *ctx.no_gradients[gradient.num_inputs :])
 
 
 class _Direct(torch.autograd.Function):
     """Any operator's function and gradient, around the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, *inputs: Any) -> Any:
+    def forward(ctx: Any, operator: Operator, listed: int, *flat: Any) -> Any:
+        inputs = (list(flat[:listed]), *flat[listed:]) if listed else flat
         output = operator.function(*inputs)
         assert operator.gradient is not None
-        ctx.gradient = operator.gradient
+        ctx.gradient, ctx.listed = operator.gradient, listed
         _setup_context(operator.gradient, ctx, inputs, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_differentiate(ctx.gradient, ctx, *douts)
+        found = _differentiate(ctx.gradient, ctx, *douts)
+        return None, None, *((*found[0], *found[1:]) if ctx.listed else found)
 
 
 def forward_operators() -> set[torch._ops.OpOverload]:
-    """All operators of the backends imported so far but those that are gradients: what is costly to compute again."""
-    return {operator.registered for name, operator in OPERATORS.items() if not name.endswith("_backward")}
+    """The operators of the backends imported so far that are costly to compute again; gradients are none of them."""
+    return {
+        operator.registered
+        for name, operator in OPERATORS.items()
+        if not (operator.cheap or name.endswith("_backward"))
+    }
 
 
 def branch_operator(namespace: str, name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Operator:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa.blocks import BlockStarts, block_starts
 from nsa.config import NSAConfig
 
 
@@ -55,3 +56,48 @@ def tensors_of(varlen: Varlen | None) -> tuple[Tensor | None, ...]:
 def varlen_of(*tensors: Tensor | None) -> Varlen | None:
     """The inverse of `tensors_of`."""
     return None if tensors[0] is None else Varlen(*tensors)  # type: ignore[arg-type]
+
+
+class PackedSequences(NamedTuple):
+    """Packed sequences with every table that stages need, for all stages of all layers.
+
+    `nsa.pack_sequences` makes it from offsets. To give it to a stage instead of the offsets spares the stage to look at
+    their values, which waits for the device, and to make tables of its own.
+
+    Attributes:
+        varlen: tables of the attention stages.
+        positions: int64 `[Tk]`, position of each key in its sequence.
+        blocks: where compressed blocks start.
+        longest: keys of the longest sequence, or `Tk` where values cannot be looked at.
+        sizes: `l`, `d` and `l'` that the tables are for.
+    """
+
+    varlen: Varlen
+    positions: Tensor
+    blocks: BlockStarts
+    longest: int
+    sizes: tuple[int, int, int]
+
+
+def block_sizes(config: NSAConfig) -> tuple[int, int, int]:
+    """The sizes that tables depend on: `l`, `d` and `l'`."""
+    return config.compress_block_size, config.compress_stride, config.select_block_size
+
+
+def token_positions(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
+    """Position of each packed token in its own sequence, int64 `[T]`, for offsets that rise from 0 to `T`."""
+    token, bounds = torch.arange(num_tokens, device=cu_seqlens.device), cu_seqlens.long()
+    return token - bounds[torch.searchsorted(bounds, token, right=True) - 1]
+
+
+def make_tables(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, num_keys: int, longest: int, config: NSAConfig
+) -> PackedSequences:
+    """All tables for legal offsets."""
+    return PackedSequences(
+        Varlen.of(cu_seqlens_q, cu_seqlens_k, num_queries, config),
+        token_positions(num_keys, cu_seqlens_k),
+        block_starts(num_keys, config, cu_seqlens_k, device=cu_seqlens_k.device),
+        longest,
+        block_sizes(config),
+    )

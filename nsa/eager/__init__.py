@@ -17,11 +17,13 @@ from nsa.eager.attention import nsa_attention
 from nsa.eager.compress import compress
 from nsa.eager.compressed import compressed_attention
 from nsa.eager.gates import combine
+from nsa.eager.rope import apply_rope
 from nsa.eager.select import select_blocks
 from nsa.eager.selected import selected_attention
 from nsa.eager.window import sliding_window_attention
 
 __all__ = [
+    "apply_rope",
     "combine",
     "compress",
     "compressed_attention",

@@ -1,5 +1,7 @@
 """Compression: blocks of keys or values, each mapped to one vector (paper, section 3.3.1, equation 7)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +11,18 @@ from nsa.config import NSAConfig
 from nsa.ops import accumulation_dtype
 
 
-def compress(x: Tensor, params: CompressionParams | None, config: NSAConfig, blocks: BlockStarts) -> Tensor:
-    """Compressed blocks `[B, C, Hk, D]` of `x [B, T, Hk, D]`; see `nsa.functional.compress`."""
+def compress(
+    xs: Sequence[Tensor],
+    params: Sequence[CompressionParams | None],
+    config: NSAConfig,
+    blocks: BlockStarts | None,
+) -> tuple[Tensor, ...]:
+    """Compressed blocks `[B, C, Hk, D]` of each `x [B, T, Hk, D]`; see `nsa.functional.compress`."""
+    assert blocks is not None
+    return tuple(_compress(x, learned, config, blocks) for x, learned in zip(xs, params, strict=True))
+
+
+def _compress(x: Tensor, params: CompressionParams | None, config: NSAConfig, blocks: BlockStarts) -> Tensor:
     within = torch.arange(config.compress_block_size, device=x.device)
     tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)  # [B, C, Hk, l, D]
     if blocks.filled is not None:

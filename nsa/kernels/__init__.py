@@ -12,6 +12,7 @@ from nsa.kernels import cache
 from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
 from nsa.kernels.flash_attention import compressed_attention, sliding_window_attention
+from nsa.kernels.rope import apply_rope
 from nsa.kernels.select import select_blocks
 from nsa.kernels.selected_attention import selected_attention
 
@@ -39,6 +40,7 @@ def why_not(config: NSAConfig, *tensors: Tensor) -> str | None:
 
 __all__ = [
     "INTERPRETED",
+    "apply_rope",
     "combine",
     "compress",
     "compressed_attention",

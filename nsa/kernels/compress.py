@@ -1,16 +1,22 @@
 """Blocks of keys or values as one vector each (paper, section 3.3.1, equation 7).
 
-Neighbouring blocks share all but `d` of their `l` tokens; to lay the blocks out side by side would copy every token
-`l / d` times. The mean reads its tokens where they are. A linear layer over a block is cut into layers over pieces of
-`d` tokens, of which each is computed once and serves as the first piece of one block, the second of the one before, and
-so on:
+The mean reads its tokens where they are. A learned layer takes a block as one row, its `l` tokens with their position
+embeddings one after the other:
 
-    hidden[c] = sum_m (x[c + m] + position[m]) W[m],    x[p] the tokens [p d, (p + 1) d),    m < l / d
+    hidden[c] = row[c] W,    row[c] = (x[c d] + position[0], ..., x[c d + l - 1] + position[l - 1])
 
-One product gives all pieces under all parts of the weight; the sum over `m` is one over shifted results, which are
-`d D / F` times smaller than the tokens. Pieces of packed sequences do not line up: their blocks are gathered.
+Neighbouring blocks share all but `d` of their tokens, so the rows take `l / d` times the memory of the tokens. They are
+made by one kernel, multiplied by cuBLAS and dropped; the backward makes them anew. Of packed sequences, whose blocks do
+not stand at multiples of `d`, the kernel reads where each begins. What follows, and all gradients, are products too:
+
+    out = silu(hidden) W',    dhidden = silu'(hidden) (dout W'^T),    dW' = silu(hidden)^T dout,
+    dW = row^T dhidden,    drow = dhidden W^T,    dposition = (sum_c dhidden[c]) W^T,
+
+and `dx` adds up what the rows that hold a token got for it. Keys and values have parameters of their own, but the
+kernels do both in one launch: at the lengths of most training the host cannot keep up with the GPU.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,13 +27,16 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.primitives import accumulator, find_program, rows_contiguous
-from nsa.ops import Gradient, Operator, accumulation_dtype
+from nsa.ops import Gradient, Operator
 
 _ROWS = 16
-"""Blocks or tokens a program of the mean takes."""
+"""Blocks of the mean, or tokens, that a program takes."""
+
+_ELEMENTS = 4096
+"""Elements of a row that a program has at a time."""
 
 # Sizes that change from call to call and are no reason to compile again.
-_LENGTHS = ("count", "num_tokens", "num_tiles")
+_LENGTHS = ("count", "num_tokens", "num_tiles", "batch")
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -57,16 +66,61 @@ def _mean_kernel(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _mean_backward_kernel(
-    dout, starts, lasts, dx, count, num_tokens, num_tiles, o_batch, o_token, o_head, HEADS, LENGTH: tl.constexpr,
-    STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-    PACKED: tl.constexpr,
+def _rows_kernel(
+    x, y, x_position, y_position, starts, rows, count, batch, x_batch, x_token, x_head, y_batch, y_token, y_head,
+    HEADS, LENGTH: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    ACC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A token belongs to the last block that starts at or before it and to some before that, while they reach it."""
-    tile, head, batch = find_program(num_tiles, HEADS)
+    """One row of `[2, H, B C, l D]`; a packed block that does not exist starts at -1 and is 0."""
+    block, head, batch_row = find_program(count, HEADS)
+    head = head.to(tl.int64)
+    batch_row = batch_row.to(tl.int64)
+    row = (head * batch + batch_row) * count + block
+    tokens = x + batch_row * x_batch + head * x_head
+    token_stride = tl.cast(x_token, tl.int64)
+    position = x_position
+    if batch_row >= batch:
+        batch_row -= batch
+        row = ((HEADS + head) * batch + batch_row) * count + block
+        tokens = y + batch_row * y_batch + head * y_head
+        token_stride = tl.cast(y_token, tl.int64)
+        position = y_position
+    start = block.to(tl.int64) * STRIDE
+    filled = start >= 0
+    if PACKED:
+        start = tl.load(starts + block).to(tl.int64)
+        filled = start >= 0
+    column = tl.arange(0, WIDTH)
+    for first in range(0, LENGTH, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        inside = (token < LENGTH)[:, None] & (column < DIM)[None, :]
+        element = token[:, None] * DIM + column[None, :]
+        pointers = tokens + ((start + token) * token_stride)[:, None] + column[None, :]
+        total = tl.load(pointers, mask=inside & filled, other=0.0).to(ACC)
+        total += tl.load(position + head * LENGTH * DIM + element, mask=inside & filled, other=0.0).to(ACC)
+        tl.store(rows + row * (LENGTH * DIM) + element, total.to(rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _tokens_kernel(
+    dblocks, starts, lasts, dx, dy, count, num_tokens, num_tiles, batch, d_batch, d_block, d_head, d_second, HEADS,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr, PACKED: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of tokens from those of blocks: with MEAN `[D]`, else the rows `[l D]` that were made of them.
+
+    A token belongs to the last block that starts at or before it and to some before that, while they reach it.
+    """
+    tile, head, batch_row = find_program(num_tiles, HEADS)
     token = tile * ROWS + tl.arange(0, ROWS)
     head = head.to(tl.int64)
-    batch = batch.to(tl.int64)
+    batch_row = batch_row.to(tl.int64)
+    target = dx
+    if batch_row >= batch:
+        batch_row -= batch
+        dblocks += d_second
+        target = dy
+    dblocks += batch_row * d_batch + head * d_head
     live = token < num_tokens
     last = token // STRIDE
     if PACKED:
@@ -77,33 +131,35 @@ def _mean_backward_kernel(
     for back in tl.static_range(LENGTH // STRIDE):
         block = last - back
         covers = live & (block >= 0) & (block < count)
+        start = block * STRIDE
         if PACKED:
             start = tl.load(starts + block, mask=covers, other=-LENGTH)
             covers = covers & (token < start + LENGTH)
-        pointers = dout + batch * o_batch + head * o_head + (block.to(tl.int64) * o_token)[:, None] + column[None, :]
-        total += tl.load(pointers, mask=covers[:, None] & inside[None, :], other=0.0)
-    rows = (batch * num_tokens + token) * HEADS + head
+        offsets = block.to(tl.int64) * d_block
+        if not MEAN:
+            offsets += (token - start) * DIM
+        pointers = dblocks + offsets[:, None] + column[None, :]
+        total += tl.load(pointers, mask=covers[:, None] & inside[None, :], other=0.0).to(ACC)
+    if MEAN:
+        total /= LENGTH
+    rows = (batch_row * num_tokens + token) * HEADS + head
     mask = live[:, None] & inside[None, :]
-    tl.store(dx + rows[:, None] * DIM + column[None, :], (total / LENGTH).to(dx.dtype.element_ty), mask=mask)
+    tl.store(target + rows[:, None] * DIM + column[None, :], total.to(dx.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, rows: int, x: Tensor, arguments: tuple[Any, ...], length: int, stride: int) -> None:
-    """`arguments` as the kernel takes them, up to its constants; the second is the table of starts or None."""
-    if x.numel() == 0 or rows == 0:
-        return
-    tiles = triton.cdiv(rows, _ROWS)
-    with torch.cuda.device_of(x):
-        kernel[(tiles * x.shape[2] * x.shape[0], 1, 1)](
-            *arguments, tiles, *x.stride()[:3], x.shape[2], LENGTH=length, STRIDE=stride, DIM=x.shape[3],
-            WIDTH=triton.next_power_of_2(x.shape[3]), ROWS=_ROWS, ACC=accumulator(x.dtype),
-            PACKED=arguments[1] is not None,
-        )  # fmt: skip
+# The mean, which learns nothing.
 
 
 def _mean_forward(x: Tensor, starts: Tensor | None, count: int, length: int, stride: int) -> Tensor:
     x = rows_contiguous(x)
     out = x.new_empty(x.shape[0], count, *x.shape[2:])
-    _launch(_mean_kernel, count, x, (x, starts, out, count), length, stride)
+    if out.numel():
+        tiles, heads, dim = triton.cdiv(count, _ROWS), *x.shape[2:]
+        with torch.cuda.device_of(x):
+            _mean_kernel[(tiles * heads * x.shape[0], 1, 1)](
+                x, starts, out, count, tiles, *x.stride()[:3], heads, LENGTH=length, STRIDE=stride, DIM=dim,
+                WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(x.dtype), PACKED=starts is not None,
+            )  # fmt: skip
     return out
 
 
@@ -113,16 +169,8 @@ def _fake_mean(x: Tensor, starts: Tensor | None, count: int, length: int, stride
 
 def _mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, length: int, stride: int) -> Tensor:
     dout = rows_contiguous(dout)
-    count = dout.shape[1]
-    dx = dout.new_zeros(dout.shape[0], num_tokens, *dout.shape[2:])
-    lasts = None
-    if starts is not None:
-        # Blocks that do not exist stand at the end; put beyond all tokens, they keep the table ascending.
-        ascending = starts.where(starts >= 0, num_tokens)
-        lasts = torch.searchsorted(ascending, torch.arange(num_tokens, device=dout.device), right=True) - 1
-    if count:
-        arguments = (dout, starts, lasts, dx, count, num_tokens)
-        _launch(_mean_backward_kernel, num_tokens, dout, arguments, length, stride)
+    dx = dout.new_empty(dout.shape[0], num_tokens, *dout.shape[2:])
+    _add_up(dout, (*dout.stride()[:3], 0), dout.shape[1], [dx], starts, length, stride, mean=True)
     return dx
 
 
@@ -130,53 +178,199 @@ def _fake_mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, le
     return dout.new_empty(dout.shape[0], num_tokens, *dout.shape[2:])
 
 
-def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+def _save_mean(
+    inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
     x, starts, _, length, stride = inputs
     return (starts,), (x.shape[1], length, stride)
+
+
+def _add_up(
+    dblocks: Tensor,
+    strides: Sequence[int],
+    count: int,
+    dxs: Sequence[Tensor],
+    starts: Tensor | None,
+    length: int,
+    stride: int,
+    *,
+    mean: bool,
+) -> None:
+    """Fills one or two `dxs [B, T, H, D]`.
+
+    `strides` of `dblocks` are those from one batch row, block, head and half of a pair to the next.
+    """
+    batch, num_tokens, heads, dim = dxs[0].shape
+    if not dxs[0].numel():
+        return
+    lasts = None
+    if starts is not None:
+        # Blocks that do not exist stand at the end; put beyond all tokens, they keep the table ascending.
+        ascending = starts.where(starts >= 0, num_tokens)
+        lasts = torch.searchsorted(ascending, torch.arange(num_tokens, device=dblocks.device), right=True) - 1
+    tiles = triton.cdiv(num_tokens, _ROWS)
+    with torch.cuda.device_of(dblocks):
+        _tokens_kernel[(tiles * heads * batch * len(dxs), 1, 1)](
+            dblocks, starts, lasts, dxs[0], dxs[-1], count, num_tokens, tiles, batch, *strides, heads, LENGTH=length,
+            STRIDE=stride, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(dblocks.dtype),
+            PACKED=starts is not None, MEAN=mean,
+        )  # fmt: skip
 
 
 _mean = Operator(
     "nsa_triton::compress_mean",
     _mean_forward,
     _fake_mean,
-    Gradient(Operator("nsa_triton::compress_mean_backward", _mean_backward, _fake_mean_backward), _save, num_inputs=1),
+    Gradient(
+        Operator("nsa_triton::compress_mean_backward", _mean_backward, _fake_mean_backward), _save_mean, num_inputs=1
+    ),
 )
 
 
-def _first_layer(x: Tensor, position: Tensor, weight: Tensor, config: NSAConfig, count: int) -> Tensor:
-    """Blocks `[B, C, Hk, F]` of one sequence through one layer, from products of pieces of `d` tokens."""
-    length, stride = config.compress_block_size, config.compress_stride
-    parts = length // stride
+# One or two layers that learn. Operators take a list, `x`, `position`, `weight` and, of two layers, `weight_out` of the
+# first of a pair, then of the second if there is one. The products are written into tensors made for them: those have
+# the dtype of the inputs, which autocast would change.
+
+
+def _by_kind(tensors: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
+    """The list as `x` of all, `position` of all and so on; nothing for the second layer where there is none."""
+    kinds = 2 + layers
+    return [tensors[kind::kinds] for kind in range(kinds)] + [[]] * (2 - layers)
+
+
+def _rows(
+    xs: Sequence[Tensor], positions: Sequence[Tensor], starts: Tensor | None, count: int, length: int, stride: int
+) -> Tensor:
+    """Blocks and their position embeddings as rows, `[1 or 2, H, B C, l D]`."""
+    x, y = rows_contiguous(xs[0]), rows_contiguous(xs[-1])
     batch, _, heads, dim = x.shape
-    pieces = count + parts - 1 if count else 0
-    tokens = x[:, : pieces * stride].transpose(1, 2).reshape(batch, heads, pieces, stride * dim)
-    # Positions go through the product as pieces of their own, for one rounding of the weight's gradient.
-    positions = position.reshape(1, heads, parts, stride * dim).expand(batch, -1, -1, -1)
-    weights = weight.view(heads, parts, stride * dim, -1).transpose(1, 2).flatten(2)
-    products = torch.matmul(torch.cat((tokens, positions), 2), weights)
-    products = products.view(batch, heads, pieces + parts, parts, -1).to(accumulation_dtype(x.dtype))
-    # Indexed from the end of what was cut off: an index that depends on the length would compile for each anew.
-    of_tokens, of_positions = products[:, :, :pieces], products[:, :, pieces:]
-    total = sum(of_tokens[:, :, m : m + count, m] + of_positions[:, :, m : m + 1, m] for m in range(parts))
-    return cast(Tensor, total).transpose(1, 2).to(x.dtype)
+    rows = x.new_empty(len(xs), heads, batch * count, length * dim)
+    if rows.numel():
+        of_x, of_y = positions[0].contiguous(), positions[-1].contiguous()
+        width = triton.next_power_of_2(dim)
+        with torch.cuda.device_of(x):
+            _rows_kernel[(count * heads * batch * len(xs), 1, 1)](
+                x, y, of_x, of_y, starts, rows, count, batch, *x.stride()[:3], *y.stride()[:3], heads,
+                LENGTH=length, STRIDE=stride, DIM=dim, WIDTH=width, TOKENS=max(1, min(length, _ELEMENTS // width)),
+                ACC=accumulator(x.dtype), PACKED=starts is not None,
+            )  # fmt: skip
+    return rows
 
 
-def compress(x: Tensor, params: Any, config: NSAConfig, blocks: Any) -> Tensor:
-    """`[B, T, Hk, D] -> [B, C, Hk, D]` for blocks that start where `nsa.functional.block_starts` says."""
-    # A shape, since `len` of a tensor would be a number where a length is traced as a symbol.
-    count, packed = blocks.tokens.shape[0], blocks.filled is not None
-    if params is None:
-        starts = blocks.tokens.where(blocks.filled, -1) if packed else None
-        return _mean(x, starts, count, config.compress_block_size, config.compress_stride)
-    position, weight = params.position.to(x.dtype), params.weight.to(x.dtype)
-    if packed:
-        within = torch.arange(config.compress_block_size, device=x.device)
-        tokens = x[:, blocks.tokens.unsqueeze(-1) + within].transpose(2, 3)
-        # A block that does not exist starts at token 0, whose values must not reach the gradients of the weights.
-        rows = (tokens.masked_fill(~blocks.filled.view(-1, 1, 1, 1), 0) + position).flatten(3)
-        out = torch.einsum("bchi,hif->bchf", rows, weight)
-    else:
-        out = _first_layer(x, position, weight, config, count)
-    if params.weight_out is not None:
-        out = torch.einsum("bchf,hfd->bchd", F.silu(out), params.weight_out.to(x.dtype))
-    return out.masked_fill(~blocks.filled.view(-1, 1, 1), 0) if packed else out
+def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`rows [1 or 2, H, B C, I]` under the weights `[H, I, O]` of each half of a pair."""
+    out = rows.new_empty(*rows.shape[:3], weights[0].shape[2])
+    for row, weight, product in zip(rows.unbind(), weights, out.unbind(), strict=True):
+        torch.bmm(row, weight, out=product)
+    return out
+
+
+def _forward(
+    tensors: Sequence[Tensor], starts: Tensor | None, layers: int, count: int, length: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks `[1 or 2, B, C, H, D]`, and the hidden layer `[1 or 2, H, B C, F]` where there is one."""
+    xs, positions, weights, second = _by_kind(tensors, layers)
+    batch, _, heads, dim = xs[0].shape
+    rows = _rows(xs, positions, starts, count, length, stride)
+    blocks, saved = _multiply(rows, weights), rows.new_empty(0)
+    if second:
+        blocks, saved = _multiply(F.silu(blocks), second), blocks
+    return blocks.view(len(xs), heads, batch, count, dim).permute(0, 2, 3, 1, 4), saved
+
+
+def _fake(
+    tensors: Sequence[Tensor], starts: Tensor | None, layers: int, count: int, length: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    xs, _, weights, second = _by_kind(tensors, layers)
+    batch, _, heads, dim = xs[0].shape
+    blocks = xs[0].new_empty(len(xs), heads, batch, count, dim).permute(0, 2, 3, 1, 4)
+    saved = xs[0].new_empty(len(xs), heads, batch * count, weights[0].shape[2]) if second else xs[0].new_empty(0)
+    return blocks, saved
+
+
+def _backward(
+    dout: Tensor,
+    hidden: Tensor,
+    starts: Tensor | None,
+    tensors: Sequence[Tensor],
+    layers: int,
+    length: int,
+    stride: int,
+) -> list[Tensor]:
+    xs, positions, weights, second = _by_kind(tensors, layers)
+    number, batch, count, heads, dim = dout.shape
+    if starts is not None:
+        dout = dout.masked_fill((starts < 0).view(-1, 1, 1), 0)
+    dhidden = dout.permute(0, 3, 1, 2, 4).reshape(number, heads, batch * count, dim)
+    gradients = [x.new_empty(x.shape) for x in tensors]
+    dxs, dpositions, dweights, dsecond = _by_kind(gradients, layers)
+    if second:
+        activated, dactivated = F.silu(hidden).mT.unbind(), hidden.new_empty(hidden.shape)
+        for i, (d, dactive) in enumerate(zip(dhidden.unbind(), dactivated.unbind(), strict=True)):
+            torch.bmm(activated[i], d, out=dsecond[i])
+            torch.bmm(d, second[i].mT, out=dactive)
+        dhidden = torch.ops.aten.silu_backward(dactivated, hidden)
+    rows = _rows(xs, positions, starts, count, length, stride)
+    sums = dhidden.sum(2, keepdim=True, dtype=dhidden.dtype).unbind()
+    for i, (row, d) in enumerate(zip(rows.unbind(), dhidden.unbind(), strict=True)):
+        transposed = weights[i].mT
+        torch.bmm(row.mT, d, out=dweights[i])
+        torch.bmm(sums[i], transposed, out=dpositions[i].view(heads, 1, length * dim))
+        torch.bmm(d, transposed, out=row)  # which nobody needs again
+    of_batch, of_head = count * length * dim, batch * count * length * dim
+    strides = (of_batch, length * dim, of_head, heads * of_head)
+    _add_up(rows, strides, count, dxs, starts, length, stride, mean=False)
+    return gradients
+
+
+def _fake_backward(
+    dout: Tensor,
+    hidden: Tensor,
+    starts: Tensor | None,
+    tensors: Sequence[Tensor],
+    layers: int,
+    length: int,
+    stride: int,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors]
+
+
+_learned_backward = Operator("nsa_triton::compress_backward", _backward, _fake_backward)
+
+
+def _gradient(dout: Tensor, hidden: Tensor, starts: Tensor | None, *rest: Any) -> list[Tensor]:
+    *tensors, layers, length, stride = rest
+    return cast(list[Tensor], _learned_backward(dout, hidden, starts, tensors, layers, length, stride))
+
+
+def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    tensors, starts, layers, _, length, stride = inputs
+    return (outputs[1], starts, *tensors), (layers, length, stride)
+
+
+_learned = Operator("nsa_triton::compress", _forward, _fake, Gradient(_gradient, _save, num_inputs=1))
+
+
+def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blocks: Any) -> tuple[Tensor, ...]:
+    """`[B, T, Hk, D] -> [B, C, Hk, D]` for each of one or two tensors with their parameters.
+
+    `blocks` are those of `nsa.functional.block_starts`; whole sequences need none.
+    """
+    if len(xs) > 1 and _shapes(xs[0], params[0]) != _shapes(xs[1], params[1]):
+        return tuple(compress([x], [p], config, blocks)[0] for x, p in zip(xs, params, strict=True))
+    starts, count = None, config.num_compressed(xs[0].shape[1])
+    if blocks is not None:
+        # A shape, since `len` of a tensor would be a number where a length is traced as a symbol.
+        starts, count = blocks.tokens.where(blocks.filled, -1), blocks.tokens.shape[0]
+    sizes = (count, config.compress_block_size, config.compress_stride)
+    if params[0] is None:
+        return tuple(_mean(x, starts, *sizes) for x in xs)
+    tensors = []
+    for x, of_x in zip(xs, params, strict=True):
+        tensors += [x, *(p.to(x.dtype) for p in of_x if p is not None)]
+    layers = 1 if params[0].weight_out is None else 2
+    return cast(tuple[Tensor, Tensor], _learned(tensors, starts, layers, *sizes))[0].unbind()
+
+
+def _shapes(x: Tensor, params: Any) -> list[Any]:
+    return [x.shape] + [None if p is None else p.shape for p in params or ()]

@@ -29,10 +29,10 @@ from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from nsa.backends import BackendName
-from nsa.blocks import block_starts
 from nsa.checks import check_backend
 from nsa.config import NSAConfig
-from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention, rotate
+from nsa.functional import apply_rope
+from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention
 from nsa.titan.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.refusals import JobError, require
@@ -179,10 +179,10 @@ class NSAAttention(NativeSparseAttention):
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
         k_cmp = context.compress(partial(self.compress_k, backend=self.backend), k_cmp, self.config)
         v_cmp = context.compress(partial(self.compress_v, backend=self.backend), v_cmp, self.config)
-        blocks = block_starts(x.shape[1] * context.mesh.size(), self.config, device=x.device)
-        by_token = rope[positions]
-        q, k_slc, k_win = rotate(q, by_token), rotate(k_slc, by_token), rotate(k_win, by_token)
-        tensors = (q, rotate(k_cmp, rope[blocks.positions]), v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        q, k_cmp, k_slc, k_win = apply_rope(
+            q, k_cmp, k_slc, k_win, rope, self.config, positions=positions, backend=self.backend
+        )
+        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         return nsa_attention_over(context, *tensors, self.config, backend=self.backend).flatten(2)
 
 

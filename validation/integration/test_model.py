@@ -218,8 +218,7 @@ def test_selective_checkpointing_by_operator_computes_attention_once(backend, co
     model.init_weights()
     tokens = torch.randint(0, 64, (1, 48))
     calls, gradients = train_a_step(copy.deepcopy(model), tokens)
-    expected = {"triton": 3 if compression == "mlp" else 4, "eager": 4}[backend]  # operators of a forward pass
-    assert len(calls) == expected
+    assert len(calls) == 4, "a forward pass has other operators that are worth keeping"
     for mode, times in (("selective", 1), ("full", 2)):
         repeated, again = train_a_step(checkpointed(model, mode), tokens)
         assert repeated == Counter({name: times * number for name, number in calls.items()}), mode

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, rope_table
@@ -249,6 +250,25 @@ def compress_mean_backward(name: str, namespace: str, x: Tensors) -> tuple:
     return (x["k_cmp"], None, CASE.num_keys, ALL_BLOCKS.compress_block_size, ALL_BLOCKS.compress_stride)
 
 
+def compress_learned(name: str, namespace: str, x: Tensors) -> tuple:
+    """Keys and values at once, through two layers."""
+    sizes = (ALL_BLOCKS.num_compressed(CASE.num_keys), ALL_BLOCKS.compress_block_size, ALL_BLOCKS.compress_stride)
+    learned = draw(replace(CASE, value_dim=16, config=replace(ALL_BLOCKS, compression="mlp")), x["k"].dtype)
+    kinds = ("", "_position", "_weight", "_weight_out")
+    return ([learned[f"{name}{kind}"] for name in "kv" for kind in kinds], None, 2, *sizes)
+
+
+def compress_learned_backward(name: str, namespace: str, x: Tensors) -> tuple:
+    tensors, starts, layers, count, *sizes = compress_learned(name, namespace, x)
+    out, hidden = torch.ops.nsa_triton.compress(tensors, starts, layers, count, *sizes)
+    return (torch.randn_like(out), hidden, starts, tensors, layers, *sizes)
+
+
+def rope(name: str, namespace: str, x: Tensors) -> tuple:
+    table = rope_table(CASE.num_keys, CASE.key_dim, device=x["q"].device)
+    return (*(x[key] for key in ("q", "k_cmp", "k_slc", "k_win")), table, None, None, ALL_BLOCKS.compress_stride)
+
+
 BRANCHES = ("compressed_attention", "selected_attention", "sliding_window_attention")
 INPUTS: dict[str, Callable[[str, str, Tensors], tuple]] = {
     **{f"{space}::{name}": branch for space in ("nsa_eager", "nsa_triton") for name in BRANCHES},
@@ -259,6 +279,10 @@ INPUTS: dict[str, Callable[[str, str, Tensors], tuple]] = {
     "nsa_triton::attend_backward": attend_backward,
     "nsa_triton::compress_mean": compress_mean,
     "nsa_triton::compress_mean_backward": compress_mean_backward,
+    "nsa_triton::compress": compress_learned,
+    "nsa_triton::compress_backward": compress_learned_backward,
+    "nsa_triton::rope": rope,
+    "nsa_triton::rope_backward": rope,
 }
 
 
@@ -273,7 +297,7 @@ def inputs_of(qualified: str, dtype: torch.dtype) -> tuple:
 
 def asking(inputs: tuple) -> tuple:
     """Tensors that want gradients where they can have some."""
-    return tuple(x.requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs)
+    return tree_map_only(Tensor, lambda x: x.requires_grad_(x.is_floating_point()), inputs)
 
 
 @pytest.mark.parametrize("qualified", INPUTS)
@@ -290,13 +314,14 @@ differentiable = pytest.mark.parametrize("qualified", [name for name in INPUTS i
 @differentiable
 def test_the_way_around_the_dispatcher_gives_the_same_bits(qualified: str) -> None:
     operator, found = OPERATORS[qualified], []
+    number = operator.gradient.num_outputs
     for way in (operator, operator.registered):
         inputs = asking(inputs_of(qualified, torch.float32))
         outputs = way(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        outputs[0].square().sum().backward()
-        grads = [x.grad for x in inputs if isinstance(x, Tensor)]
-        assert [x.requires_grad for x in outputs] == [x is outputs[0] for x in outputs]
+        torch.stack([x.square().sum() for x in outputs[:number]]).sum().backward()
+        grads = [x.grad for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        assert [x.requires_grad for x in outputs] == [i < number for i in range(len(outputs))]
         found.append([*outputs, *(x for x in grads if x is not None)])
     around, through = found
     assert len(around) == len(through)
@@ -309,7 +334,7 @@ def test_second_derivatives_are_refused(qualified: str) -> None:
     inputs = asking(inputs_of(qualified, torch.float32))
     outputs = OPERATORS[qualified](*inputs)
     out = outputs[0] if isinstance(outputs, tuple) else outputs
-    (dx,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    (dx,) = torch.autograd.grad(out.square().sum(), tree_leaves(inputs)[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
 

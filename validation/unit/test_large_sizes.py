@@ -272,18 +272,22 @@ COMPRESSION = (
         "several_programs", COMPRESS, (shaped("whole", whole(300), batch=2), shaped("packed", whole(150, 5, 0, 160))),
         {
             "kernels.compress._mean_kernel": lambda calls: calls[0].count > 2 * calls[0].ROWS,
-            "kernels.compress._mean_backward_kernel": lambda calls: calls[0].num_tokens > 2 * calls[0].ROWS,
+            "kernels.compress._tokens_kernel": lambda calls: calls[0].num_tokens > 2 * calls[0].ROWS,
         },
     ),
     Path(
         "tokens_of_four_blocks", COMPRESS,
         (shaped("whole", whole(100), **OVERLAPPING), shaped("packed", whole(50, 31, 70), **OVERLAPPING)),
-        {"kernels.compress._mean_backward_kernel": lambda calls: calls[0].LENGTH == 4 * calls[0].STRIDE},
+        {"kernels.compress._tokens_kernel": lambda calls: calls[0].LENGTH == 4 * calls[0].STRIDE},
     ),
     Path(
-        "blocks_of_four_pieces", COMPRESS,
-        tuple(shaped(kind, whole(100), compression=kind, batch=2, **OVERLAPPING) for kind in ("linear", "mlp")),
-        {"kernels.compress._first_layer": lambda calls: calls[0].count > 4},
+        "rows_in_four_parts", COMPRESS,
+        (
+            shaped("linear", whole(100), compression="linear", batch=2, **OVERLAPPING),
+            shaped("mlp", whole(50, 31, 70), compression="mlp", **OVERLAPPING),
+        ),
+        {"kernels.compress._rows_kernel": lambda calls: calls[0].LENGTH == 4 * calls[0].TOKENS},
+        {"kernels.compress._ELEMENTS": 8 * 16},
     ),
 )  # fmt: skip
 

@@ -155,6 +155,15 @@ def launch_compress(q, k, lse, indices, config):
     compress = import_module("nsa.kernels.compress")
     out = compress._mean(k, None, 1, config.compress_block_size, config.compress_stride)
     compress._mean_backward(out, None, k.shape[1], config.compress_block_size, config.compress_stride)
+    position, weight = torch.zeros(1, 16, 16), torch.zeros(1, 16 * 16, 16)
+    sizes = (config.compress_block_size, config.compress_stride)
+    out, hidden = compress._forward([k, position, weight], None, 1, 1, *sizes)
+    compress._backward(out, hidden, None, [k, position, weight], 1, *sizes)
+
+
+def launch_rope(q, k, lse, indices, config):
+    table = torch.zeros(16, 8, 2)
+    import_module("nsa.kernels.rope").apply_rope(q, k[:, :1], k[:, :1], k[:, :1], table, config, None, None)
 
 
 def launch_combine(q, k, lse, indices, config):
@@ -163,7 +172,15 @@ def launch_combine(q, k, lse, indices, config):
 
 @pytest.mark.parametrize(
     "launches",
-    [launch_windows, launch_compressed, launch_selected, launch_selection, launch_compress, launch_combine],
+    [
+        launch_windows,
+        launch_compressed,
+        launch_selected,
+        launch_selection,
+        launch_compress,
+        launch_combine,
+        launch_rope,
+    ],
     ids=lambda function: function.__name__.removeprefix("launch_"),
 )
 def test_grids_have_one_side(launches, monkeypatch):

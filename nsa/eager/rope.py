@@ -1,0 +1,34 @@
+"""Rotary position embedding in plain PyTorch (RoFormer, arXiv 2104.09864)."""
+
+import torch
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.ops import accumulation_dtype
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotates the pairs of `x [B, T, H, D]` by rows of a RoPE table, `[T, D / 2, 2]`, one a token."""
+    dtype = accumulation_dtype(torch.promote_types(x.dtype, angles.dtype))
+    even, odd = x.to(dtype).reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
+    cos, sin = angles.to(dtype).unsqueeze(1).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def apply_rope(
+    q: Tensor,
+    k_cmp: Tensor,
+    k_slc: Tensor,
+    k_win: Tensor,
+    rope: Tensor,
+    config: NSAConfig,
+    positions: Tensor | None,
+    block_positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four, rotated; see `nsa.functional.apply_rope`."""
+    if positions is None:
+        positions = torch.arange(q.shape[1], device=q.device)
+    if block_positions is None:
+        block_positions = torch.arange(k_cmp.shape[1], device=q.device) * config.compress_stride
+    angles = rope[positions]
+    return rotate(q, angles), rotate(k_cmp, rope[block_positions]), rotate(k_slc, angles), rotate(k_win, angles)

@@ -1,0 +1,90 @@
+"""Keys and values compressed together: the same as each by itself, in half of the launches."""
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import CompressionParams, NSAConfig, compress, compress_keys_and_values
+from validation.numerics import assert_matches
+from validation.unit.cases import Case, config, draw, draw_cotangent, whole
+from validation.unit.forced import Watched, fresh_memory_is_poisoned
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+KINDS = ("", "_position", "_weight", "_weight_out")
+each_backend = pytest.mark.parametrize("backend", ["eager", "triton"])
+
+
+def params(x: dict[str, Tensor], name: str) -> CompressionParams | None:
+    learned = [x.get(f"{name}{kind}") for kind in KINDS[1:]]
+    return CompressionParams(*learned) if learned[0] is not None else None
+
+
+def together(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: str) -> tuple[Tensor, ...]:
+    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": backend}
+    return compress_keys_and_values(x["k"], x["v"], params(x, "k"), params(x, "v"), settings, **packing)
+
+
+def apart(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: str) -> tuple[Tensor, ...]:
+    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": backend}
+    return tuple(compress(x[name], params(x, name), settings, **packing) for name in "kv")
+
+
+def results(function, x: dict[str, Tensor], case: Case, backend: str) -> Iterator[tuple[str, Tensor]]:
+    leaves = {name: x[name].detach().requires_grad_() for n in "kv" for kind in KINDS if (name := f"{n}{kind}") in x}
+    outs = function({**x, **leaves}, case, case.config, backend)
+    yield from zip(("k_cmp", "v_cmp"), outs, strict=True)
+    cotangents = [draw_cotangent(case, out, out.dtype) for out in outs]
+    found = torch.autograd.grad(outs, list(leaves.values()), cotangents)
+    yield from ((f"gradient of {name}", grad) for name, grad in zip(leaves, found, strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("lengths", [whole(70), whole(20, 7, 0, 43)], ids=["whole", "packed"])
+@pytest.mark.parametrize("value_dim", [16, 24])
+def test_a_pair_is_two_of_one(backend: str, compression: str, lengths, value_dim: int) -> None:
+    settings = config((16, 8, 16), 3, 12, compression=compression)
+    case = Case(
+        "pair", lengths, settings, kv_heads=2, key_dim=16, value_dim=value_dim, batch=2 if len(lengths) == 1 else 1
+    )
+    x = draw(case, torch.float32)
+    # Keys are part of a larger tensor, values are not: the two have strides of their own.
+    x["k"] = torch.stack((x["k"], x["k"]), 3)[..., 1, :]
+    with fresh_memory_is_poisoned():
+        expected = dict(results(apart, x, case, backend))
+        for name, actual in results(together, x, case, backend):
+            # Rounding may differ: PyTorch computes the ends of a tensor otherwise than what lies before them.
+            assert_matches(actual, expected[name].double(), what=name, reduction=16 * 24)
+
+
+@pytest.mark.parametrize("value_dim", [16, 24], ids=["same_shapes", "others"])
+def test_a_pair_takes_one_launch(value_dim: int, monkeypatch) -> None:
+    module = import_module("nsa.kernels.compress")
+    watched = {name: Watched(getattr(module, name)) for name in ("_rows_kernel", "_tokens_kernel")}
+    for name, kernel in watched.items():
+        monkeypatch.setattr(module, name, kernel)
+    case = Case("pair", whole(40), config((16, 8, 16), 3, 12), kv_heads=2, key_dim=16, value_dim=value_dim)
+    for _ in results(together, draw(case, torch.float32), case, "triton"):
+        pass
+    times = 1 if value_dim == 16 else 2
+    # The backward makes the rows again.
+    assert [len(kernel.calls) for kernel in watched.values()] == [2 * times, times]
+
+
+REFUSED = {
+    "tokens": (lambda v: v[:, 1:], ValueError, "v must have shape [B, T, Hk, D] = (1, 40, 2, 16), got (1, 39, 2, 16)"),
+    "dtype": (lambda v: v.half(), TypeError, "v must have dtype torch.float32, got torch.float16"),
+    "device": (lambda v: v.to("meta"), ValueError, "v must be on"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_values_unlike_the_keys_are_refused(change, error, message) -> None:
+    k = torch.randn(1, 40, 2, 16)
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        compress_keys_and_values(k, change(k), None, None, config(compression="mean"))
