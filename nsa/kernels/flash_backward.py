@@ -32,6 +32,7 @@ from nsa.kernels.flash_tiles import (
 )
 from nsa.kernels.primitives import (
     LOG2E,
+    accumulator,
     add_dot,
     count_tiles,
     describable,
@@ -52,6 +53,9 @@ from nsa.varlen import Varlen
 
 _MOST_SPLITS = 32
 """Programs among which the queries of one key tile are split, at most: each writes a tile of partial sums."""
+
+_SUM_BLOCK = 1024
+"""Elements of a program that adds partial sums up."""
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -258,6 +262,39 @@ def _bwd_dkdv_kernel(
                 poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
 
 
+@triton.jit(do_not_specialize=["dk_size", "dv_size", "num_splits"])
+def _sum_splits_kernel(
+    dk_parts, dv_parts, dk, dv, dk_size, dv_size, num_splits, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`dk` and `dv` from their partial sums, `num_splits` after one another, first to last."""
+    block = tl.program_id(0).to(tl.int64)
+    first_of_dv = tl.cdiv(dk_size, BLOCK)
+    parts = dk_parts
+    out = dk
+    size = dk_size
+    if block >= first_of_dv:
+        block -= first_of_dv
+        parts = dv_parts
+        out = dv
+        size = dv_size
+    element = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], ACC)
+    for split in range(0, num_splits):
+        total += tl.load(parts + split * tl.cast(size, tl.int64) + element, mask=element < size, other=0.0)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=element < size)
+
+
+def _sum_splits(dk_parts: Tensor, dv_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums over the first dimension of `[splits, B, T, Hk, Dk]` and `[splits, B, T, Hk, Dv]`."""
+    dk, dv = (x.new_empty(x.shape[1:], dtype=dtype) for x in (dk_parts, dv_parts))
+    programs = triton.cdiv(dk.numel(), _SUM_BLOCK) + triton.cdiv(dv.numel(), _SUM_BLOCK)
+    _sum_splits_kernel[(programs, 1, 1)](
+        dk_parts, dv_parts, dk, dv, dk.numel(), dv.numel(), dk_parts.shape[0], ACC=accumulator(dtype),
+        BLOCK=_SUM_BLOCK,
+    )  # fmt: skip
+    return dk, dv
+
+
 def backward(
     positions: PositionMap,
     dout: Tensor,
@@ -322,5 +359,5 @@ def backward(
             *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
             **config,
         )  # fmt: skip
-    dk, dv = (x[0] if num_splits == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+        dk, dv = (dk[0], dv[0]) if num_splits == 1 else _sum_splits(dk, dv, k.dtype)
     return dq, dk, dv
