@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nsa.kernels import tuning
+from nsa.kernels import configs
 from validation.implementations import load
 from validation.unit.cases import STAGES, Case, config, draw, select_blocks, whole
 
@@ -83,8 +83,8 @@ def work(tool: str) -> None:
     with ExitStack() as stack:
         if tool == "racecheck":
             # The tool takes copies by tensor descriptors, whose barriers it does not follow, for races.
-            for name in {entry.kernel for entry in tuning.read_table()}:
-                stack.enter_context(tuning.override(name, TMA=False))
+            for name in (name for name, config in configs.KERNELS.items() if "TMA" in config.__dataclass_fields__):
+                stack.enter_context(configs.override(name, TMA=False))
         for case, dtype in CASES.items():
             tensors = {name: x.cuda() for name, x in draw(case, dtype).items()}
             with torch.device("cuda"):

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.configs import chunks
 from nsa.kernels.primitives import LOG2E, accumulator, load_chunks, weigh
-from nsa.kernels.tuning import chunks
 
 _ROWS, _HEADS = 64, 8
 """Rows of a program, and of how many heads they are at most."""

@@ -24,14 +24,14 @@ from nsa.kernels.flash_tiles import (
     LENGTHS,
     PositionMap,
     count_visible,
-    flash_config,
-    flash_constants,
+    flash_plan,
     key_range,
     nth_tile,
     split_range,
 )
 from nsa.kernels.primitives import (
     LOG2E,
+    Heads,
     accumulator,
     add_dot,
     count_tiles,
@@ -327,37 +327,34 @@ def backward(
     dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
     offsets = positions.offsets(varlen)
     lengths = (*offsets, num_queries, num_tokens, num_keys, positions.window or 0)
-    constants = flash_constants(q, k, v, positions, varlen is not None)
+    shapes = (Heads.of(q, k, v), q.device, varlen is not None)
     lse, (delta, lse2) = lse.contiguous(), rows
     row_strides = (delta.stride(0), delta.stride(2))
 
     with torch.cuda.device_of(q):
-        config, _ = flash_config(positions, "queries", q, k, v)
-        config["TMA"] = config["TMA"] and varlen is None and describable(k, v)
-        tiles = count_tiles(num_queries, query_heads // heads, config["BLOCK_M"], offsets)
+        config, constants = flash_plan(positions, "bwd_dq", *shapes, describable(k, v))
+        tiles = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets)
         _bwd_dq_kernel[(tiles * heads * batch, 1, 1)](
-            q, k, v, *descriptors(k, config["BLOCK_N"], config["TMA"]),
-            *descriptors(v, config["BLOCK_N"], config["TMA"]), dout, gate, lse, delta, dq,
+            q, k, v, *descriptors(k, config.BLOCK_N, config.TMA),
+            *descriptors(v, config.BLOCK_N, config.TMA), dout, gate, lse, delta, dq,
             *(x.stride()[:3] for x in (q, k, v, dout)), lse.stride(0), row_strides, dq.stride()[:3],
-            *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants, **config,
+            *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants,
         )  # fmt: skip
 
-        config, programs = flash_config(positions, "keys", q, k, v)
-        config["TMA"] = config["TMA"] and varlen is None and describable(q, dout)
-        tiles = count_tiles(num_keys, 1, config["BLOCK_N"], offsets)
-        longest = num_queries if positions.window is None else min(num_queries, positions.window + config["BLOCK_N"])
-        most = min(_MOST_SPLITS, triton.cdiv(longest, config["BLOCK_M"]))
-        num_splits = max(1, min(programs // (tiles * heads * batch), most))
+        config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
+        tiles = count_tiles(num_keys, 1, config.BLOCK_N, offsets)
+        longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
+        most = min(_MOST_SPLITS, triton.cdiv(longest, config.BLOCK_M))
+        num_splits = max(1, min(config.num_programs // (tiles * heads * batch), most))
         dtype = k.dtype if num_splits == 1 else delta.dtype
         # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
         make = torch.empty if varlen is None or positions.window is not None else torch.zeros
         dk, dv = (make(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
         _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
-            q, k, v, *descriptors(q, config["BLOCK_M"], config["TMA"]),
-            *descriptors(dout, config["BLOCK_M"], config["TMA"]), dout, lse2, delta, dk, dv,
+            q, k, v, *descriptors(q, config.BLOCK_M, config.TMA),
+            *descriptors(dout, config.BLOCK_M, config.TMA), dout, lse2, delta, dk, dv,
             *(x.stride()[:3] for x in (q, k, v, dout)), row_strides, dk.stride()[:4], dv.stride()[:4],
             *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
-            **config,
         )  # fmt: skip
         dk, dv = (dk[0], dv[0]) if num_splits == 1 else _sum_splits(dk, dv, k.dtype)
     return dq, dk, dv

@@ -22,14 +22,14 @@ from nsa.kernels.flash_tiles import (
     LENGTHS,
     PositionMap,
     count_visible,
-    flash_config,
-    flash_constants,
+    flash_plan,
     key_range,
     nth_tile,
 )
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
+    Heads,
     add_dot,
     count_tiles,
     describable,
@@ -181,17 +181,16 @@ def forward(
     if scale < 0:  # the kernel takes its maxima before it scales
         q, scale = -q, -scale
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    config, _ = flash_config(positions, "forward", q, k, v)
-    # A descriptor knows no sequences: its padding would be the next one's keys, which may be anything, NaN included.
-    config["TMA"] = config["TMA"] and varlen is None and describable(k, v)
+    config, constants = flash_plan(
+        positions, "forward", Heads.of(q, k, v), q.device, varlen is not None, describable(k, v)
+    )
     offsets = positions.offsets(varlen)
-    tiles = count_tiles(num_queries, query_heads // heads, config["BLOCK_M"], offsets)
+    tiles = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets)
     with torch.cuda.device_of(q):
         _forward_kernel[(tiles * heads * batch, 1, 1)](
-            q, k, v, *descriptors(k, config["BLOCK_N"], config["TMA"]),
-            *descriptors(v, config["BLOCK_N"], config["TMA"]), out, lse, q.stride()[:3], k.stride()[:3],
+            q, k, v, *descriptors(k, config.BLOCK_N, config.TMA),
+            *descriptors(v, config.BLOCK_N, config.TMA), out, lse, q.stride()[:3], k.stride()[:3],
             v.stride()[:3], out.stride()[:3], lse.stride(0), *offsets, num_queries, num_tokens, num_keys,
-            positions.window or 0, tiles, heads, scale * LOG2E.value,
-            **flash_constants(q, k, v, positions, varlen is not None), **config,
+            positions.window or 0, tiles, heads, scale * LOG2E.value, **constants,
         )  # fmt: skip
     return out, lse

@@ -13,15 +13,17 @@ A tile that needs no mask lies inside what every row of it sees. Such tiles are 
 by a loop of their own, which spares them the masking.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.primitives import head_constants
-from nsa.kernels.tuning import launch
+from nsa.kernels.configs import plan
+from nsa.kernels.primitives import Heads
 from nsa.varlen import Varlen
 
 # Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
@@ -107,19 +109,23 @@ class PositionMap(NamedTuple):
         return varlen.cu_seqlens_q, varlen.cu_seqlens_k, keys, keys.shape[0] - 1
 
 
-def flash_constants(q: Tensor, k: Tensor, v: Tensor, positions: PositionMap, packed: bool) -> dict[str, Any]:
-    """What every kernel of both branches is compiled for."""
-    return {
-        **head_constants(q, k, v),
+@plan
+def flash_plan(
+    positions: PositionMap, kernel: str, heads: Heads, device: torch.device, packed: bool, describable: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Configuration of a kernel of one branch, and all that the kernel is compiled with.
+
+    Args:
+        kernel: the part of its name after that of the branch.
+        describable: whether tensor descriptors can stand for what the kernel reads tile by tile.
+    """
+    found = heads.config(f"{positions.name}_{kernel}", device)
+    # A descriptor knows no sequences: its padding would be the next one's rows, which may be anything, NaN included.
+    config = replace(found, TMA=found.TMA and describable and not packed)
+    constants = {
         "STRIDE": positions.stride,
         "LAST": positions.last,
         "WINDOWED": positions.window is not None,
         "PACKED": packed,
     }
-
-
-def flash_config(positions: PositionMap, kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Any], int]:
-    """The configuration of a kernel as the kernel takes it, and for its launcher the least number of programs."""
-    group = q.shape[2] // k.shape[2]
-    found = launch(f"{positions.name}_{kernel}", q.dtype, k.shape[3], v.shape[3], group, q.device)
-    return {name: value for name, value in found.items() if name != "programs"}, found["programs"]
+    return config, {**heads.constants(), **constants, **config.options}

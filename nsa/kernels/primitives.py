@@ -5,7 +5,7 @@ live on the device, while a grid must be known on the host. So grids have room f
 program finds its tile from the offsets (`find_sequence`), and programs without one have nothing to do.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.kernels.tuning import chunks
+from nsa.kernels.configs import chunks, kernel_config
 
 # The interpreter holds bfloat16 as integers and multiplies them as such.
 _WIDEN_BFLOAT16 = tl.constexpr(triton.knobs.runtime.interpret)
@@ -69,20 +69,37 @@ def descriptors(x: Tensor, block: int, use: bool) -> tuple[TensorDescriptor | No
     return first, second
 
 
-def head_constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """The constants that dtype and head dimensions give every attention kernel."""
-    (k0, k1), (v0, v1) = chunks(k.shape[3]), chunks(v.shape[3])
-    return {
-        "G": q.shape[2] // k.shape[2],
-        "DK": k.shape[3],
-        "K0": k0,
-        "K1": k1,
-        "DV": v.shape[3],
-        "V0": v0,
-        "V1": v1,
-        "ACC": accumulator(q.dtype),
-        "PRECISION": dot_precision(q.dtype),
-    }
+class Heads(NamedTuple):
+    """Dtype, group and head dimensions of the tensors of a branch."""
+
+    dtype: torch.dtype
+    group: int
+    dk: int
+    dv: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor) -> "Heads":
+        """Those of `q [B, Tq, Hq, Dk]`, `k [B, T, Hk, Dk]` and `v [B, T, Hk, Dv]`."""
+        return Heads(q.dtype, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
+
+    def config(self, kernel: str, device: torch.device) -> Any:
+        """Configuration of a kernel, of its type in `nsa.kernels.configs.KERNELS`."""
+        return kernel_config(kernel, self.dtype, self.dk, self.dv, self.group, device)
+
+    def constants(self) -> dict[str, Any]:
+        """Constants that every attention kernel has."""
+        (k0, k1), (v0, v1) = chunks(self.dk), chunks(self.dv)
+        return {
+            "G": self.group,
+            "DK": self.dk,
+            "K0": k0,
+            "K1": k1,
+            "DV": self.dv,
+            "V0": v0,
+            "V1": v1,
+            "ACC": accumulator(self.dtype),
+            "PRECISION": dot_precision(self.dtype),
+        }
 
 
 WORKSPACE_BYTES = 1 << 30

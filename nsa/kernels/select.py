@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.configs import chunks, kernel_config
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.primitives import (
     LOG2E,
@@ -42,7 +43,6 @@ from nsa.kernels.primitives import (
     load_chunks,
     rows_contiguous,
 )
-from nsa.kernels.tuning import chunks, launch
 from nsa.ops import Operator, accumulation_dtype, config_of, sizes_of
 from nsa.varlen import Varlen, tensors_of, varlen_of
 
@@ -191,9 +191,9 @@ def _choose_blocks(
     q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.contiguous()
     group, ratio = query_heads // heads, config.select_block_size // config.compress_stride
     padded_group = triton.next_power_of_2(group)
-    parameters = launch("importance", q.dtype, dim, dim, group, q.device)
+    kernel = kernel_config("importance", q.dtype, dim, dim, group, q.device)
     # Columns of a product: the heads of at least as many queries as make 16, at most as many as there are.
-    tile_queries = min(max(16, parameters["BLOCK_M"]) // padded_group, triton.next_power_of_2(num_queries))
+    tile_queries = min(max(16, kernel.BLOCK_M) // padded_group, triton.next_power_of_2(num_queries))
     tile_queries = max(tile_queries, 16 // padded_group, 1)
 
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
@@ -203,7 +203,7 @@ def _choose_blocks(
     constants: dict[str, Any] = {
         "G": group,
         "PADDED_G": padded_group,
-        "BLOCKS": max(2, max(16, parameters["BLOCK_N"]) // ratio),
+        "BLOCKS": max(2, max(16, kernel.BLOCK_N) // ratio),
         "RATIO": ratio,
         "LENGTH": config.compress_block_size,
         "STRIDE": config.compress_stride,
@@ -223,7 +223,7 @@ def _choose_blocks(
         width = config.num_selectable(reach if varlen is None else num_keys)
         scores = q.new_empty((batch, heads, taken * tile_queries, width), dtype=dtype)
         programs = batch * heads * taken
-        parts = max(1, min(parameters["programs"] // programs, width // (4 * constants["BLOCKS"])))
+        parts = max(1, min(kernel.num_programs // programs, width // (4 * constants["BLOCKS"])))
         candidates = max(16, triton.next_power_of_2(width))
         rows = max(1, min(tile_queries, 1024 // candidates))  # what one warp holds in registers
         bits = 8 * dtype.itemsize
@@ -231,8 +231,8 @@ def _choose_blocks(
             _importance_kernel[(programs, parts)](
                 q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
                 k_cmp.shape[1], first, taken, width, triton.cdiv(width, parts), scale, heads, **constants,
-                QUERIES=tile_queries, PACKED=varlen is not None, num_warps=parameters["num_warps"],
-                num_stages=parameters["num_stages"],
+                QUERIES=tile_queries, PACKED=varlen is not None, num_warps=kernel.num_warps,
+                num_stages=kernel.num_stages,
             )  # fmt: skip
             _best_kernel[(programs * (tile_queries // rows),)](
                 scores, indices, *offsets[:2], offsets[3], num_queries, num_keys, first, taken, width, heads,

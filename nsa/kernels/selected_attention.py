@@ -14,46 +14,40 @@ There are two ways to bring queries and blocks together, in files of their own:
 - key-major (`nsa.kernels.selected_by_block`): a program has a block and reads the queries that selected it.
 
 `dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
-head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The launch
-parameter `KEY_MAJOR` chooses.
+head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The
+field `KEY_MAJOR` of the configuration chooses.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels import selected_by_block, selected_by_query
 from nsa.kernels.block_index import Packing
 from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
-from nsa.kernels.primitives import head_constants, rows_contiguous
-from nsa.kernels.tuning import Launch, launch
+from nsa.kernels.configs import plan
+from nsa.kernels.primitives import Heads, rows_contiguous
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
 
 
-def _constants(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, packing: Packing) -> dict[str, Any]:
+@plan
+def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -> dict[str, Any]:
     """The constants of all kernels of the arithmetic; query-major ones choose `BLOCK_N`, keys a step, themselves."""
-    heads = head_constants(q, k, v)
+    constants = heads.constants()
     # Wide float32 rows come fewer at a time: split in two for its products, one takes twice the shared memory.
-    widest = max(heads["K0"] + heads["K1"], heads["V0"] + heads["V1"])
-    row_bytes = widest * q.dtype.itemsize * (2 if q.dtype == torch.float32 else 1)
+    widest = max(constants["K0"] + constants["K1"], constants["V0"] + constants["V1"])
+    row_bytes = widest * heads.dtype.itemsize * (2 if heads.dtype == torch.float32 else 1)
     return {
-        **heads,
-        "NUM_SELECTED": indices.shape[3],
+        **constants,
+        "NUM_SELECTED": num_selected,
         "BLOCK_SIZE": block_size,
         "BLOCK_N": min(block_size, 64 if row_bytes <= 1024 else 32),
-        "PACKED": packing.query_table is not None,
+        "PACKED": packed,
     }
-
-
-def _parameters(name: str, q: Tensor, k: Tensor, v: Tensor) -> Launch:
-    group = q.shape[2] // k.shape[2]
-    found = launch(name, q.dtype, k.shape[3], v.shape[3], group, q.device)
-    chunk = 2 if triton.knobs.runtime.interpret else 2048
-    return {"KEY_MAJOR": group < 8, "CHUNK": chunk, **found}
 
 
 def forward(
@@ -73,12 +67,14 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(rows_contiguous, (q, k, v))
     packing = Packing.of(varlen, num_keys, config.select_block_size)
-    constants = _constants(q, k, v, indices, config.select_block_size, packing)
-    run, parameters = selected_by_query.forward, _parameters("selected_forward", q, k, v)
-    if parameters["KEY_MAJOR"]:
-        run, parameters = selected_by_block.forward, _parameters("selected_forward_key_major", q, k, v)
+    heads = Heads.of(q, k, v)
+    constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
+    run: Callable[..., None]
+    run, kernel = selected_by_query.forward, heads.config("selected_forward", q.device)
+    if kernel.KEY_MAJOR:
+        run, kernel = selected_by_block.forward, heads.config("selected_forward_key_major", q.device)
     with torch.cuda.device_of(q):
-        run(q, k, v, indices, out, lse, packing, constants, parameters, scale)
+        run(q, k, v, indices, out, lse, packing, constants, kernel, scale)
     return out, lse
 
 
@@ -131,17 +127,18 @@ def gradients(
     dq, dk, dv = q.new_empty(q.shape) if dq is None else dq, k.new_empty(k.shape), v.new_empty(v.shape)
     dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
     packing = Packing.of(varlen, num_keys, config.select_block_size)
-    constants = _constants(q, k, v, indices, config.select_block_size, packing)
-    parameters = _parameters("selected_bwd_dkdv", q, k, v)
-    key_major = parameters["KEY_MAJOR"]
+    heads = Heads.of(q, k, v)
+    constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
+    kernel = heads.config("selected_bwd_dkdv", q.device)
+    key_major = kernel.KEY_MAJOR
     with torch.cuda.device_of(q):
         if not key_major:
             selected_by_query.bwd_dq(
                 dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants,
-                _parameters("selected_bwd_dq", q, k, v), scale, add,
+                heads.config("selected_bwd_dq", q.device), scale, add,
             )  # fmt: skip
         selected_by_block.bwd_dkdv(
-            dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, parameters, scale,
+            dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, kernel, scale,
             gate is not None, add,
         )  # fmt: skip
     return dq, dk, dv

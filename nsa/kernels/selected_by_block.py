@@ -34,6 +34,7 @@ from nsa.kernels.block_index import (
     sees_block,
 )
 from nsa.kernels.bwd_preprocess import BackwardRows
+from nsa.kernels.configs import KeyMajorConfig
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -47,7 +48,6 @@ from nsa.kernels.primitives import (
     without,
     zero_unless_finite,
 )
-from nsa.kernels.tuning import Launch
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = (
@@ -351,12 +351,13 @@ def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name not in names}
 
 
-def _compiled(parameters: Launch) -> Launch:
+def _options(config: KeyMajorConfig) -> dict[str, Any]:
+    """What both kernels are compiled with beside their constants."""
     return {
-        "BLOCK_M": parameters["BLOCK_M"],
-        "CHUNK": parameters["CHUNK"],
-        "num_warps": parameters["num_warps"],
-        "num_stages": parameters["num_stages"],
+        "BLOCK_M": config.BLOCK_M,
+        "CHUNK": config.CHUNK,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
@@ -369,14 +370,14 @@ def forward(
     lse: Tensor,
     packing: Packing,
     constants: dict[str, Any],
-    parameters: Launch,
+    config: KeyMajorConfig,
     scale: float,
 ) -> None:
     """Writes `out` and `lse`."""
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v))
     shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
-    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], parameters["CHUNK"])
+    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], config.CHUNK)
     rows = num_queries * num_selected * parts * group
     runs = head_runs(batch * heads, rows * v.shape[3] * q.element_size())
     partial, partial_lse2 = q.new_empty(runs[0][1], rows, v.shape[3]), lse.new_empty(runs[0][1], rows)
@@ -384,7 +385,7 @@ def forward(
         _forward_kernel[(count * index.pieces_per_head, parts)](
             q, k, v, index.members, index.offsets, index.pieces, partial, partial_lse2, packing.query_table,
             packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
-            index.pieces_per_head, first, scale, heads, **constants, **_compiled(parameters),
+            index.pieces_per_head, first, scale, heads, **constants, **_options(config),
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
             partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
@@ -404,7 +405,7 @@ def bwd_dkdv(
     dq: Tensor | None,
     packing: Packing,
     constants: dict[str, Any],
-    parameters: Launch,
+    config: KeyMajorConfig,
     scale: float,
     weighted: bool,
     add: bool,
@@ -413,7 +414,7 @@ def bwd_dkdv(
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v, dout))
     shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
-    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], parameters["CHUNK"])
+    index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], config.CHUNK)
     partial_dk, partial_dv = (
         rows.delta.new_empty(batch * heads * index.partials_per_head, constants["BLOCK_SIZE"], x.shape[3])
         for x in (k, v)
@@ -426,7 +427,7 @@ def bwd_dkdv(
             q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk, dv,
             partial_dk, partial_dv, partial_dq, packing.query_table, packing.cu_keys, packing.num_sequences, *strides,
             num_queries, num_keys, shift, packing.num_blocks, index.pieces_per_head, index.partials_per_head, first,
-            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **_compiled(parameters),
+            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **_options(config),
         )  # fmt: skip
         if dq is not None:
             _merge_dq_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](

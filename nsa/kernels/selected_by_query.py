@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.kernels.block_index import Packing, sees_block
+from nsa.kernels.configs import QueryMajorConfig
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -36,7 +37,6 @@ from nsa.kernels.primitives import (
     store_chunks,
     zero_unless_finite,
 )
-from nsa.kernels.tuning import Launch
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "shift")
@@ -217,17 +217,19 @@ def _bwd_dq_kernel(
 # Launchers. `constants` are those of `nsa.kernels.selected_attention`.
 
 
-def _options(constants: dict[str, Any], parameters: Launch, packing: Packing, k: Tensor, v: Tensor) -> dict[str, Any]:
+def _options(
+    constants: dict[str, Any], config: QueryMajorConfig, packing: Packing, k: Tensor, v: Tensor
+) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
         **constants,
         "BLOCK_M": max(16, triton.next_power_of_2(constants["G"])),  # rows of a product, which has at least 16
         "SLOTS": triton.next_power_of_2(constants["NUM_SELECTED"]),
-        "BLOCK_N": min(constants["BLOCK_SIZE"], parameters["BLOCK_N"]),
+        "BLOCK_N": min(constants["BLOCK_SIZE"], config.BLOCK_N),
         # A descriptor knows no sequences: what it reads beyond one's end may be anything, NaN included.
-        "TMA": parameters["TMA"] and packing.query_table is None and describable(k, v),
-        "num_warps": parameters["num_warps"],
-        "num_stages": parameters["num_stages"],
+        "TMA": config.TMA and packing.query_table is None and describable(k, v),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
@@ -240,12 +242,12 @@ def forward(
     lse: Tensor,
     packing: Packing,
     constants: dict[str, Any],
-    parameters: Launch,
+    config: QueryMajorConfig,
     scale: float,
 ) -> None:
     """Writes `out` and `lse`."""
     batch, num_queries, heads, _ = indices.shape
-    strides, options = (x.stride()[:3] for x in (q, k, v)), _options(constants, parameters, packing, k, v)
+    strides, options = (x.stride()[:3] for x in (q, k, v)), _options(constants, config, packing, k, v)
     tiles = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _forward_kernel[(num_queries * heads * batch,)](
         q, k, v, *chain(*tiles), indices, out, lse, packing.query_table, *strides, indices.stride(), num_queries,
@@ -265,13 +267,13 @@ def bwd_dq(
     dq: Tensor,
     packing: Packing,
     constants: dict[str, Any],
-    parameters: Launch,
+    config: QueryMajorConfig,
     scale: float,
     add: bool,
 ) -> None:
     """Writes `dq`, or adds to it."""
     batch, num_queries, heads, _ = indices.shape
-    strides, options = (x.stride()[:3] for x in (q, k, v, dout)), _options(constants, parameters, packing, k, v)
+    strides, options = (x.stride()[:3] for x in (q, k, v, dout)), _options(constants, config, packing, k, v)
     tiles = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _bwd_dq_kernel[(num_queries * heads * batch,)](
         q, k, v, *chain(*tiles), dout, lse, delta, gate, indices, dq, packing.query_table, *strides, indices.stride(),

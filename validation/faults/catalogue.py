@@ -737,7 +737,7 @@ _CONTIGUOUS_KERNELS = [
     Fault(
         "launched-like-the-nearest-by-difference",
         "parameters are taken from the group nearest by difference, not by ratio",
-        "kernels/tuning.py",
+        "kernels/configs.py",
         "abs(math.log2(other / group))",
         "abs(other - group)",
         ("test_launches.py::test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two",),
@@ -1519,7 +1519,7 @@ _HIDDEN_VALUES = [
     Fault(
         "launches-of-the-current-device",
         "launch parameters are those of the current device, not of the inputs'",
-        "kernels/tuning.py",
+        "kernels/configs.py",
         "index = device.index if device is not None and device.index is not None else torch.cuda.current_device()",
         "index = torch.cuda.current_device()",
         ("test_launches.py::test_parameters_are_those_of_the_inputs_device",),

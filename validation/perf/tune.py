@@ -28,13 +28,16 @@ import torch
 
 from nsa import kernels
 from nsa.config import NSAConfig
-from nsa.kernels import tuning
-from nsa.kernels.tuning import Entry, Launch
+from nsa.kernels import configs
+from nsa.kernels.configs import Entry
 from validation.implementations import triton
 from validation.perf.precompile import OPTION, precompile, take_jobs
 from validation.perf.stages import STAGES
 from validation.perf.timing import describe_machine, measure
 from validation.perf.workloads import Workload
+
+Launch = dict[str, Any]
+"""Fields of a configuration that a candidate changes."""
 
 PRUNE = 1.3
 """At the shortest length, whatever takes so many times as long as the best is dropped."""
@@ -61,15 +64,15 @@ def _forward(group: int) -> list[Launch]:
     return _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True]) + pointers
 
 
-def _queries(group: int) -> list[Launch]:
+def _bwd_dq(group: int) -> list[Launch]:
     tiles = [(64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)]
     pointers = _tiles((64, 64, 4), num_stages=[2, 3], SPLIT=[True], TMA=[False])
     return _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True]) + pointers
 
 
-def _keys(programs: list[int]) -> Callable[[int], list[Launch]]:
+def _bwd_dkdv(programs: list[int]) -> Callable[[int], list[Launch]]:
     tiles = [(32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 8), (64, 128, 8)]
-    return lambda group: _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True], programs=programs)
+    return lambda group: _tiles(*tiles, num_stages=[2, 3], SPLIT=[True, False], TMA=[True], num_programs=programs)
 
 
 def _importance(group: int) -> list[Launch]:
@@ -116,11 +119,11 @@ class Kernel:
 
 KERNELS = {
     "compressed_forward": Kernel("compressed_attention", "forward", _forward, any_group=True),
-    "compressed_queries": Kernel("compressed_attention", "backward", _queries, any_group=True),
-    "compressed_keys": Kernel("compressed_attention", "backward", _keys([1056]), any_group=True),
+    "compressed_bwd_dq": Kernel("compressed_attention", "backward", _bwd_dq, any_group=True),
+    "compressed_bwd_dkdv": Kernel("compressed_attention", "backward", _bwd_dkdv([1056]), any_group=True),
     "window_forward": Kernel("sliding_window_attention", "forward", _forward, any_group=True),
-    "window_queries": Kernel("sliding_window_attention", "backward", _queries, any_group=True),
-    "window_keys": Kernel("sliding_window_attention", "backward", _keys([132]), any_group=True),
+    "window_bwd_dq": Kernel("sliding_window_attention", "backward", _bwd_dq, any_group=True),
+    "window_bwd_dkdv": Kernel("sliding_window_attention", "backward", _bwd_dkdv([132]), any_group=True),
     "importance": Kernel("select_blocks", "forward", _importance),
     "selected_forward_key_major": Kernel(
         "selected_attention",
@@ -157,7 +160,7 @@ class Subject:
         """Launches the kernel with these parameters inside the context."""
         with ExitStack() as stack:
             for name, launch in {**self.kernel.meanwhile, self.name: candidate}.items():
-                stack.enter_context(tuning.override(name, **launch))
+                stack.enter_context(configs.override(name, **launch))
             yield
 
     def entry(self, candidate: Launch) -> Entry:
@@ -166,10 +169,10 @@ class Subject:
         # Selection looks at keys alone.
         value_dim = work.key_dim if self.kernel.stage == "select_blocks" else work.value_dim
         on_gpu = torch.cuda.is_available()
-        architecture = tuning.architecture(torch.cuda.current_device()) if on_gpu else "cpu"
-        with tuning.override(self.name, **candidate):
-            found = tuning.launch(self.name, work.dtype, work.key_dim, value_dim, work.group)
-        dims = (tuning.padded(work.key_dim), tuning.padded(value_dim))
+        architecture = configs.architecture(torch.cuda.current_device()) if on_gpu else "cpu"
+        with configs.override(self.name, **candidate):
+            found = configs.kernel_config(self.name, work.dtype, work.key_dim, value_dim, work.group)
+        dims = (configs.padded(work.key_dim), configs.padded(value_dim))
         return Entry(self.name, architecture, work.dtype.itemsize, *dims, work.group, found)
 
     def call(self, length: int) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -291,8 +294,8 @@ def main() -> int:
         print(f"{len(jobs)} jobs: {works} work, {len(outcomes) - works} do not, {len(jobs) - len(outcomes)} not done")
         print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
 
-    table = options.table or tuning.TABLE
-    entries = tuning.read_table(table if table.exists() else tuning.TABLE)
+    table = options.table or configs.TABLE
+    entries = configs.read_table(table if table.exists() else configs.TABLE)
     report: dict[str, Any] = {"machine": describe_machine(), "lengths": lengths, "sweeps": []}
     with ExitStack() as chosen:
         before = None
@@ -310,8 +313,8 @@ def main() -> int:
                 print(f"  {record['score']:.3f} {record['ms']} {record['launch']}", flush=True)
             best = records[0]["launch"]
             entries.append(subject.entry(best))
-            chosen.enter_context(tuning.override(subject.name, **best))
-            tuning.write_table(entries, table)
+            chosen.enter_context(configs.override(subject.name, **best))
+            configs.write_table(entries, table)
             report["sweeps"].append({"workload": subject.workload.name, "kernel": subject.name, "records": records})
             if options.report:
                 options.report.write_text(json.dumps(report, indent=1) + "\n")

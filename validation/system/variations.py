@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa import train
-from nsa.kernels import tuning
+from nsa.kernels import configs
 from validation.runs import LOSS, Metrics, read_log
 
 CONTIGUOUS = [f"{branch}_{part}" for branch in ("window", "compressed") for part in ("forward", "queries", "keys")]
@@ -26,7 +26,7 @@ CONTIGUOUS = [f"{branch}_{part}" for branch in ("window", "compressed") for part
 VARIATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "triton": {},
     "triton-unsplit": {name: {"SPLIT": False} for name in CONTIGUOUS},
-    "triton-shares": {name: {"programs": 64} for name in ("window_keys", "compressed_keys")},
+    "triton-shares": {name: {"num_programs": 64} for name in ("window_bwd_dkdv", "compressed_bwd_dkdv")},
     "triton-byquery": {name: {"KEY_MAJOR": False} for name in ("selected_forward", "selected_bwd_dkdv")},
 }
 """Launch parameters that are replaced, by kernel: each variation adds the same numbers in another order."""
@@ -41,7 +41,7 @@ def train_one(name: str, options: Sequence[str]) -> None:
     backend = "eager" if name == "eager" else "triton"
     with ExitStack() as stack:
         for kernel, parameters in VARIATIONS.get(name, {}).items():
-            stack.enter_context(tuning.override(kernel, **parameters))
+            stack.enter_context(configs.override(kernel, **parameters))
         train.main([*OPTIONS, f"--nsa.backend={backend}", *options])
 
 

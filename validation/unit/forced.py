@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nsa import kernels
-from nsa.kernels.tuning import override
+from nsa.kernels.configs import override
 from validation import oracle
 from validation.implementations import load
 from validation.numerics import assert_selection_matches
 from validation.unit.cases import EVERY, Case, Tensors, compare, importance, select_blocks
+from validation.unit.ways import fitting
 
 DTYPE = torch.float64 if kernels.INTERPRETED else torch.float32
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1, "TMA": False, "SPLIT": True}
@@ -54,8 +55,8 @@ class Path:
 
 
 def at(names: Sequence[str], **parameters: Any) -> dict[str, dict[str, Any]]:
-    """Launch parameters for kernels of these names: small tiles, and what is given."""
-    return {name: {**SMALL_TILES, **parameters} for name in names}
+    """Configurations of kernels of these names: small tiles, and what is given, as far as they have fields for it."""
+    return {name: fitting(name, {**SMALL_TILES, **parameters}) for name in names}
 
 
 class Watched:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsa.kernels import tuning
+from nsa.kernels import configs
 from validation.integration import throughput
 from validation.perf import records
 from validation.perf.report import BEGIN, END, readme, render
@@ -170,9 +170,9 @@ def test_a_variation_that_changed_nothing_is_no_result() -> None:
 def test_every_variation_changes_what_is_launched() -> None:
     for name, kernels in variations.VARIATIONS.items():
         for kernel, parameters in kernels.items():
-            before = tuning.launch(kernel, torch.bfloat16, 64, 64, 4)
-            with tuning.override(kernel, **parameters):
-                assert tuning.launch(kernel, torch.bfloat16, 64, 64, 4) != before, f"{name}: {kernel}"
+            before = configs.kernel_config(kernel, torch.bfloat16, 64, 64, 4)
+            with configs.override(kernel, **parameters):
+                assert configs.kernel_config(kernel, torch.bfloat16, 64, 64, 4) != before, f"{name}: {kernel}"
 
 
 def test_speeds_by_length_are_those_of_their_runs() -> None:

@@ -21,6 +21,7 @@ from nsa.kernels import (
     selected_by_block,
     selected_by_query,
 )
+from nsa.varlen import tensors_of
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import (
@@ -93,7 +94,13 @@ def test_attention_as_a_whole_either_way(case, way):
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"TMA": True}, {"SPLIT": False}, {"BLOCK_M": 32, "BLOCK_N": 16}, {"BLOCK_M": 16, "BLOCK_N": 32}, {"programs": 1}],
+    [
+        {"TMA": True},
+        {"SPLIT": False},
+        {"BLOCK_M": 32, "BLOCK_N": 16},
+        {"BLOCK_M": 16, "BLOCK_N": 32},
+        {"num_programs": 1},
+    ],
     ids=str,
 )
 def test_launch_parameters_change_nothing_else(parameters):
@@ -120,7 +127,7 @@ def test_operators_are_well_behaved(stage):
     tensors = [x[name].requires_grad_() for name in ("q", k, v)]
     sizes = [16, 8, 16, 3, 1, 2, 20]
     operator = getattr(torch.ops.nsa_triton, stage.name)
-    torch.library.opcheck(operator.default, (*tensors, indices, None, None, case.num_keys, sizes, 0.25))
+    torch.library.opcheck(operator.default, (*tensors, indices, *tensors_of(None), case.num_keys, sizes, 0.25))
 
 
 @pytest.mark.parametrize("dtype_name", ["bfloat16"] if kernels.INTERPRETED else ["float32", "bfloat16"])

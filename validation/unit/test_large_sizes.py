@@ -75,12 +75,12 @@ SELECTION = (
     Path(
         "blocks_shared_out", ("select_blocks",), (FAR, PACKED_FAR),
         {"kernels.select._importance_kernel": lambda calls: all(call.width > 2 * call.span for call in calls)},
-        {}, at(["importance"], programs=1000),
+        {}, at(["importance"], num_programs=1000),
     ),
     Path(
         "blocks_shared_out_for_one_tile_at_a_time", ("select_blocks",), (FAR_TILES,),
         {"kernels.select._importance_kernel": lambda calls: len(calls) == 3 and calls[-1].width > 2 * calls[-1].span},
-        {"kernels.select.WORKSPACE_BYTES": 1}, at(["importance"], programs=1000),
+        {"kernels.select.WORKSPACE_BYTES": 1}, at(["importance"], num_programs=1000),
     ),
     Path(
         "more_candidates_than_fit_beside_a_tile_of_queries", ("select_blocks",),
@@ -101,7 +101,7 @@ SELECTION = (
 
 CONTIGUOUS = ("compressed_attention", "sliding_window_attention")
 KERNELS = tuple(
-    f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
+    f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "bwd_dq", "bwd_dkdv")
 )
 FLASH_KERNELS = (
     "flash_forward._forward_kernel", "flash_backward._bwd_dq_kernel", "flash_backward._bwd_dkdv_kernel",
@@ -139,10 +139,10 @@ def tiles(id: str, rows: int, keys: int) -> Path:
 
 TWO_SPLITS = {"kernels.flash_backward._MOST_SPLITS": 2}
 ATTENTION = (
-    splits(1, "queries_in_one_split", {}, programs=1),
-    splits(2, "queries_in_two_splits", TWO_SPLITS, programs=1000),
-    splits(2, "queries_in_two_splits_all_masked", TWO_SPLITS, programs=1000, SPLIT=False),
-    splits(3, "queries_in_three_splits", {"kernels.flash_backward._MOST_SPLITS": 3}, programs=1000),
+    splits(1, "queries_in_one_split", {}, num_programs=1),
+    splits(2, "queries_in_two_splits", TWO_SPLITS, num_programs=1000),
+    splits(2, "queries_in_two_splits_all_masked", TWO_SPLITS, num_programs=1000, SPLIT=False),
+    splits(3, "queries_in_three_splits", {"kernels.flash_backward._MOST_SPLITS": 3}, num_programs=1000),
     Path(
         "full_grids", CONTIGUOUS, FULL_TABLES,
         {
@@ -258,7 +258,7 @@ TOGETHER = (
             "kernels.selected_by_block._merge_dq_kernel": lambda calls: len(calls) > 1 and calls[0].ADD,
             REDUCE: several_pieces,
         },
-        ONE_HEAD, {**at(KERNELS, programs=1000), **at(SELECTED, **{**BY_BLOCK, "CHUNK": 3})},
+        ONE_HEAD, {**at(KERNELS, num_programs=1000), **at(SELECTED, **{**BY_BLOCK, "CHUNK": 3})},
     ),
 )  # fmt: skip
 

@@ -1,92 +1,111 @@
-"""The table of launch parameters: what it holds, and which entry a lookup takes."""
+"""The table of configurations: what it holds, and which entry a lookup takes."""
 
 import os
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from triton.runtime.cache import get_cache_manager
 
 from nsa import NSAConfig
-from nsa.kernels import cache, tuning
-from nsa.kernels.tuning import Entry, read_table, write_table
+from nsa.kernels import cache, configs
+from nsa.kernels.configs import Entry, kernel_config, make_config, read_table, write_table
 from nsa.ops import OPERATORS, sizes_of
 from nsa.varlen import tensors_of
 from validation.perf import tune
 
-CONTIGUOUS = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA", "SPLIT", "programs"}
+FLASH = {"num_warps": 4, "num_stages": 2, "BLOCK_N": 64, "TMA": True, "SPLIT": True}
 
 
-def entry(group: int, rows: int, kernel: str = "window_forward") -> Entry:
-    return Entry(kernel, "sm90", 2, 128, 128, group, {"BLOCK_M": rows})
+def entry(group: int, rows: int) -> Entry:
+    config = make_config("window_forward", BLOCK_M=rows, **FLASH)
+    return Entry("window_forward", "sm90", 2, 128, 128, group, config)
 
 
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Looks up in a table of its own as a Hopper GPU would, wherever the test runs."""
     table = [entry(4, 32), entry(16, 64)]
-    monkeypatch.setattr(tuning, "_table", lambda: table)
-    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(configs, "_table", lambda: table)
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    tuning._choose.cache_clear()
+    configs._choose.cache_clear()
     yield
-    tuning._choose.cache_clear()
+    configs._choose.cache_clear()
+
+
+def window(group: int = 16, device: torch.device | None = None) -> Any:
+    return kernel_config("window_forward", torch.bfloat16, 128, 128, group, device)
 
 
 @pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (9, 64), (12, 64), (16, 64), (64, 64)])
 def test_the_nearest_group_is_taken_by_ratio_and_the_smaller_of_two(on_hopper, group, rows):
-    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, group) == {"BLOCK_M": rows}
+    assert rows == window(group).BLOCK_M
 
 
-def test_kernels_and_parameters_that_are_not_there_are_refused():
+@pytest.mark.parametrize("name", ["selected", "window", ""])
+def test_kernels_that_are_not_there_are_refused(name):
     """They would change nothing, and whoever measures them would not notice."""
-    for name in ("selected", "window", ""):
-        unknown = f"name must be of .*'window_keys'.*, got {name}$"
-        with pytest.raises(ValueError, match=unknown), tuning.override(name, SPLIT=False):
-            pass
-        with pytest.raises(ValueError, match=unknown):
-            tuning.launch(name, torch.bfloat16, 128, 128)
-    unknown = "parameters must be of .*'KEY_MAJOR'.*, got KEY_MAYOR$"
-    with pytest.raises(ValueError, match=unknown), tuning.override("selected_forward", KEY_MAYOR=False):
+    unknown = f"kernel must be one of .*'window_bwd_dkdv'.*, got '{name}'$"
+    with pytest.raises(ValueError, match=unknown), configs.override(name, SPLIT=False):
         pass
+    with pytest.raises(ValueError, match=unknown):
+        kernel_config(name, torch.bfloat16, 128, 128)
 
 
-def test_all_names_are_those_of_the_table_and_of_the_tuner():
-    assert tune.KERNELS.keys() == tuning.KERNELS
-    entries = read_table()
-    assert {entry.kernel for entry in entries} <= tuning.KERNELS
-    assert {name for entry in entries for name in entry.launch} <= tuning.PARAMETERS
+def test_fields_that_a_kernel_has_not_got_are_refused():
+    unknown = "selected_forward has BLOCK_N, KEY_MAJOR, TMA, num_stages, num_warps, not KEY_MAYOR$"
+    with pytest.raises(ValueError, match=unknown), configs.override("selected_forward", KEY_MAYOR=False):
+        pass
+    with pytest.raises(ValueError, match=r"window_forward has .*, not CHUNK$"):
+        make_config("window_forward", BLOCK_M=64, CHUNK=3, **FLASH)
+
+
+def test_a_configuration_is_complete():
+    with pytest.raises(ValueError, match=r"a configuration of window_forward needs BLOCK_M$"):
+        make_config("window_forward", **FLASH)
+
+
+def test_all_names_are_those_of_the_tuner():
+    assert tune.KERNELS.keys() == configs.KERNELS.keys()
 
 
 def test_other_sizes_get_blocks_that_fit(on_hopper):
     for name, dtype, key_dim in (
-        ("window_keys", torch.bfloat16, 128),
+        ("window_bwd_dkdv", torch.bfloat16, 128),
         ("window_forward", torch.float32, 128),
         ("window_forward", torch.bfloat16, 64),
     ):
-        assert tuning.launch(name, dtype, key_dim, 128, 16).keys() >= CONTIGUOUS
+        found = kernel_config(name, dtype, key_dim, 128, 16)
+        assert type(found) is configs.KERNELS[name]
+        assert not found.TMA
 
 
 def test_an_override_stands_above_the_table(on_hopper):
-    with tuning.override("window_forward", BLOCK_N=16):
-        assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16) == {"BLOCK_M": 64, "BLOCK_N": 16}
-    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16) == {"BLOCK_M": 64}
+    with configs.override("window_forward", BLOCK_N=16):
+        assert (window().BLOCK_M, window().BLOCK_N) == (64, 16)
+    assert window().BLOCK_N == 64
+
+
+def test_plans_do_not_outlive_the_configurations_they_were_made_of(on_hopper):
+    @configs.plan
+    def planned(kernel: str) -> int:
+        return kernel_config(kernel, torch.bfloat16, 128, 128, 16).BLOCK_N
+
+    assert planned("window_forward") == 64
+    with configs.override("window_forward", BLOCK_N=16):
+        assert planned("window_forward") == 16
+    assert planned("window_forward") == 64
 
 
 def test_the_table_is_as_the_tuner_writes_it(tmp_path):
     entries = read_table()
     write_table(entries, tmp_path / "table.json")
-    assert (tmp_path / "table.json").read_text() == tuning.TABLE.read_text()
-
-
-def test_every_entry_of_a_contiguous_branch_is_complete():
-    found = [entry for entry in read_table() if entry.kernel.startswith(("compressed_", "window_"))]
-    assert found
-    for each in found:
-        assert each.launch.keys() == CONTIGUOUS, each
+    assert (tmp_path / "table.json").read_text() == configs.TABLE.read_text()
 
 
 def test_a_later_entry_takes_the_place_of_an_earlier_one(tmp_path):
@@ -97,18 +116,17 @@ def test_a_later_entry_takes_the_place_of_an_earlier_one(tmp_path):
 
 @pytest.mark.parametrize("dim", range(16, 257))
 def test_a_head_dim_is_cut_into_powers_of_two_that_cover_it_and_are_not_narrow(dim):
-    first, second = tuning.chunks(dim)
+    first, second = configs.chunks(dim)
     assert first + second >= dim
     assert second <= first
     assert {width for width in (first, second) if width} <= {32, 64, 128, 256}
     assert first + second <= max(32, 1 << (dim - 1).bit_length()), "more than one power of two would take"
 
 
-def test_parameters_are_those_of_the_inputs_device(on_hopper, monkeypatch):
-    monkeypatch.setattr(tuning, "architecture", lambda index: ("sm90", "sm80")[index])
-    assert tuning.launch("window_forward", torch.bfloat16, 128, 128, 16, torch.device("cuda", 0)) == {"BLOCK_M": 64}
-    elsewhere = tuning.launch("window_forward", torch.bfloat16, 128, 128, 16, torch.device("cuda", 1))
-    assert elsewhere.keys() >= CONTIGUOUS, "nothing was measured for the device of the inputs"
+def test_configurations_are_those_of_the_inputs_device(on_hopper, monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda index: ("sm90", "sm80")[index])
+    assert window(device=torch.device("cuda", 0)).TMA
+    assert not window(device=torch.device("cuda", 1)).TMA, "nothing was measured for the device of the inputs"
 
 
 MOST = 65_535
@@ -190,7 +208,7 @@ def test_grids_have_one_side(launches, monkeypatch):
         module = import_module(f"nsa.kernels.{name}")
         for kernel in (name for name in vars(module) if name.endswith("_kernel")):
             monkeypatch.setattr(module, kernel, Recorder(grids))
-    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", True)
     batch, config = MOST + 1, NSAConfig(16, 16, 16, 1, 0, 0, 1, "mean")
     q = torch.zeros(batch, 1, 1, 16)
     k = torch.zeros(1, 16, 1, 16).expand(batch, -1, -1, -1)
