@@ -21,7 +21,7 @@ from nsa import train
 from nsa.kernels import configs
 from validation.runs import LOSS, Metrics, read_log
 
-CONTIGUOUS = [f"{branch}_{part}" for branch in ("window", "compressed") for part in ("forward", "queries", "keys")]
+CONTIGUOUS = [f"{branch}_{part}" for branch in ("window", "compressed") for part in ("forward", "bwd_dq", "bwd_dkdv")]
 
 VARIATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "triton": {},
