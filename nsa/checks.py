@@ -5,7 +5,7 @@ sequences, blocks listed twice) is skipped where there are none: while tracing, 
 """
 
 import math
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -74,14 +74,14 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
 
 
-@torch.compiler.disable
-def _transforms() -> list[Any]:
-    return _functorch.get_interpreter_stack() or []
-
-
-@torch.compiler.assume_constant_result  # true of the place in a program, not of a call
 def _differentiated_by_functorch() -> bool:
-    return any(level.key() == _functorch.TransformType.Grad for level in _transforms())
+    transforms = _functorch.get_interpreter_stack() or []
+    return any(level.key() == _functorch.TransformType.Grad for level in transforms)
+
+
+# True of the place in a program, not of a call. `torch.compiler.assume_constant_result` does the same, but would import
+# the compiler here, for which a program that compiles nothing would wait as long as for all of PyTorch.
+_differentiated_by_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_derivatives(**tensors: Tensor) -> None:

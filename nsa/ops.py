@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd.function import once_differentiable
 
 from nsa.config import NSAConfig
 from nsa.varlen import varlen_of
@@ -93,7 +92,9 @@ class Operator:
         self.function, self.gradient, self.cheap = function, gradient, cheap
         OPERATORS[name] = self
         self.registered = getattr(getattr(torch.ops, namespace), short).default
-        if gradient is not None:
+        if gradient is None:
+            torch.library.register_autograd(name, partial(_refuse, name), lib=self._library)
+        else:
             torch.library.register_autograd(
                 name,
                 partial(_differentiate, gradient),
@@ -107,10 +108,12 @@ class Operator:
         flat = (*inputs[0], *inputs[1:]) if listed else inputs
         if _is_observed(flat):
             return self.registered(*inputs)
-        if self.gradient is not None and torch.is_grad_enabled():
-            for x in flat[: listed or self.gradient.num_inputs]:
-                if x is not None and x.requires_grad:
-                    return _Direct.apply(self, listed, *flat)
+        if torch.is_grad_enabled():
+            num_inputs = len(flat) if self.gradient is None else listed or self.gradient.num_inputs
+            for x in flat[:num_inputs]:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    # Without a gradient, the dispatcher sees to it that none is asked for in vain.
+                    return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, listed, *flat)
         with torch.no_grad():
             return self.function(*inputs)
 
@@ -145,6 +148,11 @@ def _differentiate(gradient: Gradient, ctx: Any, *douts: Tensor | None) -> tuple
     return (*found, *ctx.no_gradients[gradient.num_inputs :])
 
 
+def _refuse(name: str, ctx: Any, *douts: Tensor | None) -> None:
+    """Refuses derivatives that are not there, second ones above all, instead of taking them for 0."""
+    raise RuntimeError(f"{name} has no derivatives")
+
+
 class _Direct(torch.autograd.Function):
     """Any operator's function and gradient, around the dispatcher."""
 
@@ -158,7 +166,6 @@ class _Direct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         found = _differentiate(ctx.gradient, ctx, *douts)
         return None, None, *((*found[0], *found[1:]) if ctx.listed else found)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,12 @@ from torchtitan.models.llama3.model.model import apply_rotary_emb
 from nsa.backends import BackendName
 from nsa.checks import check_backend
 from nsa.config import NSAConfig
-from nsa.functional import apply_rope
+from nsa.functional import apply_rope, pack_sequences
 from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention
 from nsa.titan.context import ContextParallel, dense_attention_over, nsa_attention_over
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.refusals import JobError, require
+from nsa.varlen import PackedSequences
 
 ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
@@ -158,7 +159,7 @@ class NSAAttention(NativeSparseAttention):
         self.inner_attention = nn.Identity()
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, freqs_cis: Tensor, attention_masks: VarlenMetadata | None, positions: Tensor | None = None
+        self, x: Tensor, freqs_cis: Tensor, attention_masks: "Documents | None", positions: Tensor | None = None
     ) -> Tensor:
         """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
 
@@ -171,8 +172,8 @@ class NSAAttention(NativeSparseAttention):
         if attention_masks is None:
             return self.wo(self.attend(x, rope))
         # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
-        packed = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.cu_seq_q)
-        return self.wo(packed.view(*x.shape[:2], -1))
+        out = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.packed)
+        return self.wo(out.view(*x.shape[:2], -1))
 
     def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
         """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
@@ -186,6 +187,13 @@ class NSAAttention(NativeSparseAttention):
         return nsa_attention_over(context, *tensors, self.config, backend=self.backend).flatten(2)
 
 
+class Documents(NamedTuple):
+    """The documents of a batch as layers take them: TorchTitan's for dense ones, tables for those of NSA."""
+
+    masks: VarlenMetadata
+    packed: PackedSequences
+
+
 class DenseAttention(LlamaAttention):
     """llama3's attention, with NSA's context parallelism: TorchTitan's needs a GPU."""
 
@@ -193,7 +201,8 @@ class DenseAttention(LlamaAttention):
 
     def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
         if self.context is None:
-            return super().forward(x, freqs_cis, attention_masks, positions)
+            masks = attention_masks.masks if isinstance(attention_masks, Documents) else attention_masks
+            return super().forward(x, freqs_cis, masks, positions)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
         q, k = apply_rotary_emb(q, k, freqs_cis, positions)
         return self.wo(dense_attention_over(self.context, q, k, v).flatten(2))
@@ -307,6 +316,19 @@ class Transformer(LlamaTransformer):
                 _draw(local, offset, parameter.shape, std, name, self.model_args.seed)
             else:
                 local.zero_()
+
+    def forward(self, tokens: Tensor, attention_masks: Any = None, positions: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, vocabulary]` of `tokens [B, T]`; stages of a pipeline take or give hidden states.
+
+        `attention_masks` are what `get_attention_masks` gives. Tables of the documents are made of them here, once for
+        all layers.
+        """
+        if isinstance(attention_masks, VarlenMetadata):
+            packed = pack_sequences(
+                attention_masks.cu_seq_q, self.model_args.nsa, num_tokens=tokens.shape[0] * tokens.shape[1]
+            )
+            attention_masks = Documents(attention_masks, packed)
+        return super().forward(tokens, attention_masks, positions)
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

@@ -154,7 +154,7 @@ def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
 
 # Second derivatives.
 
-REFUSAL = r"no autograd formula|double backward|does not require grad"
+REFUSAL = r"has no derivatives|no autograd formula|double backward|does not require grad"
 
 
 def gradient_of_q(impl: Implementation, stage: Stage, case: Case, tensors: Tensors) -> Callable[[Tensor], Tensor]:
@@ -173,7 +173,7 @@ def test_our_second_derivatives_are_refused(backend: str, stage: Stage) -> None:
     tensors = draw(case, impl.widest)
     q = tensors["q"].requires_grad_()
     first = gradient_of_q(impl, stage, case, tensors)(q)
-    with pytest.raises(RuntimeError, match=rf"nsa_{backend}\.\w+_backward.* no autograd formula was registered"):
+    with pytest.raises(RuntimeError, match=rf"nsa_{backend}::\w+_backward has no derivatives"):
         torch.autograd.grad(first.sum(), [q])
 
 

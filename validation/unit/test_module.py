@@ -232,6 +232,7 @@ for blocked in ("torchtitan", "triton"):
 import torch
 torch.cuda.is_available = torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(RuntimeError("no GPU here"))
 import nsa
+assert "torch._dynamo" not in sys.modules, "the compiler was imported, which takes as long as all of PyTorch"
 x = torch.randn(1, 40, 32)
 print(tuple(nsa.NativeSparseAttention(32, 4, 2)(x, nsa.rope_table(40, 8)).shape))
 """
