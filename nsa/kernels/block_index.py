@@ -118,8 +118,8 @@ def _find_tile(num_tiles, first_head):
 
 @triton.jit
 def _load_pairs(
-    indices, query_table, index_strides, head, tile, first, num_queries, shift, HEADS, NUM_SELECTED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr,
+    indices, query_table, index_strides, head, tile, first, num_queries, shift, num_blocks, HEADS,
+    NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Pairs `first` to `first + PAIRS` of a tile of queries: query, slot, block and whether the query sees it."""
     pair = first + tl.arange(0, PAIRS)
@@ -133,6 +133,8 @@ def _load_pairs(
     block = tl.where(valid, block, 0)
     if PACKED:
         block += tl.load(query_table + 3 * query + 2, mask=inside, other=0)
+        # Whatever the bounds of sequences hold, nothing is written beside the words.
+        valid = valid & (block < num_blocks)
     return query, slot, block, valid
 
 
@@ -154,7 +156,7 @@ def _mark_kernel(
     head, tile, program = _find_tile(num_tiles, first_head)
     for first in range(0, _TILE * NUM_SELECTED, PAIRS):
         query, _, block, valid = _load_pairs(
-            indices, query_table, index_strides, head, tile, first, num_queries, shift, HEADS, NUM_SELECTED,
+            indices, query_table, index_strides, head, tile, first, num_queries, shift, num_blocks, HEADS, NUM_SELECTED,
             BLOCK_SIZE, PACKED, PAIRS,
         )  # fmt: skip
         bit = tl.full([PAIRS], 1, tl.int32) << (query % _TILE)
@@ -219,7 +221,7 @@ def _place_kernel(
     starts += program * num_blocks
     for first in range(0, _TILE * NUM_SELECTED, PAIRS):
         query, slot, block, valid = _load_pairs(
-            indices, query_table, index_strides, head, tile, first, num_queries, shift, HEADS, NUM_SELECTED,
+            indices, query_table, index_strides, head, tile, first, num_queries, shift, num_blocks, HEADS, NUM_SELECTED,
             BLOCK_SIZE, PACKED, PAIRS,
         )  # fmt: skip
         lower = (tl.full([PAIRS], 1, tl.int32) << (query % _TILE)) - 1
