@@ -453,11 +453,14 @@ def whole_op(results: Results) -> str:
         for title, direction, what in (
             ("forward", "forward", "median"),
             ("backward", "backward", "median"),
-            ("host, forward", "forward", "host"),
-            ("host, backward", "backward", "host"),
+            ("host sustained, forward", "forward", "host_sustained"),
+            ("host sustained, backward", "backward", "host_sustained"),
+            ("host cold, forward", "forward", "host_cold"),
+            ("host cold, backward", "backward", "host_cold"),
         ):
             figures = [results.get(WHOLE, direction, length, name, what) for length in results.lengths]
-            rows.append((f"{name}, {title}", *map(_ms, figures)))
+            if any(figure is not None for figure in figures):
+                rows.append((f"{name}, {title}", *map(_ms, figures)))
         memory = [results.get(WHOLE, "backward", length, name, "memory") for length in results.lengths]
         rows.append((f"{name}, memory (GiB)", *("" if m is None else f"{m / 2**30:.2f}" for m in memory)))
     for name in names if dense else []:

@@ -27,7 +27,15 @@ from nsa.functional import CompressionParams
 from validation.implementations import Implementation, load
 from validation.perf.precompile import OPTION, precompile, take_jobs
 from validation.perf.rivals import RIVALS
-from validation.perf.timing import describe_machine, host_time, keep_memory, measure, measure_roofs, peak_memory
+from validation.perf.timing import (
+    describe_machine,
+    device_ops,
+    host_times,
+    keep_memory,
+    measure,
+    measure_roofs,
+    peak_memory,
+)
 from validation.perf.workloads import WORKLOADS, Inputs, Workload
 
 PRECOMPILE_SECONDS = 240
@@ -120,18 +128,25 @@ def find(name: str) -> Implementation:
     return RIVALS[name]() if name in RIVALS else load(name)
 
 
+def host_figures(call: Callable[[], Any]) -> dict[str, float]:
+    """What starting a call costs: the host's time for it, and how many operations it is on a GPU."""
+    times = host_times(call)
+    ops = {"device_ops": device_ops(call)} if torch.cuda.is_available() else {}
+    return {"host_sustained": times.sustained, "host_cold": times.cold, **ops}
+
+
 def measure_stage(
     subject: Implementation, name: str, x: Inputs, workload: Workload, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Records of one stage of one subject: its forward pass alone, its backward pass alone.
 
     Times are in ms. `memory`, in bytes, is the peak of the forward pass alone, and of both as a training step has them.
-    `host` is what the host takes to start a whole op.
+    `host_sustained` and `host_cold` are what the host takes to start a whole op, `device_ops` what it starts on a GPU.
     """
     stage, config = STAGES[name], workload.config
 
     def record(direction: str, call: Callable[[], Any], memory: int) -> dict[str, Any]:
-        host = {"host": host_time(call, rounds=5).median} if name == WHOLE else {}
+        host = host_figures(call) if name == WHOLE else {}
         return {"direction": direction, **asdict(measure(call, rounds=rounds)), "memory": memory, **host}
 
     forward = stage.forward(subject, x, config)

@@ -17,7 +17,7 @@ from validation.perf import benchmarks, timing
 from validation.perf.plugin import FAILURES, ROOFS
 from validation.perf.precompile import precompile
 from validation.perf.rivals import dense
-from validation.perf.stages import STAGES, WHOLE
+from validation.perf.stages import STAGES, WHOLE, host_figures
 from validation.perf.workloads import WORKLOADS
 
 COMPILING = 150  # seconds at most, for all of it
@@ -85,7 +85,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
         request.config.stash.setdefault(FAILURES, []).append({**what, "error": error})
         pytest.skip(f"{case.subject} cannot: {error}")
     ahead = torch.cuda.is_available() and case.stage == WHOLE and once < LONG
-    host = timing.host_time(calls.timed, rounds=3, warmup=0).median if ahead else None
+    host = host_figures(calls.timed) if ahead else {}
 
     rounds = min(MOST, max(LEAST, int(1e3 * SPAN / once)))
     benchmark.group = case.group
@@ -97,8 +97,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
         workload=case.workload, length=case.length, stage=case.stage, direction=case.direction,
         subject=case.subject, role=case.role, memory=memory,
     )  # fmt: skip
-    if host is not None:
-        benchmark.extra_info["host"] = host
+    benchmark.extra_info.update(host)
     if ready.company:
         benchmark.extra_info["relative"] = min(times) / min(ready.company)
     if case.cost is not None:

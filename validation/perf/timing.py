@@ -7,7 +7,7 @@ finds them. Three things would otherwise be measured with it:
 - data left in the second-level cache by the call before: a buffer larger than it is written between rounds;
 - the host: where a call is several launches, each of which takes the host 10 or 20 microseconds, short kernels wait for
   the next launch. A sleep queued on the device before the clock starts lets the host get ahead by a whole call. A
-  training step is like that: the host runs ahead of the device. Where it does not, `host_time` is what counts. A call
+  training step is like that: the host runs ahead of the device. Where it does not, `host_times` count. A call
   that waits for the device itself, say to read a size, cannot be got ahead of, and is measured with its waiting.
 
 On a CPU nothing runs ahead, and the clock is wall time (`time.perf_counter`): a call that sleeps or waits takes as long
@@ -146,19 +146,53 @@ def measure(function: Callable[[], Any], *, rounds: int = 10, warmup: int = 2) -
     return summarise([ready.time() for _ in range(rounds)])
 
 
-def host_time(function: Callable[[], Any], *, rounds: int = 20, warmup: int = 2) -> Timing:
-    """The host's time for one call, while the device is busy with something else and nothing waits for it."""
+@dataclass(frozen=True)
+class HostTimes:
+    """Milliseconds that the host takes to start a call while the device is busy and nothing waits for it.
+
+    Attributes:
+        sustained: a call among many, one right after the other, as in a training step.
+        cold: a single call after the host has waited for the device, whose instructions and data have gone from the
+            caches of its core meanwhile. It is several times `sustained`.
+    """
+
+    sustained: float
+    cold: float
+
+
+def host_times(function: Callable[[], Any], *, calls: int = 20, rounds: int = 5, warmup: int = 2) -> HostTimes:
+    """Medians over rounds, of `calls` calls behind one sleep of the device and of one call behind another."""
     for _ in range(warmup):
         function()
-    times = []
+    cold, sustained = [], []
     for _ in range(rounds):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda._sleep(20 * _CYCLES_PER_MS)
-        times.append(_host_ms(function))
+        _keep_device_busy(20)
+        cold.append(_host_ms(function))
+        # Longer than the calls take, and no longer than a queue lasts.
+        _keep_device_busy(min(1 + 2 * calls * statistics.median(cold), _LONGEST_LEAD))
+        sustained.append(_host_ms(lambda: _repeat(function, calls)) / calls)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return summarise(times)
+    return HostTimes(statistics.median(sustained), statistics.median(cold))
+
+
+def _repeat(function: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        function()
+
+
+def _keep_device_busy(ms: float) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(ms * _CYCLES_PER_MS))
+
+
+def device_ops(function: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that a call starts on the GPU."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
 def _host_ms(function: Callable[[], Any]) -> float:

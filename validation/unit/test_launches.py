@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.cache import get_cache_manager
 
-from nsa import NSAConfig
+from nsa import NSAConfig, kernels, nsa_attention
 from nsa.kernels import cache, configs
 from nsa.kernels.configs import Entry, kernel_config, make_config, read_table, write_table
 from nsa.ops import OPERATORS, sizes_of
@@ -218,6 +219,66 @@ def test_grids_have_one_side(launches, monkeypatch):
     for grid in grids:
         assert max((1, *grid[1:])) <= MOST, grid
         assert grid[0] < 2**31, grid
+
+
+class Starts(TorchDispatchMode):
+    """Counts the operations of PyTorch that do something on a device."""
+
+    IDLE = (
+        "empty",
+        "view",
+        "detach",
+        "unbind",
+        "select",
+        "slice",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "expand",
+        "alias",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        if function.namespace == "aten" and not any(part in name for part in self.IDLE):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "forward", "backward"), [(64, 4, 8, 16), (32, 8, 12, 16)], ids=["W", "W4"]
+)
+def test_a_pass_starts_few_operations(monkeypatch, heads, kv_heads, forward, backward):
+    """At the shapes of benchmarks, with the configurations of an H200; what is started does not depend on values."""
+    launches = []
+    for name in MODULES:
+        module = import_module(f"nsa.kernels.{name}")
+        for kernel in (name for name in vars(module) if name.endswith("_kernel")):
+            monkeypatch.setattr(module, kernel, Recorder(launches))
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    config, tokens = NSAConfig(), 4096
+
+    def draw(number, *shape):
+        return torch.zeros(1, number, *shape, dtype=torch.bfloat16, requires_grad=True)
+
+    blocks = [draw(config.num_compressed(tokens), kv_heads, 128) for _ in range(2)]
+    keys = [draw(tokens, kv_heads, 128) for _ in range(4)]
+    inputs = [draw(tokens, heads, 128), *blocks, *keys, draw(tokens, heads, 3)]
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # CPU tensors are good enough to be counted
+    with Starts() as started:
+        out = nsa_attention(*inputs, config, backend="triton")
+        assert len(launches) + len(started.found) <= forward, (len(launches), started.found)
+        dout = torch.empty_like(out)
+        launches.clear()
+        started.found.clear()
+        torch.autograd.grad(out, inputs, dout)
+    assert len(launches) + len(started.found) <= backward, (len(launches), started.found)
 
 
 @pytest.fixture
