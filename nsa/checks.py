@@ -1,7 +1,8 @@
 """Argument checks of the public functions: each raises before any work starts.
 
 A message names the argument, what was expected and what came. A check that has to look at values (offsets of packed
-sequences, blocks listed twice) is skipped where there are none: while tracing, and on fake and meta tensors.
+sequences, blocks listed twice) is skipped where there are none: while tracing or capturing a CUDA graph, and on fake and
+meta tensors.
 """
 
 import math
@@ -254,8 +255,14 @@ def _check_cu_seqlens(name: str, offsets: Tensor, x: Tensor, total: int) -> Tens
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether the elements of `x` can be looked at: tracing, a fake and a meta tensor have shapes alone."""
-    return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
+    """Whether the elements of `x` can be looked at.
+
+    While tracing, and of fake and meta tensors, there are shapes alone. A CUDA graph that is being captured has no
+    values yet.
+    """
+    if torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_indices(indices: Tensor, q: Tensor, k: Tensor) -> None:

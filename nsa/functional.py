@@ -15,8 +15,8 @@ dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, 
 `torch.autograd`; forward-mode ones and those of `torch.func` (`grad`, `vjp`, `jacrev`, ...) are refused with a
 `ValueError`.
 
-`torch.compile` and `torch.export` see no values, so offsets of packed sequences cannot be refused there. They are made
-legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no sequence, and queries of a
+`torch.compile`, `torch.export` and the capture of a CUDA graph see no values, so offsets of packed sequences cannot be
+refused there. They are made legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no sequence, and queries of a
 sequence that has more of them than keys, get an output of 0, and no gradient comes of them.
 
 A token that a query does not attend to has no influence on its output, whatever it holds; nor has a query on the

@@ -169,7 +169,7 @@ _MODULE = [
     Fault(
         "compressed-keys-rotated-at-their-end",
         "RoPE takes a compressed block's last position, not its first",
-        "eager_rope.py",
+        "eager/rope.py",
         "* config.compress_stride",
         "* config.compress_stride + config.compress_block_size - 1",
         ("test_rope.py::test_angles_of_a_wider_dtype_are_not_rounded[eager]",),
