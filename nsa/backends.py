@@ -104,8 +104,8 @@ class Backend(Protocol):
         config: NSAConfig,
         varlen: Varlen | None,
         scale: float,
-    ) -> Tensor:
-        """Output `[B, Tq, Hq, Dv]`.
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, Tq, Hq, Dv]`, and lse `[B, Tq, Hq]`, which has no gradient.
 
         Args:
             q: `[B, Tq, Hq, Dk]`.
@@ -121,8 +121,8 @@ class Backend(Protocol):
         config: NSAConfig,
         varlen: Varlen | None,
         scale: float,
-    ) -> Tensor:
-        """Output `[B, Tq, Hq, Dv]`.
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, Tq, Hq, Dv]`, and lse `[B, Tq, Hq]`, which has no gradient.
 
         Args:
             q: `[B, Tq, Hq, Dk]`.

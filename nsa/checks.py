@@ -1,8 +1,8 @@
 """Argument checks of the public functions: each raises before any work starts.
 
 A message names the argument, what was expected and what came. A check that has to look at values (offsets of packed
-sequences, blocks listed twice) is skipped where there are none: while tracing or capturing a CUDA graph, and on fake and
-meta tensors.
+sequences, blocks listed twice) is skipped where there are none: while tracing or capturing a CUDA graph, and on fake
+and meta tensors.
 """
 
 import math

@@ -16,8 +16,8 @@ dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, 
 `ValueError`.
 
 `torch.compile`, `torch.export` and the capture of a CUDA graph see no values, so offsets of packed sequences cannot be
-refused there. They are made legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no sequence, and queries of a
-sequence that has more of them than keys, get an output of 0, and no gradient comes of them.
+refused there. They are made legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no
+sequence, and queries of a sequence that has more of them than keys, get an output of 0, and no gradient comes of them.
 
 A token that a query does not attend to has no influence on its output, whatever it holds; nor has a query on the
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
@@ -295,11 +295,12 @@ def selected_attention(
     indices: Tensor,
     config: NSAConfig,
     *,
+    return_lse: bool = False,
     cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of query `t` over the tokens `s <= t` of its selected blocks (section 3.3.2).
 
     Args:
@@ -309,9 +310,11 @@ def selected_attention(
         indices: int32 `[B, Tq, Hk, N]`, any order, any `N`. What names no block that the query sees is skipped
             wherever it stands: `-1`, blocks beyond the query, any number below 0 or too large. A block listed twice
             for one query is an error, which only the eager backend looks for, uncompiled.
+        return_lse: also return the log-sum-exps, with which attention to other keys can be merged.
 
     Returns:
-        `[B, Tq, Hq, Dv]`; a query with no block gets 0.
+        Output `[B, Tq, Hq, Dv]`, or that and the log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
+        differentiable). A query with no block gets 0 and `-inf`.
     """
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
@@ -321,7 +324,8 @@ def selected_attention(
     if implementation is eager:
         check_no_block_twice(indices, config.num_selectable(k.shape[1]))
     check_derivatives(q=q, k=k, v=v)
-    return implementation.selected_attention(q, k, v, indices, config, varlen, factor)
+    out, lse = implementation.selected_attention(q, k, v, indices, config, varlen, factor)
+    return (out, lse) if return_lse else out
 
 
 def sliding_window_attention(
@@ -330,27 +334,31 @@ def sliding_window_attention(
     v: Tensor,
     config: NSAConfig,
     *,
+    return_lse: bool = False,
     cu_seqlens_q: Tensor | PackedSequences | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     backend: BackendName = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of query `t` over `t - w < s <= t`: exactly `w` tokens, itself included (section 3.3.3).
 
     Args:
         q: `[B, Tq, Hq, Dk]`.
         k: `[B, Tk, Hk, Dk]`.
         v: `[B, Tk, Hk, Dv]`.
+        return_lse: also return the log-sum-exps, with which attention to other keys can be merged.
 
     Returns:
-        `[B, Tq, Hq, Dv]`.
+        Output `[B, Tq, Hq, Dv]`, or that and the log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
+        differentiable).
     """
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
     varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
     check_derivatives(q=q, k=k, v=v)
-    return implementation.sliding_window_attention(q, k, v, config, varlen, factor)
+    out, lse = implementation.sliding_window_attention(q, k, v, config, varlen, factor)
+    return (out, lse) if return_lse else out
 
 
 def nsa_attention(

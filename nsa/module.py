@@ -168,8 +168,14 @@ class NativeSparseAttention(nn.Module):
             parameter.normal_(std=std[name])
 
     def forward(
-        self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | PackedSequences | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        cu_seqlens: Tensor | PackedSequences | None = None,
+        *,
+        indices: Tensor | None = None,
+        return_indices: bool = False,
+    ) -> Any:
         """Attention of every token of `x` over those before it.
 
         Args:
@@ -178,16 +184,19 @@ class NativeSparseAttention(nn.Module):
                 No rotation unless given.
             cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, or what `pack_sequences` makes of them,
                 which several layers can share.
+            indices: int32 `[B, T, Hk, N]`, replaces the selection: blocks recorded by an earlier call, for one.
+            return_indices: also return the indices used.
 
         Returns:
-            `[B, T, dim]`.
+            `[B, T, dim]`, or that and the indices `[B, T, Hk, N]`.
 
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; an `x` of another width, dtype or device
                 than the layer's; a RoPE table too short for `T`, for another `D`, or for an odd one.
         """
         self._check_input(x)
-        return self.wo(self.attend(x, rope, cu_seqlens))
+        out, used = self.attend(x, rope, cu_seqlens, indices)
+        return (self.wo(out), used) if return_indices else self.wo(out)
 
     def _check_input(self, x: Tensor) -> None:
         check_tensor("x", x, "[B, T, dim]")
@@ -205,9 +214,13 @@ class NativeSparseAttention(nn.Module):
         return _split(self.wq(x), self.head_dim), self._branches(self.wk(x)), self._branches(self.wv(x)), gates
 
     def attend(
-        self, x: Tensor, rope: Tensor | None = None, cu_seqlens: Tensor | PackedSequences | None = None
-    ) -> Tensor:
-        """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`."""
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        cu_seqlens: Tensor | PackedSequences | None = None,
+        indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`, and the indices used."""
         packed = pack_tokens(x, cu_seqlens, self.config)
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
         params = self.compress_k.params(), self.compress_v.params()
@@ -219,7 +232,7 @@ class NativeSparseAttention(nn.Module):
                 raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
             tensors = (q, k_cmp, k_slc, k_win)
             q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, cu_seqlens=packed, backend=self.backend)
-        out = nsa_attention(
+        out, used = nsa_attention(
             q,
             k_cmp,
             v_cmp,
@@ -229,11 +242,12 @@ class NativeSparseAttention(nn.Module):
             v_win,
             gates,
             self.config,
+            indices=indices,
+            return_indices=True,
             cu_seqlens_q=packed,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)  # no indices were asked for
-        return out.flatten(2)
+        return out.flatten(2), used
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""

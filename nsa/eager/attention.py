@@ -30,6 +30,6 @@ def nsa_attention(
     out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys, *rest)
     if indices is None:
         indices = select_blocks(q, k_cmp, lse, config, num_keys, *rest)
-    out_slc = selected_attention(q, k_slc, v_slc, indices, config, *rest)
-    out_win = sliding_window_attention(q, k_win, v_win, config, *rest)
+    out_slc, _ = selected_attention(q, k_slc, v_slc, indices, config, *rest)
+    out_win, _ = sliding_window_attention(q, k_win, v_win, config, *rest)
     return combine((out_cmp, out_slc, out_win), gates), indices

@@ -129,6 +129,6 @@ def selected_attention(
     config: NSAConfig,
     varlen: Varlen | None,
     scale: float,
-) -> Tensor:
-    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
-    return _selected(q, k, v, indices, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)[0]
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and lse `[B, Tq, Hq]`; see `nsa.functional.selected_attention`."""
+    return _selected(q, k, v, indices, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)

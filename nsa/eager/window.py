@@ -43,6 +43,6 @@ def sliding_window_attention(
     config: NSAConfig,
     varlen: Varlen | None,
     scale: float,
-) -> Tensor:
-    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
-    return _window(q, k, v, None, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)[0]
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and lse `[B, Tq, Hq]`; see `nsa.functional.sliding_window_attention`."""
+    return _window(q, k, v, None, *tensors_of(varlen), k.shape[1], sizes_of(config), scale)

@@ -1,7 +1,7 @@
 """Compressed and window branch as operators: flash attention, each with its map of positions (paper, section 3.3)."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -74,7 +74,7 @@ def sliding_window_attention(
     config: NSAConfig,
     varlen: Varlen | None,
     scale: float,
-) -> Tensor:
-    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.sliding_window_attention`."""
-    rest: tuple[Any, ...] = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
-    return cast(Tensor, _window(q, k, v, None, *rest)[0])
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and lse `[B, Tq, Hq]`; see `nsa.functional.sliding_window_attention`."""
+    rest = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
+    return cast(tuple[Tensor, Tensor], _window(q, k, v, None, *rest))

@@ -155,7 +155,7 @@ def selected_attention(
     config: NSAConfig,
     varlen: Varlen | None,
     scale: float,
-) -> Tensor:
-    """Output `[B, Tq, Hq, Dv]`; see `nsa.functional.selected_attention`."""
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` and lse `[B, Tq, Hq]`; see `nsa.functional.selected_attention`."""
     rest = (*tensors_of(varlen), k.shape[1], sizes_of(config), scale)
-    return cast(tuple[Tensor, Tensor], _selected(q, k, v, indices, *rest))[0]
+    return cast(tuple[Tensor, Tensor], _selected(q, k, v, indices, *rest))

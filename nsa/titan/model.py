@@ -170,9 +170,9 @@ class NSAAttention(NativeSparseAttention):
             assert positions is not None  # TorchTitan gives them to whom it gives a part of a sequence
             return self.wo(self._attend_over(self.context, x, rope, positions[0]))
         if attention_masks is None:
-            return self.wo(self.attend(x, rope))
+            return self.wo(self.attend(x, rope)[0])
         # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
-        out = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.packed)
+        out, _ = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.packed)
         return self.wo(out.view(*x.shape[:2], -1))
 
     def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:

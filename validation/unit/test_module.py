@@ -225,6 +225,18 @@ def test_a_rope_table_of_another_width_is_refused():
         make(SMALL)(torch.randn(1, 40, 24, dtype=torch.float64), rope_table(40, 2))
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 25, 40], dtype=torch.int32)], ids=["whole", "packed"])
+def test_a_recorded_selection_is_replayed(cu_seqlens):
+    layer, x, rope = make(SMALL), torch.randn(1, 40, 24, dtype=torch.float64), rope_table(40, 8)
+    out, indices = layer(x, rope, cu_seqlens, return_indices=True)
+    assert_equal(layer(x, rope, cu_seqlens), out, what="output without the indices")
+    assert_equal(layer(x, rope, cu_seqlens, indices=indices), out, what="output when replayed")
+    local = indices.where(indices == indices.max(-1, keepdim=True).values, -1)
+    replayed, used = layer(x, rope, cu_seqlens, indices=local, return_indices=True)
+    assert_equal(used, local, what="indices used")
+    assert not torch.equal(replayed, out), "another selection made no difference"
+
+
 IMPORT_ALONE = """
 import sys
 for blocked in ("torchtitan", "triton"):
