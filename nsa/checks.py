@@ -75,19 +75,13 @@ def check_tensor(
         raise ValueError(f"{name} must have shape {layout} = {shape}, got {tuple(x.shape)}")
 
 
-def _differentiated_by_functorch() -> bool:
-    transforms = _functorch.get_interpreter_stack() or []
-    return any(level.key() == _functorch.TransformType.Grad for level in transforms)
-
-
-# True of the place in a program, not of a call. `torch.compiler.assume_constant_result` does the same, but would import
-# the compiler here, for which a program that compiles nothing would wait as long as for all of PyTorch.
-_differentiated_by_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def check_derivatives(**tensors: Tensor) -> None:
     """Refuses derivatives that the operators do not have: PyTorch would take those of forward mode to be 0."""
-    differentiated = _differentiated_by_functorch()
+    differentiated = False
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
+        from nsa.transforms import differentiated_by_functorch
+
+        differentiated = differentiated_by_functorch()
     for name, x in tensors.items():
         if forward_ad.unpack_dual(x).tangent is not None:
             raise ValueError(f"{name} must have no tangent, since there are no forward-mode derivatives, got one")

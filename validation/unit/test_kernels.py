@@ -51,7 +51,7 @@ FEW = [FITTED[name] for name in ("last_queries", "packed_last_queries", "many_bl
 WIDEST = "float64" if kernels.INTERPRETED else "float32"
 
 CONTIGUOUS = tuple(
-    f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "queries", "keys")
+    f"{branch}_{kernel}" for branch in ("compressed", "window") for kernel in ("forward", "bwd_dq", "bwd_dkdv")
 )
 
 # In test_stages.py all cases go the way that is theirs, in every dtype; the other is compiled for one case of each kind
