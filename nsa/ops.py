@@ -70,7 +70,7 @@ class Operator:
         function: returns a tensor or a tuple of them, none of which shares memory with an input. Its annotations make
             the schema. Its first input may be a list of tensors. It runs without a graph, gradients or not.
         fake: the same for shapes alone.
-        gradient: without one, the outputs have no gradients.
+        gradient: without one, a gradient that is asked for is an error.
         cheap: whether it takes less to compute the outputs again than to keep them.
     """
 

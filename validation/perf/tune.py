@@ -1,4 +1,4 @@
-"""Makes entries of the table of launch parameters, by measuring candidates on this machine's GPU.
+"""Makes entries of the table of kernel configurations, by measuring candidates on this machine's GPU.
 
     python -m validation.perf.tune --dims 128x128 --groups 4,16 --seconds 540
 

@@ -1,6 +1,6 @@
 """How far training drifts by rounding alone: `100m` trained by kernels that only add in another order, beside eager.
 
-On a GPU, where the table of launch parameters is one of measured kernels:
+On a GPU, where the table of configurations is one of measured kernels:
 
     for name in eager triton triton-unsplit triton-shares triton-byquery; do
         python -m validation.system.variations train $name --job.dump_folder out/variations/$name &&

@@ -41,7 +41,7 @@ class Path:
         cases: what it is tried on.
         seen: by `module.function` or `module.kernel` below `nsa`, whether its calls are those of the path.
         constants: by `module.name` below `nsa`, what replaces constants and functions.
-        launch: launch parameters by the name that the kernel has in their table.
+        launch: fields of configurations, by the name that the kernel has in their table.
         backend: whose path it is.
     """
 
