@@ -150,7 +150,7 @@ def check_blocks(q: Tensor, k_cmp: Tensor, config: NSAConfig, num_keys: int | No
 
 
 class Offsets(NamedTuple):
-    """Legal offsets of queries and of keys, and the keys of the longest sequence, or the bound that is known."""
+    """Legal offsets of queries and of keys, and the keys of the longest sequence, 0 where nobody can know."""
 
     queries: Tensor
     keys: Tensor
@@ -159,7 +159,7 @@ class Offsets(NamedTuple):
 
 def check_packing(
     like: Tensor,
-    num_queries: int,
+    num_queries: int | None,
     num_keys: int,
     cu_seqlens_q: Tensor | PackedSequences,
     cu_seqlens_k: Tensor | None,
@@ -171,6 +171,7 @@ def check_packing(
 
     Args:
         like: a tensor of the batch, which must have one row, and be on the device of the offsets.
+        num_queries: `None` where only keys are at hand, and tables may be for any queries.
         cu_seqlens_k: those of the queries unless given.
     """
     if like.shape[0] != 1:
@@ -180,6 +181,7 @@ def check_packing(
             raise ValueError(f"{names[1]} must be None where {names[0]} is PackedSequences, got a tensor")
         _check_tables(names[0], cu_seqlens_q, like, num_queries, num_keys, config)
         return cu_seqlens_q
+    num_queries = num_keys if num_queries is None else num_queries
     lengths_q = _check_cu_seqlens(names[0], cu_seqlens_q, like, num_queries)
     lengths_k = lengths_q
     if cu_seqlens_k is None and num_keys == num_queries:
@@ -192,7 +194,7 @@ def check_packing(
             f"{names[1]} must have as many entries as {names[0]} ({len(cu_seqlens_q)}), got {len(cu_seqlens_k)}"
         )
     if lengths_q is None or lengths_k is None:
-        return Offsets(*_legal_offsets(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys), num_keys)
+        return Offsets(*_legal_offsets(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys), 0)
     if bool((lengths_q > lengths_k).any()):
         raise ValueError(
             f"{names[1]} must give every sequence at least as many keys as queries ({lengths_q.tolist()}), "
@@ -203,7 +205,7 @@ def check_packing(
 
 
 def _check_tables(
-    name: str, packed: PackedSequences, like: Tensor, num_queries: int, num_keys: int, config: NSAConfig
+    name: str, packed: PackedSequences, like: Tensor, num_queries: int | None, num_keys: int, config: NSAConfig
 ) -> None:
     """Refuses tables of another batch or for other block sizes."""
     for what, got, expected in (
@@ -211,7 +213,7 @@ def _check_tables(
         ("keys", packed.positions.shape[0], num_keys),
         ("block sizes", packed.sizes, block_sizes(config)),
     ):
-        if got != expected:
+        if expected is not None and got != expected:
             raise ValueError(f"{name} must be packed for the {what} at hand ({expected}), got {got}")
     if packed.positions.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, like the tensors before it, got {packed.positions.device}")

@@ -17,7 +17,7 @@ dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, 
 
 `torch.compile`, `torch.export` and the capture of a CUDA graph see no values, so offsets of packed sequences cannot be
 refused there. They are made legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no
-sequence, and queries of a sequence that has more of them than keys, get an output of 0, and no gradient comes of them.
+sequence, and queries before the first key of theirs, get an output of 0, and no gradient comes of them.
 
 A token that a query does not attend to has no influence on its output, whatever it holds; nor has a query on the
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
@@ -112,9 +112,15 @@ def _compress(
         if x is not xs[0]:
             check_tensor(name, x, "[B, T, Hk, D]", shape=(*xs[0].shape[:3], x.shape[3]), dtype=xs[0].dtype)
         check_params(learned, x, config)
-    packed = pack_tokens(xs[0], cu_seqlens, config)
+    packed = pack_tokens(xs[0], cu_seqlens, config, keys_alone=True)
     implementation = _load(backend, config, *xs)
-    check_derivatives(**tensors)
+    learned_tensors = {
+        f"{'params' if len(xs) == 1 else f'{name}_params'}.{field}": p
+        for name, learned in zip(tensors, params, strict=True)
+        for field, p in (learned._asdict().items() if learned is not None else ())
+        if p is not None
+    }
+    check_derivatives(**tensors, **learned_tensors)
     blocks = None if packed is None else packed.blocks
     if blocks is None and implementation is eager:
         blocks = block_starts(xs[0].shape[1], config, device=xs[0].device)
@@ -123,12 +129,18 @@ def _compress(
     return tuple(out.to(x.dtype) for out, x in zip(outs, xs, strict=True))
 
 
-def pack_tokens(x: Tensor, cu_seqlens: Tensor | PackedSequences | None, config: NSAConfig) -> PackedSequences | None:
-    """Tables of the sequences packed in `x [1, T, ...]`; `None` where nothing is packed."""
+def pack_tokens(
+    x: Tensor, cu_seqlens: Tensor | PackedSequences | None, config: NSAConfig, *, keys_alone: bool = False
+) -> PackedSequences | None:
+    """Tables of the sequences packed in `x [1, T, ...]`; `None` where nothing is packed.
+
+    With `keys_alone`, tables that were made before may be for fewer queries.
+    """
     if cu_seqlens is None:
         return None
     num_tokens, names = x.shape[1], ("cu_seqlens", "cu_seqlens")
-    packed = check_packing(x, num_tokens, num_tokens, cu_seqlens, None, config, names=names)
+    num_queries = None if keys_alone else num_tokens
+    packed = check_packing(x, num_queries, num_tokens, cu_seqlens, None, config, names=names)
     if isinstance(packed, PackedSequences):
         return packed
     return make_tables(packed.queries, packed.keys, num_tokens, num_tokens, packed.longest, config)
@@ -177,8 +189,7 @@ def apply_rope(
     if packed is not None:
         if positions is not None:
             raise ValueError("positions must be None where cu_seqlens says what they are, got a tensor")
-        if not torch.compiler.is_compiling():
-            check_rope_length(rope, packed.longest)
+        check_rope_length(rope, packed.longest)
         positions, block_positions = packed.positions, packed.blocks.positions
     else:
         check_rope_length(rope, num_tokens if positions is None else check_positions(positions, q))

@@ -105,15 +105,16 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         # `autograd.Function` sees no tensors inside of a list.
         listed = len(inputs[0]) if isinstance(inputs[0], list) else 0
-        flat = (*inputs[0], *inputs[1:]) if listed else inputs
+        flat = tuple(y for x in inputs for y in (x if isinstance(x, list) else (x,)))
         if _is_observed(flat):
             return self.registered(*inputs)
         if torch.is_grad_enabled():
+            given = (*inputs[0], *inputs[1:]) if listed else inputs
             num_inputs = len(flat) if self.gradient is None else listed or self.gradient.num_inputs
             for x in flat[:num_inputs]:
                 if isinstance(x, Tensor) and x.requires_grad:
                     # Without a gradient, the dispatcher sees to it that none is asked for in vain.
-                    return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, listed, *flat)
+                    return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, listed, *given)
         with torch.no_grad():
             return self.function(*inputs)
 
@@ -124,6 +125,7 @@ def _is_observed(inputs: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs)
     )
 

@@ -68,7 +68,7 @@ class PackedSequences(NamedTuple):
         varlen: tables of the attention stages.
         positions: int64 `[Tk]`, position of each key in its sequence.
         blocks: where compressed blocks start.
-        longest: keys of the longest sequence, or `Tk` where values cannot be looked at.
+        longest: keys of the longest sequence, 0 where values cannot be looked at.
         sizes: `l`, `d` and `l'` that the tables are for.
     """
 

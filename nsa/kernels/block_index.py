@@ -289,7 +289,8 @@ def build_block_index(indices: Tensor, shift: int, packing: Packing, block_size:
     heads, num_blocks, num_tiles = batch * kv_heads, packing.num_blocks, triton.cdiv(num_queries, _TILE.value)
     members = indices.new_empty(heads, num_queries * num_selected)
     lengths = indices.new_empty(heads, num_blocks)
-    offsets, pieces, partials = indices.new_empty(3, heads, num_blocks + 1)
+    # Each by itself: kernels are compiled anew for addresses at whole 16 bytes and for others.
+    offsets, pieces, partials = (indices.new_empty(heads, num_blocks + 1) for _ in range(3))
     runs = head_runs(heads, 8 * num_tiles * num_blocks)
     starts = indices.new_empty(runs[0][1], num_tiles, num_blocks)
     for first, count in runs:

@@ -112,7 +112,7 @@ def preprocess(
 
 def _new_rows(lse: Tensor, head_major: bool) -> BackwardRows:
     if not head_major:
-        return BackwardRows(*lse.new_empty(2, *lse.shape))
+        return BackwardRows(lse.new_empty(lse.shape), lse.new_empty(lse.shape))
     batch, num_queries, heads = lse.shape
     # Heads begin at a whole 64 bytes, however long: kernels are compiled for strides that do and others that do not.
     rows = lse.new_empty(2, batch, heads, triton.cdiv(num_queries, 16) * 16)

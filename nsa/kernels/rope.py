@@ -104,6 +104,7 @@ def _rotate(
     inverse: bool,
 ) -> Rotated:
     q, k_cmp, k_slc, k_win = (rows_contiguous(x) for x in tensors)
+    positions, block_positions = (None if x is None else x.contiguous() for x in (positions, block_positions))
     outs = (
         q.new_empty(q.shape),
         k_cmp.new_empty(k_cmp.shape),

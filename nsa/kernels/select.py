@@ -215,7 +215,7 @@ def _choose_blocks(
     }
     dtype = accumulation_dtype(q.dtype)
     row_bytes = batch * heads * tile_queries * config.num_selectable(num_keys) * dtype.itemsize
-    step = max(1, WORKSPACE_BYTES // row_bytes)
+    step = max(1, WORKSPACE_BYTES // max(1, row_bytes))
     for first in range(0, count, step):
         taken = min(step, count - first)
         # Unless sequences are packed, the last query of the part says how far importances can reach.

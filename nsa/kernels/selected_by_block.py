@@ -154,7 +154,9 @@ def _merge_kernel(
     out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
     for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
         block = tl.load(
-            indices + query * index_strides[1] + step // (BLOCK_SIZE // BLOCK_N) * index_strides[3], inside, other=-1
+            indices + query * index_strides[1] + tl.cast(step // (BLOCK_SIZE // BLOCK_N), tl.int64) * index_strides[3],
+            inside,
+            other=-1,
         )
         # The partial results of a block that the query does not see were never written.
         valid = sees_block(block, position, BLOCK_SIZE)
@@ -295,7 +297,9 @@ def _merge_dq_kernel(
     dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
     for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
         block = tl.load(
-            indices + query * index_strides[1] + step // (BLOCK_SIZE // BLOCK_N) * index_strides[3], inside, other=-1
+            indices + query * index_strides[1] + tl.cast(step // (BLOCK_SIZE // BLOCK_N), tl.int64) * index_strides[3],
+            inside,
+            other=-1,
         )
         valid = sees_block(block, position, BLOCK_SIZE)
         part0, part1 = load_chunks(partial_dq, (place + step * G) * DK, valid, DK, K0, K1)

@@ -68,7 +68,7 @@ def _num_steps(
 ):  # fmt: skip
     """Steps to the end of the last block that the query sees; `SLOTS` is `NUM_SELECTED` as a power of two."""
     slot = tl.arange(0, SLOTS)
-    block = tl.load(indices + slot * stride, mask=slot < NUM_SELECTED, other=-1)
+    block = tl.load(indices + slot.to(tl.int64) * stride, mask=slot < NUM_SELECTED, other=-1)
     return tl.max(tl.where(sees_block(block, position, BLOCK_SIZE), slot + 1, 0), 0) * (BLOCK_SIZE // BLOCK_N)
 
 
@@ -122,7 +122,8 @@ def _forward_kernel(
             for step in range(0, steps):
                 first, seen = _find_keys(block, step, position, BLOCK_SIZE, BLOCK_N)
                 # Loaded a step ahead, so that the next block's address is known when it is needed.
-                block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N) * index_strides[3])
+                slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
+                block = tl.load(indices + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
                 k0, k1 = _fetch_keys(
                     k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N, TMA and not CLEAN
@@ -189,7 +190,8 @@ def _bwd_dq_kernel(
             block = tl.load(indices)
             for step in range(0, steps):
                 first, seen = _find_keys(block, step, position, BLOCK_SIZE, BLOCK_N)
-                block = tl.load(indices + tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N) * index_strides[3])
+                slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
+                block = tl.load(indices + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
                 k0, k1 = _fetch_keys(
                     k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N, TMA and not CLEAN

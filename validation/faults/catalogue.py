@@ -250,6 +250,14 @@ _OPERATORS = [
         ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",),
     ),
     Fault(
+        "lists-out-of-sight",
+        "tensors in a list that does not come first are not asked whether they want gradients",
+        "ops.py",
+        "flat = tuple(y for x in inputs for y in (x if isinstance(x, list) else (x,)))",
+        "flat = (*inputs[0], *inputs[1:]) if listed else inputs",
+        ("test_compress.py::test_second_derivatives_are_refused_whatever_the_first_depend_on",),
+    ),
+    Fault(
         "only-the-first-of-a-list-is-asked",
         "an operator that takes a list has no gradients unless the first tensor wants one",
         "ops.py",
@@ -531,6 +539,14 @@ _COMPRESSION_KERNELS = [
 
 _ROPE_KERNEL = [
     Fault(
+        "positions-taken-for-contiguous",
+        "RoPE reads positions one after the other in memory, whatever their strides",
+        "kernels/rope.py",
+        "None if x is None else x.contiguous() for x in",
+        "x for x in",
+        ("test_rope.py::test_positions_may_have_any_strides[every_other-triton]",),
+    ),
+    Fault(
         "compressed-keys-rotated-like-tokens",
         "RoPE takes a compressed block's number for its position",
         "kernels/rope.py",
@@ -782,7 +798,7 @@ _SELECTED_KERNELS = [
         "padded-slots-attended-to",
         "slots up to the next power of two are read as blocks: by output and dq, not by dk and dv",
         "kernels/selected_by_query.py",
-        "block = tl.load(indices + slot * stride, mask=slot < NUM_SELECTED, other=-1)",
+        "block = tl.load(indices + slot.to(tl.int64) * stride, mask=slot < NUM_SELECTED, other=-1)",
         "block = tl.load(indices + slot * stride, mask=slot < SLOTS, other=-1)",
         (_oracle("many_blocks", "selected_attention_by_query"),),
         models=2,
@@ -1413,8 +1429,8 @@ _UNDER_PYTORCH = [
         "compiled-offsets-taken-as-they-are",
         "offsets that torch.compile cannot look at lead wherever they say",
         "checks.py",
-        "return Offsets(*_legal_offsets(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys), num_keys)",
-        "return Offsets(cu_seqlens_q, cu_seqlens_k, num_keys)",
+        "return Offsets(*_legal_offsets(cu_seqlens_q, cu_seqlens_k, num_queries, num_keys), 0)",
+        "return Offsets(cu_seqlens_q, cu_seqlens_k, 0)",
         ("test_compile.py::test_offsets_that_nobody_can_check_lead_nowhere[triton-not_to_the_end]",),
     ),
     Fault(

@@ -7,9 +7,10 @@ from importlib import import_module
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nsa import CompressionParams, NSAConfig, compress, compress_keys_and_values
-from validation.numerics import assert_matches
+from nsa import CompressionParams, NSAConfig, compress, compress_keys_and_values, pack_sequences
+from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import Case, config, draw, draw_cotangent, whole
 from validation.unit.forced import Watched, fresh_memory_is_poisoned
 
@@ -88,3 +89,42 @@ def test_values_unlike_the_keys_are_refused(change, error, message) -> None:
     k = torch.randn(1, 40, 2, 16)
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         compress_keys_and_values(k, change(k), None, None, config(compression="mean"))
+
+
+@each_backend
+def test_tables_for_fewer_queries_serve_their_keys(backend: str) -> None:
+    settings = config((16, 8, 16), 3, 12, compression="mean")
+    offsets = torch.tensor([0, 25, 60], dtype=torch.int32)
+    queries = torch.tensor([0, 4, 10], dtype=torch.int32)
+    packed = pack_sequences(queries, settings, num_tokens=10, cu_seqlens_k=offsets, num_keys=60)
+    x = torch.randn(1, 60, 2, 16)
+    expected = compress(x, None, settings, cu_seqlens=offsets, backend=backend)
+    assert_equal(compress(x, None, settings, cu_seqlens=packed, backend=backend), expected, what="blocks")
+
+
+def test_second_derivatives_are_refused_whatever_the_first_depend_on() -> None:
+    """The gradient of a sum is one of ones, which has no graph of its own."""
+    case = Case("second", whole(40), config((16, 8, 16), 3, 12), kv_heads=2, key_dim=16, value_dim=16)
+    x = draw(case, torch.float32)
+    learned = [x[f"k{kind}"].requires_grad_() for kind in KINDS[1:]]
+    out = compress(x["k"].requires_grad_(), CompressionParams(*learned), case.config, backend="triton")
+    (dk,) = torch.autograd.grad(out.sum(), x["k"], create_graph=True)
+    with pytest.raises(RuntimeError, match="_backward has no derivatives"):
+        torch.autograd.grad(dk.sum(), learned[1])
+
+
+# Importing what torch.func needs warns in PyTorch itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@each_backend
+def test_derivatives_by_parameters_are_refused_like_those_by_keys(backend: str) -> None:
+    case = Case("forward", whole(40), config((16, 8, 16), 3, 12), kv_heads=2, key_dim=16, value_dim=16)
+    x = draw(case, torch.float32)
+    position, *rest = (x[f"k{kind}"] for kind in KINDS[1:])
+
+    def blocks(position: Tensor) -> Tensor:
+        return compress(x["k"], CompressionParams(position, *rest), case.config, backend=backend)
+
+    with pytest.raises(ValueError, match=r"params\.position must have no tangent"), forward_ad.dual_level():
+        blocks(forward_ad.make_dual(position, torch.ones_like(position)))
+    with pytest.raises(ValueError, match=r"params\.position must be differentiated by torch\.autograd"):
+        torch.func.grad(lambda p: blocks(p).sum())(position)

@@ -104,6 +104,35 @@ def test_no_blocks_or_no_tokens(backend: str, tokens: int) -> None:
     assert [x.shape for x in outs] == [x.shape for x in tensors.values()]
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(
+    "strides",
+    [lambda x: torch.stack((x, x + 1), 1)[:, 0], lambda x: x[:1].expand(TOKENS)],
+    ids=["every_other", "expanded"],
+)
+def test_positions_may_have_any_strides(backend: str, strides: Any) -> None:
+    tensors, rope = draw(16, torch.float32), rope_table(80, 16)
+    positions = strides(torch.arange(TOKENS) + 5)
+    assert not positions.is_contiguous()
+    found, expected = (
+        apply_rope(*tensors.values(), rope, CONFIG, positions=given, backend=backend)
+        for given in (positions, positions.contiguous())
+    )
+    for name, x, y in zip(tensors, found, expected, strict=True):
+        assert_equal(x, y, what=name)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_table_for_the_longest_document_is_enough_where_nobody_can_look(backend: str, monkeypatch) -> None:
+    """As while a CUDA graph is captured."""
+    tensors, rope, offsets = draw(16, torch.float32), rope_table(22, 16), cumulative((22, 3, 20))
+    options = {"cu_seqlens": offsets, "backend": backend}
+    expected = apply_rope(*tensors.values(), rope, CONFIG, **options)
+    monkeypatch.setattr("nsa.checks._has_values", lambda x: False)
+    for name, x, y in zip(tensors, apply_rope(*tensors.values(), rope, CONFIG, **options), expected, strict=True):
+        assert_equal(x[:, :1], y[:, :1], what=name)
+
+
 def test_a_layer_rotates_in_one_launch_each_way(monkeypatch) -> None:
     watched = Watched(kernel._rope_kernel)
     monkeypatch.setattr(kernel, "_rope_kernel", watched)
