@@ -14,7 +14,7 @@ from nsa.config import NSAConfig
 from nsa.varlen import Varlen
 
 BackendName = Literal["auto", "eager", "triton"]
-"""What `backend=` takes; `"auto"` is Triton where it supports the arguments on a GPU, else eager."""
+"""Values of `backend=`; `"auto"` is Triton where it supports the arguments on a GPU, else eager."""
 
 
 class Backend(Protocol):

@@ -9,7 +9,7 @@ from nsa.config import NSAConfig
 
 
 class CompressionParams(NamedTuple):
-    """What `compress` learns, for keys or for values; `None` stands for the `"mean"` kind, which learns nothing.
+    """Learned tensors of `compress`, for keys or for values; `None` stands for the `"mean"` kind, which learns nothing.
 
     Attributes:
         position: `[Hk, l, D]`, intra-block position embedding, added to every block.
@@ -36,6 +36,11 @@ class BlockStarts(NamedTuple):
     filled: Tensor | None
 
 
+def count_blocks(cu_seqlens: Tensor, config: NSAConfig) -> Tensor:
+    """Number of compressed blocks of each packed sequence, `[N]`, for offsets `[N + 1]`."""
+    return ((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
+
+
 def block_starts(
     num_keys: int, config: NSAConfig, cu_seqlens: Tensor | None = None, *, device: torch.device | None = None
 ) -> BlockStarts:
@@ -48,7 +53,7 @@ def block_starts(
     if cu_seqlens is None:
         return BlockStarts(block * config.compress_stride, block * config.compress_stride, None)
     bounds = cu_seqlens.long()
-    counts = ((bounds.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
+    counts = count_blocks(bounds, config)
     ends = counts.cumsum(0)
     sequence = torch.searchsorted(ends, block, right=True)
     filled = sequence < ends.shape[0]

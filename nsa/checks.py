@@ -157,6 +157,12 @@ class Offsets(NamedTuple):
     longest: int
 
 
+def check_one_row(name: str, x: Tensor) -> None:
+    """Refuses packed sequences `name` for `x [B, T, ...]` with several rows."""
+    if x.shape[0] != 1:
+        raise ValueError(f"{name} needs a batch of 1, since sequences are packed along T, got {x.shape[0]}")
+
+
 def check_packing(
     like: Tensor,
     num_queries: int | None,
@@ -170,12 +176,10 @@ def check_packing(
     """Tables that were made before, or legal offsets.
 
     Args:
-        like: a tensor of the batch, which must have one row, and be on the device of the offsets.
+        like: a tensor on the device where the offsets must be.
         num_queries: `None` where only keys are at hand, and tables may be for any queries.
         cu_seqlens_k: those of the queries unless given.
     """
-    if like.shape[0] != 1:
-        raise ValueError(f"{names[0]} needs a batch of 1, since sequences are packed along T, got {like.shape[0]}")
     if isinstance(cu_seqlens_q, PackedSequences):
         if cu_seqlens_k is not None:
             raise ValueError(f"{names[1]} must be None where {names[0]} is PackedSequences, got a tensor")

@@ -38,6 +38,7 @@ from nsa.checks import (
     check_derivatives,
     check_indices,
     check_no_block_twice,
+    check_one_row,
     check_packing,
     check_params,
     check_positions,
@@ -140,6 +141,7 @@ def pack_tokens(
         return None
     num_tokens, names = x.shape[1], ("cu_seqlens", "cu_seqlens")
     num_queries = None if keys_alone else num_tokens
+    check_one_row("cu_seqlens", x)
     packed = check_packing(x, num_queries, num_tokens, cu_seqlens, None, config, names=names)
     if isinstance(packed, PackedSequences):
         return packed
@@ -222,8 +224,8 @@ def pack_sequences(
     check_config(config)
     check_tensor("cu_seqlens", cu_seqlens, "[N + 1]", dtype=torch.int32)
     num_keys = num_tokens if num_keys is None else num_keys
-    row, names = cu_seqlens.new_empty(1, 0), ("cu_seqlens", "cu_seqlens_k")
-    offsets = check_packing(row, num_tokens, num_keys, cu_seqlens, cu_seqlens_k, config, names=names)
+    names = ("cu_seqlens", "cu_seqlens_k")
+    offsets = check_packing(cu_seqlens, num_tokens, num_keys, cu_seqlens, cu_seqlens_k, config, names=names)
     assert not isinstance(offsets, PackedSequences)
     return make_tables(offsets.queries, offsets.keys, num_tokens, num_keys, offsets.longest, config)
 
@@ -435,6 +437,7 @@ def _tables(
         if num_queries > num_keys:
             raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {num_queries}")
         return None
+    check_one_row("cu_seqlens_q", q)
     packed = check_packing(q, num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, config)
     if isinstance(packed, PackedSequences):
         return packed.varlen

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa.blocks import BlockStarts, block_starts
+from nsa.blocks import BlockStarts, block_starts, count_blocks
 from nsa.config import NSAConfig
 
 
@@ -36,8 +36,7 @@ class Varlen(NamedTuple):
     def of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_queries: int, config: NSAConfig) -> "Varlen":
         """Tables for legal offsets: rising from 0 to the number of tokens, with no fewer keys than queries each."""
         lengths = cu_seqlens_k.diff()
-        counts = ((lengths - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)
-        cu_blocks = F.pad(counts.cumsum(0), (1, 0)).int()
+        cu_blocks = F.pad(count_blocks(cu_seqlens_k, config).cumsum(0), (1, 0)).int()
         query = torch.arange(num_queries, device=cu_seqlens_q.device, dtype=torch.int32)
         sequence = torch.searchsorted(cu_seqlens_q[1:], query, right=True, out_int32=True)
         # Compiled, there may be queries in no sequence, for which sequences without keys are made.

@@ -250,7 +250,7 @@ class Packing(NamedTuple):
 
     @staticmethod
     def of(varlen: Varlen | None, num_keys: int, block_size: int) -> "Packing":
-        """What the tables of packed sequences say of blocks."""
+        """Reads it from the tables of packed sequences."""
         if varlen is None:
             return Packing(None, None, 0, triton.cdiv(num_keys, block_size))
         num_sequences = varlen.cu_seqlens_k.shape[0] - 1
@@ -312,5 +312,5 @@ def build_block_index(indices: Tensor, shift: int, packing: Packing, block_size:
             indices, words, starts, offsets, members, packing.query_table, indices.stride(), *sizes, **constants
         )
     whole = num_queries * num_selected // chunk
-    # Of a list's pieces all but the last are whole: with several pieces, at least half of them.
+    # All pieces of a list but the last are whole: with several pieces, at least half of them.
     return BlockIndex(members, offsets, pieces, partials, num_blocks + whole, 2 * whole)

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,9 +36,9 @@ class KernelConfig:
     num_warps: int
     num_stages: int
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
-        """What the kernel is compiled with: its constants, warps and stages, without what its launcher reads."""
+        """Constants, warps and stages that the kernel is compiled with, without fields that its launcher reads."""
         return {name: value for name, value in asdict(self).items() if name.isupper() or name in _COMPILED}
 
 
@@ -94,9 +94,9 @@ class QueryMajorConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class SelectedForwardConfig(QueryMajorConfig):
-    """Forward pass of the selected branch by query; with `KEY_MAJOR` another kernel makes it by block."""
+    """Forward pass of the selected branch by query; with `key_major` another kernel makes it by block."""
 
-    KEY_MAJOR: bool
+    key_major: bool
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class KeyMajorConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class SelectedDkdvConfig(KeyMajorConfig):
-    """`dk` and `dv` of the selected branch, with `KEY_MAJOR` also `dq`."""
+    """`dk` and `dv` of the selected branch, with `key_major` also `dq`."""
 
-    KEY_MAJOR: bool
+    key_major: bool
 
 
 KERNELS: dict[str, type[KernelConfig]] = {
@@ -288,7 +288,7 @@ def _check_fields(kernel: str, values: dict[str, Any]) -> None:
 
 @cache
 def architecture(device: int) -> str:
-    """Of a CUDA device, such as `sm90`."""
+    """Architecture of a CUDA device, such as `sm90`."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
@@ -303,7 +303,7 @@ def _interpreted(kernel: str, group: int) -> KernelConfig:
     """Small blocks: they make small tests reach tile boundaries, and the interpreter's time is by operation."""
     return _made(
         kernel, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1, TMA=False, SPLIT=True, num_programs=8,
-        KEY_MAJOR=group < 8, CHUNK=2,
+        key_major=group < 8, CHUNK=2,
     )  # fmt: skip
 
 
@@ -326,5 +326,5 @@ def _fitting(kernel: str, row_bytes: int, dtype: torch.dtype, group: int) -> Ker
         rows, keys = min(short, 32), long if row_bytes <= 256 else short
     return _made(
         kernel, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages, TMA=False, SPLIT=True,
-        num_programs=512, KEY_MAJOR=group < 8, CHUNK=2048,
+        num_programs=512, key_major=group < 8, CHUNK=2048,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels share: dtypes, tiles of packed sequences, rows in one or two chunks of columns, the online softmax.
+"""Primitives of the kernels: dtypes, tiles of packed sequences, rows in chunks of columns, the online softmax.
 
 Packed sequences are cut into tiles that never cross a boundary. How many tiles that makes depends on the lengths, which
 live on the device, while a grid must be known on the host. So grids have room for as many tiles as there could be, each
@@ -79,7 +79,7 @@ class Heads(NamedTuple):
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor) -> "Heads":
-        """Those of `q [B, Tq, Hq, Dk]`, `k [B, T, Hk, Dk]` and `v [B, T, Hk, Dv]`."""
+        """Describes `q [B, Tq, Hq, Dk]`, `k [B, T, Hk, Dk]` and `v [B, T, Hk, Dv]`."""
         return Heads(q.dtype, q.shape[2] // k.shape[2], k.shape[3], v.shape[3])
 
     def config(self, kernel: str, device: torch.device) -> Any:
@@ -299,17 +299,14 @@ def store_rows(
     tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
 
 
-# Rows whose columns come in two chunks. Where there is one chunk, the second is something of no meaning.
-
-
 @triton.jit
 def store_chunks(
-    base, offsets, seen, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ADD: tl.constexpr = False
+    base, offsets, seen, x0, x1, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ADD: tl.constexpr = False
 ):
-    """Rows `[M, D0]` and `[M, D1]` to `base + offsets [M]`, added to what is there with ADD."""
-    store_rows(base, offsets, seen, x0, 0, D0, D, ADD)
+    """The counterpart of `load_chunks`; ADD as in `store_rows`."""
+    store_rows(base, offsets, seen, x0, 0, D0, DIM, ADD)
     if D1 > 0:
-        store_rows(base, offsets, seen, x1, D0, D1, D, ADD)
+        store_rows(base, offsets, seen, x1, D0, D1, DIM, ADD)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ There are two ways to bring queries and blocks together, in files of their own:
 
 `dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
 head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The
-field `KEY_MAJOR` of the configuration chooses.
+field `key_major` of the configuration chooses.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def forward(
     constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
     run: Callable[..., None]
     run, kernel = selected_by_query.forward, heads.config("selected_forward", q.device)
-    if kernel.KEY_MAJOR:
+    if kernel.key_major:
         run, kernel = selected_by_block.forward, heads.config("selected_forward_key_major", q.device)
     with torch.cuda.device_of(q):
         run(q, k, v, indices, out, lse, packing, constants, kernel, scale)
@@ -130,7 +130,7 @@ def gradients(
     heads = Heads.of(q, k, v)
     constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
     kernel = heads.config("selected_bwd_dkdv", q.device)
-    key_major = kernel.KEY_MAJOR
+    key_major = kernel.key_major
     with torch.cuda.device_of(q):
         if not key_major:
             selected_by_query.bwd_dq(

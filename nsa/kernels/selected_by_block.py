@@ -38,6 +38,7 @@ from nsa.kernels.configs import KeyMajorConfig
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
+    add_dot,
     dot,
     dot_chunks,
     head_runs,
@@ -244,16 +245,12 @@ def _bwd_dkdv_kernel(
                         q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
                         # A query that is not finite spoils the keys that it sees, and no others.
                         p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
-                    dv0 = dot(p.to(do0.dtype), do0, dv0, ACC, PRECISION)
-                    if V1 > 0:
-                        dv1 = dot(p.to(do1.dtype), do1, dv1, ACC, PRECISION)
+                    dv0, dv1 = add_dot(p.to(do0.dtype), do0, do1, dv0, dv1, V1, ACC, PRECISION)
                     ds = p * (dot_chunks(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
                     if CLEAN:
                         ds = tl.where(visible, ds, 0.0)
                     ds = ds.to(q0.dtype)
-                    dk0 = dot(ds, q0, dk0, ACC, PRECISION)
-                    if K1 > 0:
-                        dk1 = dot(ds, q1, dk1, ACC, PRECISION)
+                    dk0, dk1 = add_dot(ds, q0, q1, dk0, dk1, K1, ACC, PRECISION)
                     if WITH_DQ:
                         dq0 = dot(tl.trans(ds), clean_k0, None, ACC, PRECISION) * scale
                         dq1 = dq0
@@ -355,16 +352,6 @@ def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name not in names}
 
 
-def _options(config: KeyMajorConfig) -> dict[str, Any]:
-    """What both kernels are compiled with beside their constants."""
-    return {
-        "BLOCK_M": config.BLOCK_M,
-        "CHUNK": config.CHUNK,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -389,7 +376,7 @@ def forward(
         _forward_kernel[(count * index.pieces_per_head, parts)](
             q, k, v, index.members, index.offsets, index.pieces, partial, partial_lse2, packing.query_table,
             packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
-            index.pieces_per_head, first, scale, heads, **constants, **_options(config),
+            index.pieces_per_head, first, scale, heads, **constants, **config.options,
         )  # fmt: skip
         _merge_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
             partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
@@ -431,7 +418,7 @@ def bwd_dkdv(
             q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk, dv,
             partial_dk, partial_dv, partial_dq, packing.query_table, packing.cu_keys, packing.num_sequences, *strides,
             num_queries, num_keys, shift, packing.num_blocks, index.pieces_per_head, index.partials_per_head, first,
-            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **_options(config),
+            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **config.options,
         )  # fmt: skip
         if dq is not None:
             _merge_dq_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](

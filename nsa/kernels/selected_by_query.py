@@ -28,12 +28,13 @@ from nsa.kernels.configs import QueryMajorConfig
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
+    add_dot,
     describable,
     descriptors,
-    dot,
     dot_chunks,
     fetch,
     load_chunks,
+    online_softmax_update,
     store_chunks,
     zero_unless_finite,
 )
@@ -134,16 +135,12 @@ def _forward_kernel(
                 )
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                 s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
-                new_max = tl.maximum(row_max, tl.max(s, 1))
-                # Each row by its own maximum; what is subtracted must be finite while a row has seen nothing.
-                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-                p = tl.exp2(s - safe_max[:, None])
-                rescale = tl.exp2(row_max - safe_max)[:, None]
-                p_sum = p_sum * rescale + p
-                row_max = new_max
-                out0 = dot(p.to(v0.dtype), v0, out0 * rescale, ACC, PRECISION)
+                p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
+                p_sum = p_sum * rescale[:, None] + p
+                out0 *= rescale[:, None]
                 if V1 > 0:
-                    out1 = dot(p.to(v1.dtype), v1, out1 * rescale, ACC, PRECISION)
+                    out1 *= rescale[:, None]
+                out0, out1 = add_dot(p.to(v0.dtype), v0, v1, out0, out1, V1, ACC, PRECISION)
 
             row_sum = tl.sum(p_sum, 1)
             empty = row_sum == 0
@@ -203,9 +200,7 @@ def _bwd_dq_kernel(
                 dp = dot_chunks(do0, do1, v0, v1, V1, ACC, PRECISION)
                 s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
                 ds = (tl.exp2(s - row_lse2[:, None]) * (dp - row_delta[:, None])).to(k0.dtype)
-                dq0 = dot(ds, k0, dq0, ACC, PRECISION)
-                if K1 > 0:
-                    dq1 = dot(ds, k1, dq1, ACC, PRECISION)
+                dq0, dq1 = add_dot(ds, k0, k1, dq0, dq1, K1, ACC, PRECISION)
             stored = inside
             if TMA and not CLEAN:
                 poisoned = zero_unless_finite(dq0, dq1, K1, ACC)
@@ -225,13 +220,12 @@ def _options(
     """What both kernels are compiled for."""
     return {
         **constants,
+        **config.options,
         "BLOCK_M": max(16, triton.next_power_of_2(constants["G"])),  # rows of a product, which has at least 16
         "SLOTS": triton.next_power_of_2(constants["NUM_SELECTED"]),
         "BLOCK_N": min(constants["BLOCK_SIZE"], config.BLOCK_N),
         # A descriptor knows no sequences: what it reads beyond one's end may be anything, NaN included.
         "TMA": config.TMA and packing.query_table is None and describable(k, v),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
     }
 
 

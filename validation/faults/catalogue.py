@@ -769,9 +769,9 @@ _CONTIGUOUS_KERNELS = [
     Fault(
         "short-sequences-take-blocks-away",
         "a packed sequence shorter than a compressed block has a negative number of them",
-        "varlen.py",
-        "((lengths - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)",
-        "((lengths - config.compress_block_size) // config.compress_stride + 1)",
+        "blocks.py",
+        "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1).clamp(min=0)",
+        "((cu_seqlens.diff() - config.compress_block_size) // config.compress_stride + 1)",
         (_oracle("packed", "compressed_attention"),),
     ),
     Fault(
@@ -840,8 +840,8 @@ _SELECTED_KERNELS = [
     ),
     Fault(
         "maximum-not-subtracted",
-        "going by query, exponentials are taken of logits as they are",
-        "kernels/selected_by_query.py",
+        "exponentials are taken of logits as they are, without their maximum",
+        "kernels/primitives.py",
         "        new_max = tl.maximum(row_max, tl.max(s, 1))\n",
         '        new_max = tl.where(tl.maximum(row_max, tl.max(s, 1)) == float("-inf"), float("-inf"), 0.0)\n',
         ("test_adversarial.py::test_matches_the_oracle[by_query-selected_attention-queries_of_all_sizes-float64]",),

@@ -89,8 +89,8 @@ def _selected_forward_key_major(group: int) -> list[Launch]:
 
 
 def _selected_forward(group: int) -> list[Launch]:
-    query_major = _each(KEY_MAJOR=[False], TMA=[True], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3, 4])
-    return (query_major if group >= 4 else []) + ([{"KEY_MAJOR": True}] if group <= 8 else [])
+    query_major = _each(key_major=[False], TMA=[True], BLOCK_N=[32, 64], num_warps=[1, 2, 4], num_stages=[2, 3, 4])
+    return (query_major if group >= 4 else []) + ([{"key_major": True}] if group <= 8 else [])
 
 
 def _selected_bwd_dq(group: int) -> list[Launch]:
@@ -101,8 +101,8 @@ def _selected_bwd_dq(group: int) -> list[Launch]:
 
 def _selected_bwd_dkdv(group: int) -> list[Launch]:
     shapes = {"num_warps": [4, 8], "num_stages": [1, 2, 3]}
-    query_major = _each(KEY_MAJOR=[False], BLOCK_M=[32, 64, 128], CHUNK=[1024], **shapes)
-    key_major = _each(KEY_MAJOR=[True], BLOCK_M=[32, 64, 128], CHUNK=[2048], **shapes)
+    query_major = _each(key_major=[False], BLOCK_M=[32, 64, 128], CHUNK=[1024], **shapes)
+    key_major = _each(key_major=[True], BLOCK_M=[32, 64, 128], CHUNK=[2048], **shapes)
     return (query_major if group >= 4 else []) + (key_major if group <= 8 else [])
 
 
@@ -129,12 +129,12 @@ KERNELS = {
         "selected_attention",
         "forward",
         _selected_forward_key_major,
-        meanwhile={"selected_forward": {"KEY_MAJOR": True}},
+        meanwhile={"selected_forward": {"key_major": True}},
     ),
     "selected_forward": Kernel("selected_attention", "forward", _selected_forward),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
     "selected_bwd_dq": Kernel(
-        "selected_attention", "backward", _selected_bwd_dq, meanwhile={"selected_bwd_dkdv": {"KEY_MAJOR": False}}
+        "selected_attention", "backward", _selected_bwd_dq, meanwhile={"selected_bwd_dkdv": {"key_major": False}}
     ),
     "selected_bwd_dkdv": Kernel("selected_attention", "backward", _selected_bwd_dkdv),
 }

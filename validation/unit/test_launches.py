@@ -59,8 +59,8 @@ def test_kernels_that_are_not_there_are_refused(name):
 
 
 def test_fields_that_a_kernel_has_not_got_are_refused():
-    unknown = "selected_forward has BLOCK_N, KEY_MAJOR, TMA, num_stages, num_warps, not KEY_MAYOR$"
-    with pytest.raises(ValueError, match=unknown), configs.override("selected_forward", KEY_MAYOR=False):
+    unknown = "selected_forward has BLOCK_N, TMA, key_major, num_stages, num_warps, not key_mayor$"
+    with pytest.raises(ValueError, match=unknown), configs.override("selected_forward", key_mayor=False):
         pass
     with pytest.raises(ValueError, match=r"window_forward has .*, not CHUNK$"):
         make_config("window_forward", BLOCK_M=64, CHUNK=3, **FLASH)
@@ -148,6 +148,16 @@ class Recorder:
         return lambda *args, **kwargs: self.grids.append(grid)
 
 
+def record_launches(monkeypatch):
+    """The grids of all kernels that are launched from now on, and do not run."""
+    grids = []
+    for name in MODULES:
+        module = import_module(f"nsa.kernels.{name}")
+        for kernel in (name for name in vars(module) if name.endswith("_kernel")):
+            monkeypatch.setattr(module, kernel, Recorder(grids))
+    return grids
+
+
 def launch_windows(q, k, lse, indices, config):
     inputs = (None, *tensors_of(None), k.shape[1], sizes_of(config), 1.0)
     OPERATORS["nsa_triton::sliding_window_attention"](q, k, k, *inputs)
@@ -204,11 +214,7 @@ def launch_combine(q, k, lse, indices, config):
 )
 def test_grids_have_one_side(launches, monkeypatch):
     """No batch is too large for a grid: what grows with it lies along the side that has no low limit."""
-    grids = []
-    for name in MODULES:
-        module = import_module(f"nsa.kernels.{name}")
-        for kernel in (name for name in vars(module) if name.endswith("_kernel")):
-            monkeypatch.setattr(module, kernel, Recorder(grids))
+    grids = record_launches(monkeypatch)
     monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", True)
     batch, config = MOST + 1, NSAConfig(16, 16, 16, 1, 0, 0, 1, "mean")
     q = torch.zeros(batch, 1, 1, 16)
@@ -254,11 +260,7 @@ class Starts(TorchDispatchMode):
 )
 def test_a_pass_starts_few_operations(monkeypatch, heads, kv_heads, forward, backward):
     """At the shapes of benchmarks, with the configurations of an H200; what is started does not depend on values."""
-    launches = []
-    for name in MODULES:
-        module = import_module(f"nsa.kernels.{name}")
-        for kernel in (name for name in vars(module) if name.endswith("_kernel")):
-            monkeypatch.setattr(module, kernel, Recorder(launches))
+    launches = record_launches(monkeypatch)
     monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

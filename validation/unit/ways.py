@@ -11,7 +11,7 @@ from typing import Any
 from nsa.kernels.configs import KERNELS, override
 
 SELECTED = ("selected_forward", "selected_forward_key_major", "selected_bwd_dq", "selected_bwd_dkdv")
-WAYS = {"by_query": {"KEY_MAJOR": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"KEY_MAJOR": True, "CHUNK": 8}}
+WAYS = {"by_query": {"key_major": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"key_major": True, "CHUNK": 8}}
 
 
 def fitting(name: str, values: dict[str, Any]) -> dict[str, Any]:
