@@ -171,7 +171,7 @@ def apply_rope(
         k_slc, k_win: `[B, T, Hk, D]`.
         rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
         positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
-            must be below `L`, which is checked on a CPU.
+            must be below `L`, which is checked on a CPU; rows of others come out as NaN.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
 
     Returns:

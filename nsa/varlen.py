@@ -38,7 +38,8 @@ class Varlen(NamedTuple):
         lengths = cu_seqlens_k.diff()
         cu_blocks = F.pad(count_blocks(cu_seqlens_k, config).cumsum(0), (1, 0)).int()
         query = torch.arange(num_queries, device=cu_seqlens_q.device, dtype=torch.int32)
-        sequence = torch.searchsorted(cu_seqlens_q[1:], query, right=True, out_int32=True)
+        # Not of `cu_seqlens_q[1:]`: compiled for a GPU, PyTorch 2.11 would search from the start of the tensor sliced.
+        sequence = torch.searchsorted(cu_seqlens_q, query, right=True, out_int32=True) - 1
         # Compiled, there may be queries in no sequence, for which sequences without keys are made.
         sequence = sequence.clamp(max=lengths.shape[0] - 1)
         position = query - cu_seqlens_q[sequence + 1] + lengths[sequence]

@@ -1,5 +1,7 @@
 """Rotary position embedding in plain PyTorch (RoFormer, arXiv 2104.09864)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,5 +32,11 @@ def apply_rope(
         positions = torch.arange(q.shape[1], device=q.device)
     if block_positions is None:
         block_positions = torch.arange(k_cmp.shape[1], device=q.device) * config.compress_stride
-    angles = rope[positions]
-    return rotate(q, angles), rotate(k_cmp, rope[block_positions]), rotate(k_slc, angles), rotate(k_win, angles)
+    angles, block_angles = _rows(rope, positions), _rows(rope, block_positions)
+    return rotate(q, angles), rotate(k_cmp, block_angles), rotate(k_slc, angles), rotate(k_win, angles)
+
+
+def _rows(rope: Tensor, positions: Tensor) -> Tensor:
+    """Rows of the table, NaN where there is none: on a GPU nobody has looked at the positions."""
+    known = (positions >= 0) & (positions < rope.shape[0])
+    return rope[positions * known].where(known[:, None, None], math.nan)

@@ -30,12 +30,13 @@ def expected(case: Case, x: Tensors, branch: str) -> Tensor:
     packing = {key: value for key, value in case.call.items() if key.startswith("cu_seqlens")}
     for sequence in oracle.sequences(config, x["q"].shape[1], x["k"].shape[1], **packing):
         keys, values = x["k"][:, sequence.keys], x["v"][:, sequence.keys]
-        token, position = torch.arange(keys.shape[1], device="cpu"), sequence.positions[:, None]
+        position = sequence.positions[:, None]
+        token = torch.arange(keys.shape[1], device=position.device)
         mask = (token <= position)[:, None]
         if branch == "window":
             mask = mask & (position - token < config.window_size)[:, None]
         else:
-            blocks = x["indices"][:, sequence.queries].cpu()
+            blocks = x["indices"][:, sequence.queries].to(token.device)
             mask = mask & (blocks[..., None] == token // config.select_block_size).any(-2)
         parts.append(oracle.attend(x["q"][:, sequence.queries], keys, values, mask, case.call.get("scale"))[1])
     return torch.cat(parts, 1)
