@@ -80,12 +80,11 @@ def find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE: tl.constexpr
 
 @triton.jit
 def find_piece(
-    offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED: tl.constexpr,
+    program, offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The piece of this program: its head, its block (-1 if there are fewer pieces), its number in the list and how
-    many the list has, its first pair among `members` and its number of pairs."""
-    program = tl.program_id(0)
+    """The piece of a program: its head, its block (-1 if there are fewer pieces), its number in the list and how many
+    the list has, its first pair among `members` and its number of pairs."""
     head = first_head + program // pieces_per_head
     piece = program % pieces_per_head
     offsets += head.to(tl.int64) * (num_blocks + 1)

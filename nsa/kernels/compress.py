@@ -45,7 +45,7 @@ def _mean_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` blocks of one head; a packed block that does not exist starts at -1 and is 0."""
-    tile, head, batch = find_program(num_tiles, HEADS)
+    tile, head, batch = find_program(tl.program_id(0), num_tiles, HEADS)
     block = tile * ROWS + tl.arange(0, ROWS)
     head = head.to(tl.int64)
     batch = batch.to(tl.int64)
@@ -72,7 +72,7 @@ def _rows_kernel(
     ACC: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One row of `[2, H, B C, l D]`; a packed block that does not exist starts at -1 and is 0."""
-    block, head, batch_row = find_program(count, HEADS)
+    block, head, batch_row = find_program(tl.program_id(0), count, HEADS)
     head = head.to(tl.int64)
     batch_row = batch_row.to(tl.int64)
     row = (head * batch + batch_row) * count + block
@@ -111,7 +111,7 @@ def _tokens_kernel(
 
     A token belongs to the last block that starts at or before it and to some before that, while they reach it.
     """
-    tile, head, batch_row = find_program(num_tiles, HEADS)
+    tile, head, batch_row = find_program(tl.program_id(0), num_tiles, HEADS)
     token = tile * ROWS + tl.arange(0, ROWS)
     head = head.to(tl.int64)
     batch_row = batch_row.to(tl.int64)

@@ -318,7 +318,7 @@ def _fitting(kernel: str, row_bytes: int, dtype: torch.dtype, group: int) -> Ker
     elif row_bytes <= 512:
         long, short, warps, stages = 64, 32, 4 if dtype == torch.float32 else 8, 1
     elif row_bytes <= 1024:
-        long, short, warps, stages = 32, 32, 8, 1
+        long, short, warps, stages = 32, 16, 4, 1
     else:
         long, short, warps, stages = 16, 16, 4, 1
     rows, keys = long, short
@@ -326,5 +326,5 @@ def _fitting(kernel: str, row_bytes: int, dtype: torch.dtype, group: int) -> Ker
         rows, keys = min(short, 32), long if row_bytes <= 256 else short
     return _made(
         kernel, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages, TMA=False, SPLIT=True,
-        num_programs=512, key_major=group < 8, CHUNK=2048,
+        num_programs=512, key_major=group < 8 and row_bytes <= 1024, CHUNK=2048,
     )  # fmt: skip

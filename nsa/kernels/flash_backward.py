@@ -44,6 +44,7 @@ from nsa.kernels.primitives import (
     load_chunks,
     not_finite,
     probability,
+    program_of,
     rows_contiguous,
     store_chunks,
     without,
@@ -69,27 +70,27 @@ def _bwd_dq_kernel(
     SPLIT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """`dq` of a tile of rows, added to what is there with ADD."""
-    tile, head, batch = find_program(num_tiles, HEADS)
-    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
-        num_tiles - 1 - tile, G, BLOCK_M, PACKED,
-    )  # fmt: skip
-    shift = num_tokens - num_queries
-    batch64 = tl.cast(batch, tl.int64)
-    head64 = tl.cast(head, tl.int64)
-    q += batch64 * q_strides[0]
-    k += batch64 * k_strides[0] + head64 * k_strides[2]
-    v += batch64 * v_strides[0] + head64 * v_strides[2]
-    dout += batch64 * dout_strides[0]
-    dq += batch64 * dq_strides[0]
-    key_first, key_stop, count, a, b = key_range(
-        first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
-        LAST, WINDOWED, BLOCK_N, SPLIT,
-    )  # fmt: skip
-
     poisoned = 1.0
     for CLEAN in tl.static_range(2):
         if poisoned != 0:
+            tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles, HEADS)
+            first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+                cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+                num_tiles - 1 - tile, G, BLOCK_M, PACKED,
+            )  # fmt: skip
+            shift = num_tokens - num_queries
+            batch64 = tl.cast(batch, tl.int64)
+            head64 = tl.cast(head, tl.int64)
+            q_head = q + batch64 * q_strides[0]
+            k_head = k + batch64 * k_strides[0] + head64 * k_strides[2]
+            v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
+            dout_head = dout + batch64 * dout_strides[0]
+            dq_head = dq + batch64 * dq_strides[0]
+            key_first, key_stop, count, a, b = key_range(
+                first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window,
+                STRIDE, LAST, WINDOWED, BLOCK_N, SPLIT,
+            )  # fmt: skip
+
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < num_queries * G
             position = rows // G + shift
@@ -97,9 +98,9 @@ def _bwd_dq_kernel(
             query_head = (head * G + rows % G).to(tl.int64)
             num_visible = count_visible(position, STRIDE, LAST)
             first_visible = position - window + 1
-            q0, q1 = load_chunks(q, token * q_strides[1] + query_head * q_strides[2], inside, DK, K0, K1)
+            q0, q1 = load_chunks(q_head, token * q_strides[1] + query_head * q_strides[2], inside, DK, K0, K1)
             dout_offsets = token * dout_strides[1] + query_head * dout_strides[2]
-            do0, do1 = load_chunks(dout, dout_offsets, inside, DV, V0, V1)
+            do0, do1 = load_chunks(dout_head, dout_offsets, inside, DV, V0, V1)
             of_row = batch64 * lse_stride + token * (HEADS * G) + query_head
             lse2 = tl.load(lse + of_row, mask=inside, other=0.0) * LOG2E
             lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
@@ -121,12 +122,12 @@ def _bwd_dq_kernel(
                     exists = keys < key_stop
                     row = key_start + start
                     k0, k1 = fetch(
-                        k_tiles0, k_tiles1, k, k_offsets, exists, batch, head, row, k_strides[1], DK, K0, K1, BLOCK_N,
-                        MASKED, TMA,
+                        k_tiles0, k_tiles1, k_head, k_offsets, exists, batch, head, row, k_strides[1], DK, K0, K1,
+                        BLOCK_N, MASKED, TMA,
                     )  # fmt: skip
                     v0, v1 = fetch(
-                        v_tiles0, v_tiles1, v, v_offsets, exists, batch, head, row, v_strides[1], DV, V0, V1, BLOCK_N,
-                        MASKED, TMA,
+                        v_tiles0, v_tiles1, v_head, v_offsets, exists, batch, head, row, v_strides[1], DV, V0, V1,
+                        BLOCK_N, MASKED, TMA,
                     )  # fmt: skip
                     s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
                     if MASKED:
@@ -147,7 +148,7 @@ def _bwd_dq_kernel(
                 stored = tl.where(inside, poisoned, 1.0) == 0  # what is added cannot be taken back
             factor = (scale * weight)[:, None]
             dq_offsets = token * dq_strides[1] + query_head * dq_strides[2]
-            store_chunks(dq, dq_offsets, stored, dq0 * factor, dq1 * factor, DK, K0, K1, ADD)
+            store_chunks(dq_head, dq_offsets, stored, dq0 * factor, dq1 * factor, DK, K0, K1, ADD)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -161,50 +162,50 @@ def _bwd_dkdv_kernel(
     SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One split of `dk` and `dv` of a tile of keys. `dk_strides` begin with that of the split."""
-    tile, head, batch = find_program(num_tiles * num_splits, HEADS)
-    split = tile % num_splits
-    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        cu_keys, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
-        tile // num_splits, 1, BLOCK_N, PACKED,
-    )  # fmt: skip
-    shift = num_tokens - num_queries
-    split64 = tl.cast(split, tl.int64)
-    batch64 = tl.cast(batch, tl.int64)
-    head64 = tl.cast(head, tl.int64)
-    q += batch64 * q_strides[0]
-    k += batch64 * k_strides[0] + head64 * k_strides[2]
-    v += batch64 * v_strides[0] + head64 * v_strides[2]
-    dout += batch64 * dout_strides[0]
-    lse2 += batch64 * row_strides[0]
-    delta += batch64 * row_strides[0]
-    dk += split64 * dk_strides[0] + batch64 * dk_strides[1] + head64 * dk_strides[3]
-    dv += split64 * dv_strides[0] + batch64 * dv_strides[1] + head64 * dv_strides[3]
-
-    # The queries that see any key of the tile, and those that see all, counted from the first of the sequence.
-    last = tl.minimum(first + BLOCK_N, num_keys) - 1
-    # A start at a multiple of 16 lets what is kept a row be read 16 bytes at a time.
-    query_first = tl.maximum(first * STRIDE + LAST - shift, 0) // 16 * 16
-    full_first = tl.maximum(last * STRIDE + LAST - shift, 0)
-    query_stop = num_queries
-    full_stop = num_queries
-    if WINDOWED:
-        query_stop = tl.minimum(num_queries, last + window - shift)
-        full_stop = tl.minimum(num_queries, first + window - shift)
-    count, a, b = split_range(query_first, full_first, full_stop, query_stop, BLOCK_M, SPLIT)
-    # This split's tiles are [begin, end), and of those [a, b) need no mask.
-    begin = count * split // num_splits
-    end = count * (split + 1) // num_splits
-    a = tl.minimum(tl.maximum(a, begin), end)
-    b = tl.minimum(tl.maximum(b, begin), end)
-
     poisoned = 1.0
     for CLEAN in tl.static_range(2):
         if poisoned != 0:
+            tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles * num_splits, HEADS)
+            split = tile % num_splits
+            first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+                cu_keys, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+                tile // num_splits, 1, BLOCK_N, PACKED,
+            )  # fmt: skip
+            shift = num_tokens - num_queries
+            split64 = tl.cast(split, tl.int64)
+            batch64 = tl.cast(batch, tl.int64)
+            head64 = tl.cast(head, tl.int64)
+            q_head = q + batch64 * q_strides[0]
+            k_head = k + batch64 * k_strides[0] + head64 * k_strides[2]
+            v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
+            dout_head = dout + batch64 * dout_strides[0]
+            lse2_head = lse2 + batch64 * row_strides[0]
+            delta_head = delta + batch64 * row_strides[0]
+            dk_head = dk + split64 * dk_strides[0] + batch64 * dk_strides[1] + head64 * dk_strides[3]
+            dv_head = dv + split64 * dv_strides[0] + batch64 * dv_strides[1] + head64 * dv_strides[3]
+
+            # The queries that see any key of the tile, and those that see all, counted from the first of the sequence.
+            last = tl.minimum(first + BLOCK_N, num_keys) - 1
+            # A start at a multiple of 16 lets what is kept a row be read 16 bytes at a time.
+            query_first = tl.maximum(first * STRIDE + LAST - shift, 0) // 16 * 16
+            full_first = tl.maximum(last * STRIDE + LAST - shift, 0)
+            query_stop = num_queries
+            full_stop = num_queries
+            if WINDOWED:
+                query_stop = tl.minimum(num_queries, last + window - shift)
+                full_stop = tl.minimum(num_queries, first + window - shift)
+            count, a, b = split_range(query_first, full_first, full_stop, query_stop, BLOCK_M, SPLIT)
+            # This split's tiles are [begin, end), and of those [a, b) need no mask.
+            begin = count * split // num_splits
+            end = count * (split + 1) // num_splits
+            a = tl.minimum(tl.maximum(a, begin), end)
+            b = tl.minimum(tl.maximum(b, begin), end)
+
             keys = first + tl.arange(0, BLOCK_N)
             exists = keys < num_keys
             key = (key_start + keys).to(tl.int64)
-            k0, k1 = load_chunks(k, key * k_strides[1], exists, DK, K0, K1)
-            v0, v1 = load_chunks(v, key * v_strides[1], exists, DV, V0, V1)
+            k0, k1 = load_chunks(k_head, key * k_strides[1], exists, DK, K0, K1)
+            v0, v1 = load_chunks(v_head, key * v_strides[1], exists, DV, V0, V1)
             q_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * q_strides[1]
             do_offsets = tl.arange(0, BLOCK_M).to(tl.int64) * dout_strides[1]
             dk0 = tl.zeros([BLOCK_N, K0], ACC)
@@ -221,20 +222,20 @@ def _bwd_dkdv_kernel(
                     query_head = head * G + i % G
                     query_head64 = tl.cast(query_head, tl.int64)
                     q0, q1 = fetch(
-                        q_tiles0, q_tiles1, q + query_head64 * q_strides[2], q_offsets, inside, batch, query_head, row,
-                        q_strides[1], DK, K0, K1, BLOCK_M, MASKED, TMA,
+                        q_tiles0, q_tiles1, q_head + query_head64 * q_strides[2], q_offsets, inside, batch, query_head,
+                        row, q_strides[1], DK, K0, K1, BLOCK_M, MASKED, TMA,
                     )  # fmt: skip
                     do0, do1 = fetch(
-                        do_tiles0, do_tiles1, dout + query_head64 * dout_strides[2], do_offsets, inside, batch,
+                        do_tiles0, do_tiles1, dout_head + query_head64 * dout_strides[2], do_offsets, inside, batch,
                         query_head, row, dout_strides[1], DV, V0, V1, BLOCK_M, MASKED, TMA,
                     )  # fmt: skip
                     of_row = query_head64 * row_strides[1] + row + tl.arange(0, BLOCK_M)
                     if MASKED:
-                        row_lse2 = tl.load(lse2 + of_row, mask=inside, other=float("inf"))
-                        row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
+                        row_lse2 = tl.load(lse2_head + of_row, mask=inside, other=float("inf"))
+                        row_delta = tl.load(delta_head + of_row, mask=inside, other=0.0)
                     else:
-                        row_lse2 = tl.load(lse2 + of_row)
-                        row_delta = tl.load(delta + of_row)
+                        row_lse2 = tl.load(lse2_head + of_row)
+                        row_delta = tl.load(delta_head + of_row)
                     s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * scale_log2
                     if MASKED:
                         position = queries + shift
@@ -256,8 +257,8 @@ def _bwd_dkdv_kernel(
                         ds = tl.where(visible, ds, 0.0)
                     dk0, dk1 = add_dot(ds.to(q0.dtype), q0, q1, dk0, dk1, K1, ACC, PRECISION)
 
-            store_chunks(dk, key * dk_strides[2], exists, dk0 * scale, dk1 * scale, DK, K0, K1)
-            store_chunks(dv, key * dv_strides[2], exists, dv0, dv1, DV, V0, V1)
+            store_chunks(dk_head, key * dk_strides[2], exists, dk0 * scale, dk1 * scale, DK, K0, K1)
+            store_chunks(dv_head, key * dv_strides[2], exists, dv0, dv1, DV, V0, V1)
             if not CLEAN:
                 poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
 

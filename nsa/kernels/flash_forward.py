@@ -41,6 +41,7 @@ from nsa.kernels.primitives import (
     load_chunks,
     not_finite,
     online_softmax_update,
+    program_of,
     rows_contiguous,
     store_chunks,
     without,
@@ -127,38 +128,42 @@ def _forward_kernel(
     PACKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    tile, head, batch = find_program(num_tiles, HEADS)
-    # The last tiles see the most keys and are taken first: what is left for the end of a launch is light.
-    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-        cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
-        num_tiles - 1 - tile, G, BLOCK_M, PACKED,
-    )  # fmt: skip
-    shift = num_tokens - num_queries
-    batch64 = tl.cast(batch, tl.int64)
-    head64 = tl.cast(head, tl.int64)
-    q += batch64 * q_strides[0]
-    k += batch64 * k_strides[0] + head64 * k_strides[2]
-    v += batch64 * v_strides[0] + head64 * v_strides[2]
-    out += batch64 * out_strides[0]
-    lse += batch64 * lse_stride
-    key_first, key_stop, count, a, b = key_range(
-        first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
-        LAST, WINDOWED, BLOCK_N, SPLIT,
-    )  # fmt: skip
-    poisoned = _attend(
-        first, q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
-        batch, head, query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window, HEADS,
-        scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0, K1, DV, V0, V1, ACC, PRECISION, BLOCK_M, BLOCK_N, TMA, SPLIT,
-        False,
-    )  # fmt: skip
-    if poisoned != 0:
-        for offset in range(0, BLOCK_M, _CLEAN_ROWS):
-            _attend(
-                first + offset, q, k, v, None, None, None, None, out, lse, q_strides, k_strides, v_strides, out_strides,
-                batch, head, query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window,
-                HEADS, scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0, K1, DV, V0, V1, ACC, PRECISION, _CLEAN_ROWS,
-                BLOCK_N, False, False, True,
+    poisoned = 1.0
+    for CLEAN in tl.static_range(2):
+        if poisoned != 0:
+            tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles, HEADS)
+            # The last tiles see the most keys and are taken first: what is left for the end of a launch is light.
+            first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+                cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+                num_tiles - 1 - tile, G, BLOCK_M, PACKED,
             )  # fmt: skip
+            shift = num_tokens - num_queries
+            batch64 = tl.cast(batch, tl.int64)
+            head64 = tl.cast(head, tl.int64)
+            q_head = q + batch64 * q_strides[0]
+            k_head = k + batch64 * k_strides[0] + head64 * k_strides[2]
+            v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
+            out_head = out + batch64 * out_strides[0]
+            lse_head = lse + batch64 * lse_stride
+            key_first, key_stop, count, a, b = key_range(
+                first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window,
+                STRIDE, LAST, WINDOWED, BLOCK_N, SPLIT,
+            )  # fmt: skip
+            if CLEAN:
+                for offset in range(0, BLOCK_M, _CLEAN_ROWS):
+                    _attend(
+                        first + offset, q_head, k_head, v_head, None, None, None, None, out_head, lse_head, q_strides,
+                        k_strides, v_strides, out_strides, batch, head, query_start, num_queries, shift, key_first,
+                        key_start, key_stop, count, a, b, window, HEADS, scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0,
+                        K1, DV, V0, V1, ACC, PRECISION, _CLEAN_ROWS, BLOCK_N, False, False, True,
+                    )  # fmt: skip
+            else:
+                poisoned = _attend(
+                    first, q_head, k_head, v_head, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out_head, lse_head,
+                    q_strides, k_strides, v_strides, out_strides, batch, head, query_start, num_queries, shift,
+                    key_first, key_start, key_stop, count, a, b, window, HEADS, scale_log2, STRIDE, LAST, WINDOWED, G,
+                    DK, K0, K1, DV, V0, V1, ACC, PRECISION, BLOCK_M, BLOCK_N, TMA, SPLIT, False,
+                )  # fmt: skip
 
 
 def forward(

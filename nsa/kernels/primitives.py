@@ -162,9 +162,8 @@ def probability(x, lse2, ACC: tl.constexpr, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def find_program(num_tiles, HEADS):
-    """This program's tile, KV head and batch row. Grids have one side: CUDA limits the others to 65,535 blocks."""
-    program = tl.program_id(0)
+def find_program(program, num_tiles, HEADS):
+    """A program's tile, KV head and batch row. Grids have one side: CUDA limits the others to 65,535 blocks."""
     return program % num_tiles, program // num_tiles % HEADS, program // num_tiles // HEADS
 
 
@@ -271,6 +270,16 @@ def zero_unless_finite(x0, x1, D1: tl.constexpr, ACC: tl.constexpr):
     if D1 > 0:
         zeros += tl.sum(x1.to(ACC) * 0.0, 1)
     return tl.sum(zeros, 0)
+
+
+@triton.jit
+def program_of(poisoned, CLEAN: tl.constexpr):
+    """This program's number. With CLEAN `poisoned` is NaN, and so adds 0, which the compiler does not know: it finds
+    everything of the second pass anew, instead of keeping it in registers throughout the first."""
+    program = tl.program_id(0)
+    if CLEAN:
+        program += (poisoned == poisoned).to(tl.int32)
+    return program
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
         **constants,
         "NUM_SELECTED": num_selected,
         "BLOCK_SIZE": block_size,
-        "BLOCK_N": min(block_size, 64 if row_bytes <= 1024 else 32),
+        "BLOCK_N": min(block_size, 64 if row_bytes < 512 else 32 if row_bytes < 1024 else 16),
         "PACKED": packed,
     }
 

@@ -21,6 +21,7 @@ are not finite out of the products, and gives them NaN as their weight where the
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +46,7 @@ from nsa.kernels.primitives import (
     load_chunks,
     not_finite,
     probability,
+    program_of,
     store_chunks,
     without,
     zero_unless_finite,
@@ -66,26 +68,28 @@ def _forward_kernel(
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Partial results of the pairs of one piece and the log-sum-exps of their rows, in base 2."""
-    batch_head, block, _, _, begin, count = find_piece(
-        offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
-    )
-    if block >= 0:
-        part = tl.program_id(1)
-        start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
-        head = (batch_head % HEADS).to(tl.int64)
-        batch = (batch_head // HEADS).to(tl.int64)
-        k += batch * k_strides[0] + head * k_strides[2]
-        v += batch * v_strides[0] + head * v_strides[2]
-        q += batch * q_strides[0] + head * G * q_strides[2]
+    poisoned = 1.0
+    for CLEAN in tl.static_range(2):
+        if poisoned != 0:
+            batch_head, block, _, _, begin, count = find_piece(
+                program_of(poisoned, CLEAN), offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks,
+                NUM_SELECTED, CHUNK,
+            )  # fmt: skip
+            poisoned = 0.0
+            if block >= 0:
+                part = tl.program_id(1)
+                start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
+                head = (batch_head % HEADS).to(tl.int64)
+                batch = (batch_head // HEADS).to(tl.int64)
+                k_head = k + batch * k_strides[0] + head * k_strides[2]
+                v_head = v + batch * v_strides[0] + head * v_strides[2]
+                q_head = q + batch * q_strides[0] + head * G * q_strides[2]
 
-        poisoned = 1.0
-        for CLEAN in tl.static_range(2):
-            if poisoned != 0:
                 within = part * BLOCK_N + tl.arange(0, BLOCK_N)
                 real = within < length
                 keys = start + within.to(tl.int64)
-                k0, k1 = load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
-                v0, v1 = load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
+                k0, k1 = load_chunks(k_head, keys * k_strides[1], real, DK, K0, K1)
+                v0, v1 = load_chunks(v_head, keys * v_strides[1], real, DV, V0, V1)
                 if CLEAN:
                     bad = not_finite(v0, v1, V1, ACC)
                     v0, v1 = without(v0, v1, bad, V1)
@@ -95,7 +99,7 @@ def _forward_kernel(
                     member = tl.load(members + begin + row // G, mask=inside, other=0)
                     query = (member // NUM_SELECTED).to(tl.int64)
                     of_group = (row % G).to(tl.int64)
-                    q0, q1 = load_chunks(q, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
+                    q0, q1 = load_chunks(q_head, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
                     reach = query_positions(query_table, query, shift, inside, PACKED) - position
                     s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
                     visible = within[None, :] <= reach[:, None]
@@ -181,100 +185,110 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _bwd_dkdv_kernel(
-    q, k, v, dout, lse2, delta, members, offsets, pieces, partials, dk, dv, partial_dk, partial_dv, partial_dq,
+    q, k, v, dout, lse2, delta, members, offsets, pieces, partials, dk, dv, partial_dk, partial_dv, partial_dq, again,
     query_table, cu_keys, num_sequences, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift,
     num_blocks, pieces_per_head, partials_per_head, first_head, scale, HEADS, NUM_SELECTED: tl.constexpr,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, WEIGHTED: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of one part of a block from one piece of its list; tiles are `[BLOCK_N, BLOCK_M]`. WITH_DQ also the
-    summands of `dq`, where `_forward_kernel` has its partial results."""
-    batch_head, block, piece, siblings, begin, count = find_piece(
-        offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
-    )
-    if block >= 0:
-        start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
-        head = (batch_head % HEADS).to(tl.int64)
-        batch = (batch_head // HEADS).to(tl.int64)
-        k += batch * k_strides[0] + head * k_strides[2]
-        v += batch * v_strides[0] + head * v_strides[2]
-        q += batch * q_strides[0] + head * G * q_strides[2]
-        dout += batch * do_strides[0] + head * G * do_strides[2]
-        first_row = (batch * num_queries * HEADS + head) * G
-        # Found before the loop, which leaves no registers for what it is found by.
-        partial_place = batch_head.to(tl.int64) * partials_per_head + piece
-        partial_place += tl.load(partials + batch_head.to(tl.int64) * (num_blocks + 1) + block)
+    summands of `dq`, where `_forward_kernel` has its partial results.
 
-        poisoned = 1.0
-        for CLEAN in tl.static_range(2):
-            if poisoned != 0:
-                within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-                real = within < length
-                keys = start + within.to(tl.int64)
-                k0, k1 = load_chunks(k, keys * k_strides[1], real, DK, K0, K1)
-                v0, v1 = load_chunks(v, keys * v_strides[1], real, DV, V0, V1)
-                dk0 = tl.zeros([BLOCK_N, K0], dtype=ACC)
-                dk1 = tl.zeros([BLOCK_N, K1 if K1 > 0 else 16], dtype=ACC)
-                dv0 = tl.zeros([BLOCK_N, V0], dtype=ACC)
-                dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 16], dtype=ACC)
-                clean_k0 = k0
-                clean_k1 = k1
-                if CLEAN and WITH_DQ:
-                    clean_k0, clean_k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
-                for step in range(0, count * G, BLOCK_M):
-                    row = step + tl.arange(0, BLOCK_M)
-                    inside = row < count * G
-                    member = tl.load(members + begin + row // G, mask=inside, other=0)
-                    query = (member // NUM_SELECTED).to(tl.int64)
-                    reach = query_positions(query_table, query, shift, inside, PACKED) - position
-                    of_group = (row % G).to(tl.int64)
-                    q0, q1 = load_chunks(q, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
-                    do0, do1 = load_chunks(dout, query * do_strides[1] + of_group * do_strides[2], inside, DV, V0, V1)
-                    # Rows beyond the list have q and dout of 0, and so no part in either sum.
-                    of_row = first_row + query * (HEADS * G) + of_group
-                    row_lse2 = tl.load(lse2 + of_row, mask=inside, other=0.0)
-                    row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
-                    s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
-                    s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
-                    p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
-                    if CLEAN:
-                        visible = (within[:, None] <= reach[None, :]) & inside[None, :]
-                        bad = not_finite(do0, do1, V1, ACC)
-                        do0, do1 = without(do0, do1, bad, V1)
-                        q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
-                        # A query that is not finite spoils the keys that it sees, and no others.
-                        p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
-                    dv0, dv1 = add_dot(p.to(do0.dtype), do0, do1, dv0, dv1, V1, ACC, PRECISION)
-                    ds = p * (dot_chunks(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
-                    if CLEAN:
-                        ds = tl.where(visible, ds, 0.0)
-                    ds = ds.to(q0.dtype)
-                    dk0, dk1 = add_dot(ds, q0, q1, dk0, dk1, K1, ACC, PRECISION)
-                    if WITH_DQ:
-                        dq0 = dot(tl.trans(ds), clean_k0, None, ACC, PRECISION) * scale
-                        dq1 = dq0
-                        if K1 > 0:
-                            dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
-                        place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
-                        place = (place * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + row % G
-                        store_chunks(partial_dq, place * DK, inside, dq0, dq1, DK, K0, K1)
+    Each program says in `again` whether its results are not finite, and a second launch with CLEAN works where they are
+    not. Both passes in one kernel would take registers from the loop of the first.
+    """
+    again += tl.program_id(0) * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)
+    wanted = True
+    if CLEAN:
+        wanted = tl.load(again) != 0
+    if wanted:
+        poisoned = tl.zeros([], ACC)
+        batch_head, block, piece, siblings, begin, count = find_piece(
+            tl.program_id(0), offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks, NUM_SELECTED, CHUNK
+        )
+        if block >= 0:
+            start, position, length = find_block(cu_keys, num_sequences, block, num_keys, BLOCK_SIZE, PACKED)
+            head = (batch_head % HEADS).to(tl.int64)
+            batch = (batch_head // HEADS).to(tl.int64)
+            k_head = k + batch * k_strides[0] + head * k_strides[2]
+            v_head = v + batch * v_strides[0] + head * v_strides[2]
+            q_head = q + batch * q_strides[0] + head * G * q_strides[2]
+            dout_head = dout + batch * do_strides[0] + head * G * do_strides[2]
+            first_row = (batch * num_queries * HEADS + head) * G
+            # Found before the loop, which leaves no registers for what it is found by.
+            partial_place = batch_head.to(tl.int64) * partials_per_head + piece
+            partial_place += tl.load(partials + batch_head.to(tl.int64) * (num_blocks + 1) + block)
 
-                if not CLEAN:
-                    poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
-                    if WITH_DQ:  # a key that no query sees leaves no trace in its own gradients
-                        poisoned += zero_unless_finite(k0, k1, K1, ACC)
-                dk0 *= scale
-                dk1 *= scale
-                # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
-                if siblings == 1:
-                    rows = (batch * num_keys + keys) * HEADS + head
-                    store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
-                    store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
-                else:
-                    rows = partial_place * BLOCK_SIZE + within
-                    store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
-                    store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+            within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+            real = within < length
+            keys = start + within.to(tl.int64)
+            k0, k1 = load_chunks(k_head, keys * k_strides[1], real, DK, K0, K1)
+            v0, v1 = load_chunks(v_head, keys * v_strides[1], real, DV, V0, V1)
+            dk0 = tl.zeros([BLOCK_N, K0], dtype=ACC)
+            dk1 = tl.zeros([BLOCK_N, K1 if K1 > 0 else 16], dtype=ACC)
+            dv0 = tl.zeros([BLOCK_N, V0], dtype=ACC)
+            dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 16], dtype=ACC)
+            clean_k0 = k0
+            clean_k1 = k1
+            if CLEAN and WITH_DQ:
+                clean_k0, clean_k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+            for step in range(0, count * G, BLOCK_M):
+                row = step + tl.arange(0, BLOCK_M)
+                inside = row < count * G
+                member = tl.load(members + begin + row // G, mask=inside, other=0)
+                query = (member // NUM_SELECTED).to(tl.int64)
+                reach = query_positions(query_table, query, shift, inside, PACKED) - position
+                of_group = (row % G).to(tl.int64)
+                q0, q1 = load_chunks(q_head, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
+                do0, do1 = load_chunks(dout_head, query * do_strides[1] + of_group * do_strides[2], inside, DV, V0, V1)
+                # Rows beyond the list have q and dout of 0, and so no part in either sum.
+                of_row = first_row + query * (HEADS * G) + of_group
+                row_lse2 = tl.load(lse2 + of_row, mask=inside, other=0.0)
+                row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
+                s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
+                s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
+                p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
+                if CLEAN:
+                    visible = (within[:, None] <= reach[None, :]) & inside[None, :]
+                    bad = not_finite(do0, do1, V1, ACC)
+                    do0, do1 = without(do0, do1, bad, V1)
+                    q0, q1 = without(q0, q1, not_finite(q0, q1, K1, ACC), K1)
+                    # A query that is not finite spoils the keys that it sees, and no others.
+                    p = tl.where(visible, tl.where(bad[None, :], float("nan"), p), 0.0)
+                dv0, dv1 = add_dot(p.to(do0.dtype), do0, do1, dv0, dv1, V1, ACC, PRECISION)
+                ds = p * (dot_chunks(v0, v1, do0, do1, V1, ACC, PRECISION) - row_delta[None, :])
+                if CLEAN:
+                    ds = tl.where(visible, ds, 0.0)
+                ds = ds.to(q0.dtype)
+                dk0, dk1 = add_dot(ds, q0, q1, dk0, dk1, K1, ACC, PRECISION)
+                if WITH_DQ:
+                    dq0 = dot(tl.trans(ds), clean_k0, None, ACC, PRECISION) * scale
+                    dq1 = dq0
+                    if K1 > 0:
+                        dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
+                    place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
+                    place = (place * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + row % G
+                    store_chunks(partial_dq, place * DK, inside, dq0, dq1, DK, K0, K1)
+
+            if not CLEAN:
+                poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
+                if WITH_DQ:  # a key that no query sees leaves no trace in its own gradients
+                    poisoned += zero_unless_finite(k0, k1, K1, ACC)
+            dk0 *= scale
+            dk1 *= scale
+            # One piece is the whole sum; several leave theirs for `_reduce_kernel`, each in a place of its own.
+            if siblings == 1:
+                rows = (batch * num_keys + keys) * HEADS + head
+                store_chunks(dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                store_chunks(dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+            else:
+                rows = partial_place * BLOCK_SIZE + within
+                store_chunks(partial_dk, rows * DK, real, dk0, dk1, DK, K0, K1)
+                store_chunks(partial_dv, rows * DV, real, dv0, dv1, DV, V0, V1)
+        if not CLEAN:
+            tl.store(again, (poisoned != 0).to(again.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -413,13 +427,16 @@ def bwd_dkdv(
     summands = 0 if dq is None else num_queries * num_selected * parts * group
     runs = head_runs(batch * heads, summands * k.shape[3] * q.element_size())
     partial_dq = q.new_empty(runs[0][1], summands, k.shape[3])
+    again = indices.new_empty(runs[0][1] * index.pieces_per_head * parts, dtype=torch.int8)
     for first, count in runs:
-        _bwd_dkdv_kernel[(count * index.pieces_per_head, parts)](
-            q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk, dv,
-            partial_dk, partial_dv, partial_dq, packing.query_table, packing.cu_keys, packing.num_sequences, *strides,
-            num_queries, num_keys, shift, packing.num_blocks, index.pieces_per_head, index.partials_per_head, first,
-            scale, heads, WITH_DQ=dq is not None, WEIGHTED=weighted, **constants, **config.options,
-        )  # fmt: skip
+        for clean in (False, True):
+            _bwd_dkdv_kernel[(count * index.pieces_per_head, parts)](
+                q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk,
+                dv, partial_dk, partial_dv, partial_dq, again, packing.query_table, packing.cu_keys,
+                packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
+                index.pieces_per_head, index.partials_per_head, first, scale, heads, WITH_DQ=dq is not None,
+                WEIGHTED=weighted, CLEAN=clean, **constants, **config.options,
+            )  # fmt: skip
         if dq is not None:
             _merge_dq_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
                 partial_dq, indices, dq, packing.query_table, indices.stride(), num_queries, shift, first, heads,

@@ -35,6 +35,7 @@ from nsa.kernels.primitives import (
     fetch,
     load_chunks,
     online_softmax_update,
+    program_of,
     store_chunks,
     zero_unless_finite,
 )
@@ -44,12 +45,11 @@ _LENGTHS = ("num_queries", "shift")
 
 
 @triton.jit
-def _find_query(query_table, num_queries, shift, HEADS, PACKED: tl.constexpr):
-    """This program's batch, KV head and query, the query's position and the first key of its sequence.
+def _find_query(program, query_table, num_queries, shift, HEADS, PACKED: tl.constexpr):
+    """A program's batch, KV head and query, the query's position and the first key of its sequence.
 
     Neighbouring programs have neighbouring queries of one head, whose blocks are often the same and in the cache.
     """
-    program = tl.program_id(0)
     query = program % num_queries
     head = program // num_queries % HEADS
     batch = program // num_queries // HEADS
@@ -99,40 +99,44 @@ def _forward_kernel(
     K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    batch, head, query, position, first_key = _find_query(query_table, num_queries, shift, HEADS, PACKED)
-    batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
-    q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
-    k += batch64 * k_strides[0] + head64 * k_strides[2]
-    v += batch64 * v_strides[0] + head64 * v_strides[2]
-    indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
-    steps = _num_steps(indices, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
-
     poisoned = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
         if poisoned != 0:
+            program = program_of(poisoned, CLEAN)
+            batch, head, query, position, first_key = _find_query(
+                program, query_table, num_queries, shift, HEADS, PACKED
+            )
+            batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
+            q_head = q + batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
+            k_head = k + batch64 * k_strides[0] + head64 * k_strides[2]
+            v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
+            indices_head = indices + batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
+            steps = _num_steps(indices_head, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
             row = tl.arange(0, BLOCK_M)
             inside = row < G
-            q0, q1 = load_chunks(q, row.to(tl.int64) * q_strides[2], inside, DK, K0, K1)
+            q0, q1 = load_chunks(q_head, row.to(tl.int64) * q_strides[2], inside, DK, K0, K1)
 
             row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
             # Summed over keys after the loop: a sum across threads at every step costs more than the registers.
             p_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
             out0 = tl.zeros([BLOCK_M, V0], dtype=ACC)
             out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
-            block = tl.load(indices)
+            block = tl.load(indices_head)
             for step in range(0, steps):
                 first, seen = _find_keys(block, step, position, BLOCK_SIZE, BLOCK_N)
                 # Loaded a step ahead, so that the next block's address is known when it is needed.
                 slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
-                block = tl.load(indices + slot.to(tl.int64) * index_strides[3])
+                block = tl.load(indices_head + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
                 k0, k1 = _fetch_keys(
-                    k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N, TMA and not CLEAN
-                )
+                    k_tiles0, k_tiles1, k_head, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N,
+                    TMA and not CLEAN,
+                )  # fmt: skip
                 # Loaded before the products of keys, as a warp has nothing else to do while it waits for them.
                 v0, v1 = _fetch_keys(
-                    v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N, TMA and not CLEAN
-                )
+                    v_tiles0, v_tiles1, v_head, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N,
+                    TMA and not CLEAN,
+                )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                 s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
                 p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
@@ -161,41 +165,45 @@ def _bwd_dq_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """`dq` times the gate, added to what is there with ADD."""
-    batch, head, query, position, first_key = _find_query(query_table, num_queries, shift, HEADS, PACKED)
-    batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
-    q += batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
-    k += batch64 * k_strides[0] + head64 * k_strides[2]
-    v += batch64 * v_strides[0] + head64 * v_strides[2]
-    dout += batch64 * do_strides[0] + query64 * do_strides[1] + head64 * G * do_strides[2]
-    indices += batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
-    steps = _num_steps(indices, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
-
     poisoned = 1.0
     for CLEAN in tl.static_range(2 if TMA else 1):
         if poisoned != 0:
+            program = program_of(poisoned, CLEAN)
+            batch, head, query, position, first_key = _find_query(
+                program, query_table, num_queries, shift, HEADS, PACKED
+            )
+            batch64, head64, query64 = batch.to(tl.int64), head.to(tl.int64), query.to(tl.int64)
+            q_head = q + batch64 * q_strides[0] + query64 * q_strides[1] + head64 * G * q_strides[2]
+            k_head = k + batch64 * k_strides[0] + head64 * k_strides[2]
+            v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
+            dout_head = dout + batch64 * do_strides[0] + query64 * do_strides[1] + head64 * G * do_strides[2]
+            indices_head = indices + batch64 * index_strides[0] + query64 * index_strides[1] + head64 * index_strides[2]
+            steps = _num_steps(indices_head, position, index_strides[3], NUM_SELECTED, SLOTS, BLOCK_SIZE, BLOCK_N)
             row = tl.arange(0, BLOCK_M)
             inside = row < G
             rows = ((batch64 * num_queries + query) * HEADS + head) * G + row
-            q0, q1 = load_chunks(q, row.to(tl.int64) * q_strides[2], inside, DK, K0, K1)
-            do0, do1 = load_chunks(dout, row.to(tl.int64) * do_strides[2], inside, DV, V0, V1)
+            q0, q1 = load_chunks(q_head, row.to(tl.int64) * q_strides[2], inside, DK, K0, K1)
+            do0, do1 = load_chunks(dout_head, row.to(tl.int64) * do_strides[2], inside, DV, V0, V1)
             row_delta = tl.load(delta + rows, mask=inside, other=0.0)
             row_lse2 = tl.load(lse + rows, mask=inside, other=0.0) * LOG2E
             row_lse2 = tl.where(row_lse2 == float("-inf"), 0.0, row_lse2)
 
             dq0 = tl.zeros([BLOCK_M, K0], dtype=ACC)
             dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
-            block = tl.load(indices)
+            block = tl.load(indices_head)
             for step in range(0, steps):
                 first, seen = _find_keys(block, step, position, BLOCK_SIZE, BLOCK_N)
                 slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
-                block = tl.load(indices + slot.to(tl.int64) * index_strides[3])
+                block = tl.load(indices_head + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
                 k0, k1 = _fetch_keys(
-                    k_tiles0, k_tiles1, k, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N, TMA and not CLEAN
-                )
+                    k_tiles0, k_tiles1, k_head, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N,
+                    TMA and not CLEAN,
+                )  # fmt: skip
                 v0, v1 = _fetch_keys(
-                    v_tiles0, v_tiles1, v, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N, TMA and not CLEAN
-                )
+                    v_tiles0, v_tiles1, v_head, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N,
+                    TMA and not CLEAN,
+                )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                 dp = dot_chunks(do0, do1, v0, v1, V1, ACC, PRECISION)
                 s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))

@@ -327,7 +327,7 @@ TAKEN = ("out", "outputs", ".benchmarks", ".pytest_cache", ".hypothesis", ".ruff
 """Names in a checkout under which runs would write."""
 OF_USERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME")
 """Variables that say where the rest goes; what is more special than they are is not set."""
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "COVERAGE_FILE", "PYTEST_ADDOPTS")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "COVERAGE_FILE", "PYTEST_ADDOPTS", "OUT")
 
 
 @pytest.fixture(scope="module")

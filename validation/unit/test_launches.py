@@ -1,6 +1,9 @@
 """The table of configurations: what it holds, and which entry a lookup takes."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -84,6 +87,22 @@ def test_other_sizes_get_blocks_that_fit(on_hopper):
         found = kernel_config(name, dtype, key_dim, 128, 16)
         assert type(found) is configs.KERNELS[name]
         assert not found.TMA
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("float32", 64), ("float32", 128), ("float32", 256), ("bfloat16", 128), ("bfloat16", 256)]
+)
+@pytest.mark.parametrize(("architecture", "kilobytes"), [("sm86", 99), ("sm90", 227)])
+def test_blocks_fit_into_shared_memory(architecture, kilobytes, dtype, head_dim):
+    """Compiled for a GPU that need not be here: a program has to fit before it can be wrong."""
+    command = (sys.executable, "-m", "validation.offline", architecture, dtype, str(head_dim))
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout)
+    assert any(name.startswith("selected_by_block") for name in shared)
+    assert {name: size for name, size in shared.items() if size > kilobytes * 1024} == {}
 
 
 def test_an_override_stands_above_the_table(on_hopper):

@@ -1,0 +1,107 @@
+"""Shared memory of the kernels on a GPU that need not be here: they are compiled for it and never launched.
+
+    python -m validation.offline sm86 float32 256     # architecture, dtype, head dim
+
+prints a JSON object: for each kernel of a forward and a backward pass of `nsa_attention`, in groups of 2 query heads,
+the most bytes of shared memory that one of its programs takes.
+"""
+
+import argparse
+import json
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nsa import NSAConfig, kernels, nsa_attention
+from nsa.kernels import configs
+
+TOKENS = 1024  # lengths are no constants of a kernel
+
+
+class Found(Exception):
+    """Carries the shared memory of a kernel out of the compiler, which has no more to do then."""
+
+    def __init__(self, shared: int) -> None:
+        super().__init__(shared)
+        self.shared = shared
+
+
+class Absent:
+    """What Triton asks a driver while it compiles, answered for a GPU of this architecture."""
+
+    def __init__(self, architecture: str) -> None:
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm")), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _stop_at_llvm(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:
+    """Compiles as far as LLVM's code, before which shared memory is shared out."""
+    if stages is None:  # Triton asks for what goes into the key of its cache
+        return "", ""
+    lower = stages["llir"]
+
+    def stop(source: Any, metadata: dict[str, Any]) -> None:
+        lower(source, metadata)
+        raise Found(metadata["shared"])
+
+    stages["llir"] = stop
+    return None
+
+
+def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """Bytes of shared memory by kernel, the most of all its variants. Changes Triton for the rest of the process."""
+    driver.set_active(Absent(architecture))
+    triton.knobs.runtime.add_stages_inspection_hook = _stop_at_llvm
+    triton.knobs.compilation.always_compile = True  # what is in the cache tells nothing
+    configs.architecture = lambda device: architecture  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device_of = nullcontext  # type: ignore[assignment,misc]
+    kernels.INTERPRETED = True  # CPU tensors are good enough for that
+    found: dict[str, int] = {}
+    compile_and_launch = JITFunction.run
+
+    def compile_alone(kernel: JITFunction[Any], *arguments: Any, **named: Any) -> None:
+        try:
+            compile_and_launch(kernel, *arguments, **{**named, "warmup": True})
+        except Found as result:
+            name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+            found[name] = max(found.get(name, 0), result.shared)
+
+    JITFunction.run = compile_alone  # type: ignore[method-assign]
+    config = NSAConfig()
+
+    def draw(length: int, *shape: int) -> torch.Tensor:
+        return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
+
+    blocks = [draw(config.num_compressed(TOKENS), 1, head_dim) for _ in range(2)]
+    keys = [draw(TOKENS, 1, head_dim) for _ in range(4)]
+    inputs = [draw(TOKENS, 2, head_dim), *blocks, *keys, draw(TOKENS, 2, 3)]
+    out = nsa_attention(*inputs, config, backend="triton")  # type: ignore[arg-type]
+    torch.autograd.grad(out, inputs, torch.zeros_like(out))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", help="sm80, sm86, sm90 and so on")
+    parser.add_argument("dtype")
+    parser.add_argument("head_dim", type=int)
+    given = parser.parse_args()
+    print(json.dumps(shared_memory(given.architecture, getattr(torch, given.dtype), given.head_dim)))
+
+
+if __name__ == "__main__":
+    main()
