@@ -158,13 +158,13 @@ def test_the_results_of_training_are_those_of_its_runs() -> None:
 
 
 def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
-    made = variations.table(lambda name: saved(f"100m-{name}"))
+    made = variations.table(lambda name: saved(f"variations-{name}"))
     assert "\n".join(["", *made, ""]) in RESULTS
 
 
 def test_a_variation_that_changed_nothing_is_no_result() -> None:
     with pytest.raises(ValueError, match="triton-unsplit has the losses of triton"):
-        variations.table(lambda name: saved("100m-triton" if name == "triton-unsplit" else f"100m-{name}"))
+        variations.table(lambda name: saved(f"variations-{name.removesuffix('-unsplit')}"))
 
 
 def test_every_variation_changes_what_is_launched() -> None:
@@ -187,7 +187,7 @@ def test_speeds_of_layouts_are_those_of_their_runs() -> None:
 
 def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
     sizes = [parameters(flavor) / 1e6 for flavor in ("100m", "100m_dense")]
-    eager, triton = (saved(f"100m-{name}")[LOSS] for name in ("eager", "triton"))
+    eager, triton = (saved(f"variations-{name}")[LOSS] for name in ("eager", "triton"))
     apart = max(abs(eager[step] - triton[step]) for step in eager if step <= ALIKE)
     known = {f"{size:.1f}" for size in sizes} | {
         f"{sizes[0] / sizes[1] - 1:.0%}",
