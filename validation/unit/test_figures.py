@@ -21,7 +21,6 @@ from validation.system.twins import LAST_STEPS
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "docs" / "runs"
 PAGE = (ROOT / "docs" / "performance.md").read_text()
-"""Steps until which rounding has not been amplified yet."""
 TOKENS_A_STEP = 16384
 """Of training at 4k and at 16k."""
 UNITS = "ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times|passed|failed|skipped|xfailed|tests|lines"
