@@ -105,13 +105,13 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         # `autograd.Function` sees no tensors inside of a list.
         listed = len(inputs[0]) if isinstance(inputs[0], list) else 0
-        flat = tuple(y for x in inputs for y in (x if isinstance(x, list) else (x,)))
-        if _is_observed(flat):
+        given = (*inputs[0], *inputs[1:]) if listed else inputs
+        if self.gradient is None:
+            given = tuple(y for x in given for y in (x if isinstance(x, list) else (x,)))
+        if _is_observed(given):
             return self.registered(*inputs)
         if torch.is_grad_enabled():
-            given = (*inputs[0], *inputs[1:]) if listed else inputs
-            num_inputs = len(flat) if self.gradient is None else listed or self.gradient.num_inputs
-            for x in flat[:num_inputs]:
+            for x in given if self.gradient is None else given[: listed or self.gradient.num_inputs]:
                 if isinstance(x, Tensor) and x.requires_grad:
                     # Without a gradient, the dispatcher sees to it that none is asked for in vain.
                     return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, listed, *given)
@@ -121,13 +121,18 @@ class Operator:
 
 def _is_observed(inputs: tuple[Any, ...]) -> bool:
     """Whether somebody looks at operators: a compiler, a mode of dispatching, a transformation, a kind of tensor."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs)
-    )
+    ):
+        return True
+    for x in inputs:
+        kind = type(x)
+        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _setup_context(gradient: Gradient, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -28,7 +28,7 @@ from nsa.kernels import flash_backward, flash_forward, selected_attention
 from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.flash_attention import compressed_attention
 from nsa.kernels.flash_tiles import PositionMap
-from nsa.kernels.primitives import accumulator, rows_contiguous
+from nsa.kernels.primitives import accumulator, cdiv, next_power_of_2, rows_contiguous
 from nsa.kernels.select import select_blocks
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
 from nsa.varlen import Varlen, tensors_of, varlen_of
@@ -57,12 +57,12 @@ def combine(branches: Sequence[Tensor], gates: Tensor) -> Tensor:
     gates, out, dim = gates.contiguous(), torch.empty_like(compressed), compressed.shape[-1]
     if not out.numel():
         return out
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     rows, count = max(1, 4096 // width), out.numel() // dim
     # Gates may be wider than what they weigh.
     acc = max((accumulator(x.dtype) for x in (out, gates)), key=lambda dtype: dtype.primitive_bitwidth)
     with torch.cuda.device_of(out):
-        _combine_kernel[(triton.cdiv(count, rows),)](
+        _combine_kernel[(cdiv(count, rows),)](
             compressed, selected, window, gates, out, count, DIM=dim, ROWS=rows, WIDTH=width, ACC=acc, num_warps=4
         )
     return out

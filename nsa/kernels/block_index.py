@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.kernels.primitives import find_sequence, head_runs
+from nsa.kernels.primitives import cdiv, find_sequence, head_runs
 from nsa.varlen import Varlen
 
 _TILE = tl.constexpr(32)
@@ -251,7 +251,7 @@ class Packing(NamedTuple):
     def of(varlen: Varlen | None, num_keys: int, block_size: int) -> "Packing":
         """Reads it from the tables of packed sequences."""
         if varlen is None:
-            return Packing(None, None, 0, triton.cdiv(num_keys, block_size))
+            return Packing(None, None, 0, cdiv(num_keys, block_size))
         num_sequences = varlen.cu_seqlens_k.shape[0] - 1
         return Packing(varlen.queries, varlen.cu_seqlens_k, num_sequences, num_keys // block_size + num_sequences)
 
@@ -285,7 +285,7 @@ def build_block_index(indices: Tensor, shift: int, packing: Packing, block_size:
         chunk: pairs of a piece.
     """
     batch, num_queries, kv_heads, num_selected = indices.shape
-    heads, num_blocks, num_tiles = batch * kv_heads, packing.num_blocks, triton.cdiv(num_queries, _TILE.value)
+    heads, num_blocks, num_tiles = batch * kv_heads, packing.num_blocks, cdiv(num_queries, _TILE.value)
     members = indices.new_empty(heads, num_queries * num_selected)
     lengths = indices.new_empty(heads, num_blocks)
     # Each by itself: kernels are compiled anew for addresses at whole 16 bytes and for others.
@@ -303,7 +303,7 @@ def build_block_index(indices: Tensor, shift: int, packing: Packing, block_size:
         }
         scan_tiles, scan_blocks = _SCAN_SHAPE
         _mark_kernel[(count * num_tiles,)](indices, words, packing.query_table, indices.stride(), *sizes, **constants)
-        _scan_kernel[(count * triton.cdiv(num_blocks, scan_blocks),)](
+        _scan_kernel[(count * cdiv(num_blocks, scan_blocks),)](
             words, starts, lengths, num_tiles, num_blocks, first, TILES=scan_tiles, BLOCKS=scan_blocks
         )
         _offsets_kernel[(count,)](lengths, offsets, pieces, partials, num_blocks, first, CHUNK=chunk, LISTS=_LISTS)

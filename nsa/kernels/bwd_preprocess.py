@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.kernels.configs import chunks
-from nsa.kernels.primitives import LOG2E, accumulator, load_chunks, weigh
+from nsa.kernels.primitives import LOG2E, accumulator, cdiv, load_chunks, next_power_of_2, weigh
 
 _ROWS, _HEADS = 64, 8
 """Rows of a program, and of how many heads they are at most."""
@@ -98,8 +98,8 @@ def preprocess(
     if not dout.numel():
         return rows
     v0, v1 = chunks(dim)
-    row_heads = min(_HEADS, triton.next_power_of_2(heads))
-    programs = batch * triton.cdiv(heads, row_heads) * triton.cdiv(num_queries, _ROWS // row_heads)
+    row_heads = min(_HEADS, next_power_of_2(heads))
+    programs = batch * cdiv(heads, row_heads) * cdiv(num_queries, _ROWS // row_heads)
     with torch.cuda.device_of(dout):
         _preprocess_kernel[(programs,)](
             dout, tuple(outs), tuple(lses), gates and tuple(gates), tuple(x.delta for x in rows),
@@ -115,5 +115,5 @@ def _new_rows(lse: Tensor, head_major: bool) -> BackwardRows:
         return BackwardRows(lse.new_empty(lse.shape), lse.new_empty(lse.shape))
     batch, num_queries, heads = lse.shape
     # Heads begin at a whole 64 bytes, however long: kernels are compiled for strides that do and others that do not.
-    rows = lse.new_empty(2, batch, heads, triton.cdiv(num_queries, 16) * 16)
+    rows = lse.new_empty(2, batch, heads, cdiv(num_queries, 16) * 16)
     return BackwardRows(*rows[..., :num_queries].transpose(2, 3))

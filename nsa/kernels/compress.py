@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.primitives import accumulator, find_program, rows_contiguous
+from nsa.kernels.primitives import accumulator, cdiv, find_program, next_power_of_2, rows_contiguous
 from nsa.ops import Gradient, Operator
 
 _ROWS = 16
@@ -154,11 +154,11 @@ def _mean_forward(x: Tensor, starts: Tensor | None, count: int, length: int, str
     x = rows_contiguous(x)
     out = x.new_empty(x.shape[0], count, *x.shape[2:])
     if out.numel():
-        tiles, heads, dim = triton.cdiv(count, _ROWS), *x.shape[2:]
+        tiles, heads, dim = cdiv(count, _ROWS), *x.shape[2:]
         with torch.cuda.device_of(x):
             _mean_kernel[(tiles * heads * x.shape[0], 1, 1)](
                 x, starts, out, count, tiles, *x.stride()[:3], heads, LENGTH=length, STRIDE=stride, DIM=dim,
-                WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(x.dtype), PACKED=starts is not None,
+                WIDTH=next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(x.dtype), PACKED=starts is not None,
             )  # fmt: skip
     return out
 
@@ -208,11 +208,11 @@ def _add_up(
         # Blocks that do not exist stand at the end; put beyond all tokens, they keep the table ascending.
         ascending = starts.where(starts >= 0, num_tokens)
         lasts = torch.searchsorted(ascending, torch.arange(num_tokens, device=dblocks.device), right=True) - 1
-    tiles = triton.cdiv(num_tokens, _ROWS)
+    tiles = cdiv(num_tokens, _ROWS)
     with torch.cuda.device_of(dblocks):
         _tokens_kernel[(tiles * heads * batch * len(dxs), 1, 1)](
             dblocks, starts, lasts, dxs[0], dxs[-1], count, num_tokens, tiles, batch, *strides, heads, LENGTH=length,
-            STRIDE=stride, DIM=dim, WIDTH=triton.next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(dblocks.dtype),
+            STRIDE=stride, DIM=dim, WIDTH=next_power_of_2(dim), ROWS=_ROWS, ACC=accumulator(dblocks.dtype),
             PACKED=starts is not None, MEAN=mean,
         )  # fmt: skip
 
@@ -247,7 +247,7 @@ def _rows(
     rows = x.new_empty(len(xs), heads, batch * count, length * dim)
     if rows.numel():
         of_x, of_y = positions[0].contiguous(), positions[-1].contiguous()
-        width = triton.next_power_of_2(dim)
+        width = next_power_of_2(dim)
         with torch.cuda.device_of(x):
             _rows_kernel[(count * heads * batch * len(xs), 1, 1)](
                 x, y, of_x, of_y, starts, rows, count, batch, *x.stride()[:3], *y.stride()[:3], heads,

@@ -34,6 +34,7 @@ from nsa.kernels.primitives import (
     Heads,
     accumulator,
     add_dot,
+    cdiv,
     count_tiles,
     describable,
     descriptors,
@@ -288,7 +289,7 @@ def _sum_splits_kernel(
 def _sum_splits(dk_parts: Tensor, dv_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sums over the first dimension of `[splits, B, T, Hk, Dk]` and `[splits, B, T, Hk, Dv]`."""
     dk, dv = (x.new_empty(x.shape[1:], dtype=dtype) for x in (dk_parts, dv_parts))
-    programs = triton.cdiv(dk.numel(), _SUM_BLOCK) + triton.cdiv(dv.numel(), _SUM_BLOCK)
+    programs = cdiv(dk.numel(), _SUM_BLOCK) + cdiv(dv.numel(), _SUM_BLOCK)
     _sum_splits_kernel[(programs, 1, 1)](
         dk_parts, dv_parts, dk, dv, dk.numel(), dv.numel(), dk_parts.shape[0], ACC=accumulator(dtype),
         BLOCK=_SUM_BLOCK,
@@ -345,7 +346,7 @@ def backward(
         config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
         tiles = count_tiles(num_keys, 1, config.BLOCK_N, offsets)
         longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
-        most = min(_MOST_SPLITS, triton.cdiv(longest, config.BLOCK_M))
+        most = min(_MOST_SPLITS, cdiv(longest, config.BLOCK_M))
         num_splits = max(1, min(config.num_programs // (tiles * heads * batch), most))
         dtype = k.dtype if num_splits == 1 else delta.dtype
         # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.

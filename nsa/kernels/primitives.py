@@ -32,6 +32,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
+# Triton's functions of these names work in kernels too, for which a call on the host takes 5 us.
+
+
+def cdiv(x: int, y: int) -> int:
+    """`x / y`, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is not below `x >= 1`."""
+    return 1 << (x - 1).bit_length()
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous, as every kernel assumes, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -44,29 +57,39 @@ def count_tiles(length: int, factor: int, block: int, offsets: tuple[Any, Any, A
         offsets: as kernels take them; the last is the number of packed sequences, 0 where there is one sequence.
     """
     sequences = offsets[3]
-    return length * factor // block + sequences if sequences else -(-length * factor // block)
+    return length * factor // block + sequences if sequences else cdiv(length * factor, block)
 
 
 def describable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors can stand for `[B, T, H, D]`: they want strides and addresses of whole 16 bytes."""
-    return all(
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
+    for x in tensors:
+        if x.numel() == 0 or x.data_ptr() % 16:
+            return False
+        whole = 16 // x.element_size()
+        for stride in x.stride()[:3]:
+            if stride <= 0 or stride % whole:
+                return False
+    return True
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor whose fields are known to be right, by `describable` and by configurations."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def descriptors(x: Tensor, block: int, use: bool) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
     """Descriptors of `[B, T, H, D]` read as `[B, H, T, D]`, one a chunk of `D`, in tiles of `block` tokens."""
     if not use:
         return None, None
-    x = x.transpose(1, 2)
-    shape, strides = list(x.shape), list(x.stride())
-    first, second = (
-        TensorDescriptor(x, shape, strides, [1, 1, block, width]) if width else None for width in chunks(x.shape[3])
+    (batch, tokens, heads, dim), (of_batch, of_token, of_head, of_dim) = x.shape, x.stride()
+    shape, strides = [batch, heads, tokens, dim], [of_batch, of_head, of_token, of_dim]
+    first, second = chunks(dim)
+    return (
+        _Descriptor(x, shape, strides, [1, 1, block, first]),
+        _Descriptor(x, shape, strides, [1, 1, block, second]) if second else None,
     )
-    return first, second
 
 
 class Heads(NamedTuple):

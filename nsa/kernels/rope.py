@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.primitives import accumulator, rows_contiguous
+from nsa.kernels.primitives import accumulator, cdiv, next_power_of_2, rows_contiguous
 from nsa.ops import Gradient, Operator
 
 _ELEMENTS = 4096
@@ -112,9 +112,9 @@ def _rotate(
         k_win.new_empty(k_win.shape),
     )
     batch, _, query_heads, dim = q.shape
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     rows = max(1, _ELEMENTS // width)
-    tiles = [triton.cdiv(x.shape[1] * x.shape[2], rows) for x in (q, k_cmp, k_slc)]
+    tiles = [cdiv(x.shape[1] * x.shape[2], rows) for x in (q, k_cmp, k_slc)]
     programs = batch * (tiles[0] + tiles[1] + 2 * tiles[2])
     if programs:
         # Angles of a wider dtype than what they turn are not rounded.

@@ -36,11 +36,13 @@ from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.primitives import (
     LOG2E,
     accumulator,
+    cdiv,
     count_tiles,
     dot_chunks,
     dot_precision,
     find_tile,
     load_chunks,
+    next_power_of_2,
     rows_contiguous,
 )
 from nsa.ops import Operator, accumulation_dtype, config_of, sizes_of
@@ -190,10 +192,10 @@ def _choose_blocks(
         return indices
     q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.contiguous()
     group, ratio = query_heads // heads, config.select_block_size // config.compress_stride
-    padded_group = triton.next_power_of_2(group)
+    padded_group = next_power_of_2(group)
     kernel = kernel_config("importance", q.dtype, dim, dim, group, q.device)
     # Columns of a product: the heads of at least as many queries as make 16, at most as many as there are.
-    tile_queries = min(max(16, kernel.BLOCK_M) // padded_group, triton.next_power_of_2(num_queries))
+    tile_queries = min(max(16, kernel.BLOCK_M) // padded_group, next_power_of_2(num_queries))
     tile_queries = max(tile_queries, 16 // padded_group, 1)
 
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
@@ -224,13 +226,13 @@ def _choose_blocks(
         scores = q.new_empty((batch, heads, taken * tile_queries, width), dtype=dtype)
         programs = batch * heads * taken
         parts = max(1, min(kernel.num_programs // programs, width // (4 * constants["BLOCKS"])))
-        candidates = max(16, triton.next_power_of_2(width))
+        candidates = max(16, next_power_of_2(width))
         rows = max(1, min(tile_queries, 1024 // candidates))  # what one warp holds in registers
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
             _importance_kernel[(programs, parts)](
                 q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
-                k_cmp.shape[1], first, taken, width, triton.cdiv(width, parts), scale, heads, **constants,
+                k_cmp.shape[1], first, taken, width, cdiv(width, parts), scale, heads, **constants,
                 QUERIES=tile_queries, PACKED=varlen is not None, num_warps=kernel.num_warps,
                 num_stages=kernel.num_stages,
             )  # fmt: skip

@@ -40,6 +40,7 @@ from nsa.kernels.primitives import (
     LN2,
     LOG2E,
     add_dot,
+    cdiv,
     dot,
     dot_chunks,
     head_runs,
@@ -392,7 +393,7 @@ def forward(
             packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
             index.pieces_per_head, first, scale, heads, **constants, **config.options,
         )  # fmt: skip
-        _merge_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
+        _merge_kernel[(cdiv(num_queries * group, _MERGED_ROWS), count)](
             partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
             first, heads, BLOCK_M=_MERGED_ROWS, **_without(constants, "DK", "K0", "K1", "PRECISION"),
         )  # fmt: skip
@@ -438,7 +439,7 @@ def bwd_dkdv(
                 WEIGHTED=weighted, CLEAN=clean, **constants, **config.options,
             )  # fmt: skip
         if dq is not None:
-            _merge_dq_kernel[(triton.cdiv(num_queries * group, _MERGED_ROWS), count)](
+            _merge_dq_kernel[(cdiv(num_queries * group, _MERGED_ROWS), count)](
                 partial_dq, indices, dq, packing.query_table, indices.stride(), num_queries, shift, first, heads,
                 BLOCK_M=_MERGED_ROWS, ADD=add, **_without(constants, "DV", "V0", "V1", "PRECISION"),
             )  # fmt: skip

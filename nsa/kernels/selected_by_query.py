@@ -34,6 +34,7 @@ from nsa.kernels.primitives import (
     dot_chunks,
     fetch,
     load_chunks,
+    next_power_of_2,
     online_softmax_update,
     program_of,
     store_chunks,
@@ -229,8 +230,8 @@ def _options(
     return {
         **constants,
         **config.options,
-        "BLOCK_M": max(16, triton.next_power_of_2(constants["G"])),  # rows of a product, which has at least 16
-        "SLOTS": triton.next_power_of_2(constants["NUM_SELECTED"]),
+        "BLOCK_M": max(16, next_power_of_2(constants["G"])),  # rows of a product, which has at least 16
+        "SLOTS": next_power_of_2(constants["NUM_SELECTED"]),
         "BLOCK_N": min(constants["BLOCK_SIZE"], config.BLOCK_N),
         # A descriptor knows no sequences: what it reads beyond one's end may be anything, NaN included.
         "TMA": config.TMA and packing.query_table is None and describable(k, v),
