@@ -40,10 +40,11 @@ class NSAConfig:
         compress_block_size: `l`, tokens under one compressed key; a multiple of `d`, at most `l'`.
         compress_stride: `d`, tokens from the start of one compressed block to the next; divides `l` and `l'`.
         select_block_size: `l'`, tokens in one selectable block; a multiple of `d`, at least `l`.
-        num_selected_blocks: `n`, blocks each query attends to, the forced ones included; at least those, and 1.
+        num_selected_blocks: `n`, blocks each query attends to, the forced ones included and at least as many as they
+            are; 0 switches the selected branch off, whose output is 0 then.
         num_initial_blocks: forced blocks at the start of the sequence; at least 0.
         num_local_blocks: forced blocks that end with the query's own; at least 0.
-        window_size: `w`, tokens a query sees in the window branch, itself included; at least 1.
+        window_size: `w`, tokens a query sees in the window branch, itself included; 0 switches that branch off.
         compression: how a block becomes one key or value, `"mlp"` (two layers, as in the paper), `"linear"` (one layer)
             or `"mean"` (nothing learned).
         shared_kv: one key and value projection for all three branches instead of one each (paper, section 3.3.3).
@@ -66,7 +67,7 @@ class NSAConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type is int:
-                least = 0 if field.name in ("num_initial_blocks", "num_local_blocks") else 1
+                least = 0 if field.name.startswith("num_") or field.name == "window_size" else 1
                 object.__setattr__(self, field.name, integer(field.name, getattr(self, field.name), least))
         if not isinstance(self.shared_kv, bool):
             raise TypeError(f"shared_kv must be a bool, got {self.shared_kv!r} ({type(self.shared_kv).__name__})")
@@ -83,7 +84,7 @@ class NSAConfig:
                 f"got {self.compress_block_size}"
             )
         forced = self.num_initial_blocks + self.num_local_blocks
-        if self.num_selected_blocks < forced:
+        if 0 < self.num_selected_blocks < forced:
             raise ValueError(
                 f"num_selected_blocks must be at least num_initial_blocks + num_local_blocks ({forced}), "
                 f"got {self.num_selected_blocks}"

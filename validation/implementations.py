@@ -81,6 +81,8 @@ class Implementation:
     """Indices in any order, -1 anywhere among them, blocks beyond the query among them."""
     empty_queries: bool = True
     """Queries with no block at all among the indices given: their output is 0."""
+    branches_off: bool = True
+    """No selected blocks (`n = 0`) and no window (`w = 0`): the branch gives 0."""
     checks_input: bool = True
     """Whether bad input is refused before work starts, by `ValueError` or `TypeError`."""
     hidden_values: bool = True
@@ -147,6 +149,8 @@ class Implementation:
             **{f"sequences of {keys} tokens": self.lengths(keys) for _, keys in case.lengths},
             "indices in any order": self.any_indices or not case.scrambled,
             "queries without a block": self.empty_queries or not (case.scrambled and case.emptied),
+            "branches that are off": self.branches_off
+            or min(case.config.num_selected_blocks, case.config.window_size) > 0,
             "a backward pass": self.backward or not backward,
             "a backward pass of fewer queries than keys": self.partial_queries_backward or not (backward and partial),
         }
@@ -173,6 +177,7 @@ class Implementation:
             "blocks": _words(self.config),
             "indices in any order": _yes(self.any_indices),
             "queries without a block": _yes(self.empty_queries),
+            "branches that are off": _yes(self.branches_off),
             "checks of input": _yes(self.checks_input),
             "NaN in hidden tokens": _yes(self.hidden_values),
         }

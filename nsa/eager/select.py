@@ -68,11 +68,13 @@ def _choose_blocks(
 ) -> Tensor:
     """Indices `[B, Tq, Hk, N]` for `q [B, Tq, Hq, Dk]` and `k_cmp [B, C, Hk, Dk]`, from probabilities made anew."""
     config, heads = config_of(sizes), k_cmp.shape[2]
+    indices = q.new_full((q.shape[0], heads, q.shape[1], config.num_selected_blocks), -1, dtype=torch.int32)
+    if not indices.numel():
+        return token_major(indices, torch.int32)
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
     sequences = segments(q.shape[1], num_keys, varlen, config)
     grouped_q, keys = grouped(q, heads), head_major(k_cmp)
     nonfinite = may_be_nonfinite(q, k_cmp)
-    indices = q.new_full((q.shape[0], heads, q.shape[1], config.num_selected_blocks), -1, dtype=torch.int32)
     with no_autocast(q):
         for tile, span, distance in visible_blocks(q, k_cmp, sequences, config):
             rows = grouped_q[:, :, tile.queries].flatten(2, 3)

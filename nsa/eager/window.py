@@ -18,6 +18,8 @@ from nsa.varlen import Varlen, tensors_of
 def visible_keys(q: Tensor, k: Tensor, segments: Iterable[Segment], config: NSAConfig) -> KeyRanges:
     """Position map: the query at position `t` sees the `w` keys `t - w < s <= t`."""
     group = q.shape[2] // k.shape[2]
+    if config.window_size == 0:
+        return
     for segment in segments:
         window = min(config.window_size, segment.keys.stop - segment.keys.start)
         # A tile as long as the window masks half of its products; a shorter one would read keys more often.

@@ -322,7 +322,7 @@ def backward(
     """
     batch, num_queries, query_heads, _ = q.shape
     num_keys, heads = k.shape[1:3]
-    if not lse.numel() or not k.numel():
+    if not lse.numel() or not k.numel() or positions.window == 0:
         return q.new_zeros(q.shape) if dq is None else dq, k.new_zeros(k.shape), v.new_zeros(v.shape)
     add = dq is not None
     dq = q.new_empty(q.shape) if dq is None else dq

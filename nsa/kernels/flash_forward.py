@@ -13,6 +13,8 @@ times NaN is NaN. The kernel looks at its sums once, at the end. Where one is no
 CLEAN: values that are not finite are taken out of the product, and count as NaN for the rows that see them.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -181,8 +183,8 @@ def forward(
     num_keys, heads = k.shape[1:3]
     out = q.new_empty(batch, num_queries, query_heads, v.shape[3])
     lse = q.new_empty(batch, num_queries, query_heads, dtype=accumulation_dtype(q.dtype))
-    if not lse.numel():
-        return out, lse
+    if not lse.numel() or positions.window == 0:
+        return out.zero_(), lse.fill_(-math.inf)
     if scale < 0:  # the kernel takes its maxima before it scales
         q, scale = -q, -scale
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)

@@ -84,7 +84,7 @@ class PositionMap(NamedTuple):
 
     Attributes:
         name: `"compressed"` or `"window"`, as the table of launches has it.
-        window: `w`, or `None` where a query sees all keys behind it.
+        window: `w`, 0 where no query sees anything, or `None` where a query sees all keys behind it.
     """
 
     name: str
@@ -99,7 +99,7 @@ class PositionMap(NamedTuple):
     @staticmethod
     def sliding(config: NSAConfig, num_keys: int) -> "PositionMap":
         # A longer window sees no more, and might overflow when positions are added to it.
-        return PositionMap("window", 1, 0, max(1, min(config.window_size, num_keys)))
+        return PositionMap("window", 1, 0, min(config.window_size, num_keys))
 
     def offsets(self, varlen: Varlen | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
         """Offsets of packed sequences among queries, tokens and keys, and how many sequences there are."""

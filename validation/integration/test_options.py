@@ -61,7 +61,7 @@ def refused(job, message, *options, **arguments):
 REFUSED = [
     ("--nsa.windw_size=3", "^Unrecognized options: --nsa.windw_size=3; similar: .*--nsa.window-size"),
     ("--nsa.window_size=wide", "--nsa.window-size: no type matching .* could be instantiated from .*wide"),
-    ("--nsa.window_size=0", "^nsa.window_size must be at least 1, got 0"),
+    ("--nsa.window_size=-1", "^nsa.window_size must be at least 0, got -1"),
     (f"--nsa.window_size={2**70}", f"^nsa.window_size must be at most 2147483647, got {2**70}"),
     ("--nsa.compress_stride=12", r"^nsa.compress_block_size must be a multiple of compress_stride \(12\), got 16"),
     ("--nsa.num_selected_blocks=2", "^nsa.num_selected_blocks must be at least num_initial_blocks"),

@@ -175,6 +175,7 @@ def fla() -> Implementation:
         partial_queries_backward=False,
         own_keys=False,
         empty_queries=False,  # NaN: a division of nothing by nothing
+        branches_off=False,
         checks_input=False,
         hidden_values=False,
         compressions=frozenset({"mean"}),

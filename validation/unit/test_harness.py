@@ -150,6 +150,8 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
         ({"compressions": frozenset({"mean"})}, "linear", "linear compression"),
         ({"any_indices": False}, "scrambled", "indices in any order"),
         ({"empty_queries": False}, "scrambled", "queries without a block"),
+        ({"branches_off": False}, "no_window", "branches that are off"),
+        ({"branches_off": False}, "nothing_selected", "branches that are off"),
         ({"lengths": Sizes(1)}, "packed", "sequences of 0 tokens"),
         ({"head_dims": Sizes(1, 4)}, "small", "a head dim of 8"),
         ({"config": lambda config: False}, "small", "blocks (4, 2, 8), 4 selected"),
