@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
@@ -159,21 +159,36 @@ class NSAAttention(NativeSparseAttention):
         self.inner_attention = nn.Identity()
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, freqs_cis: Tensor, attention_masks: "Documents | None", positions: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: "Documents | None",
+        positions: Tensor | None = None,
+        indices: Tensor | None = None,
+        return_indices: bool = False,
+    ) -> Any:
         """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
 
-        `positions [B, T]`, the same in every row, come with context parallelism and with it alone.
+        `positions [B, T]`, the same in every row, come with context parallelism and with it alone. `indices
+        [B, T, Hk, N]` replace the selection, and `return_indices` returns those used beside the output.
+
+        Raises:
+            ValueError: `indices` or `return_indices` under context parallelism.
         """
         rope = torch.view_as_real(freqs_cis)
         if self.context is not None:
+            if indices is not None or return_indices:
+                raise ValueError("indices must be None under context parallelism, and return_indices false")
             assert positions is not None  # TorchTitan gives them to whom it gives a part of a sequence
             return self.wo(self._attend_over(self.context, x, rope, positions[0]))
         if attention_masks is None:
-            return self.wo(self.attend(x, rope)[0])
-        # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
-        out, _ = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.packed)
-        return self.wo(out.view(*x.shape[:2], -1))
+            out, used = self.attend(x, rope, indices=indices)
+        else:
+            packed = indices if indices is None else indices.flatten(0, 1).unsqueeze(0)
+            out, used = self.attend(x.flatten(0, 1).unsqueeze(0), rope, attention_masks.packed, packed)
+            # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
+            out, used = (y.view(*x.shape[:2], *y.shape[2:]) for y in (out, used))
+        return (self.wo(out), used) if return_indices else self.wo(out)
 
     def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
         """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
@@ -240,6 +255,23 @@ class Block(LlamaBlock):
             self.attention = DenseAttention(model_args)
             if model_args.attn_type == "varlen":
                 self.attention.inner_attention = DocumentAttention()
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: Any,
+        positions: Tensor | None = None,
+        indices: Tensor | None = None,
+        return_indices: bool = False,
+    ) -> Any:
+        """llama3's; `indices` and `return_indices` are for NSA layers, as `NSAAttention` takes them."""
+        if indices is None and not return_indices:
+            return super().forward(x, freqs_cis, attention_masks, positions)
+        h, used = self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, indices, True)
+        h = x + h
+        out = h + self.feed_forward(self.ffn_norm(h))
+        return (out, used) if return_indices else out
 
     def initial_std(self, name: str) -> float:
         """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
@@ -317,18 +349,53 @@ class Transformer(LlamaTransformer):
             else:
                 local.zero_()
 
-    def forward(self, tokens: Tensor, attention_masks: Any = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_masks: Any = None,
+        positions: Tensor | None = None,
+        *,
+        indices: Mapping[str, Tensor] | None = None,
+        return_indices: bool = False,
+    ) -> Any:
         """Logits `[B, T, vocabulary]` of `tokens [B, T]`; stages of a pipeline take or give hidden states.
 
-        `attention_masks` are what `get_attention_masks` gives. Tables of the documents are made of them here, once for
-        all layers.
+        Args:
+            attention_masks: what `get_attention_masks` gives. Tables of the documents are made of them here, once for
+                all layers.
+            positions: `[B, T]`, under context parallelism alone.
+            indices: int32 `[B, T, Hk, N]` by the name of an NSA layer in `layers`, replace its selection: blocks that
+                an earlier call recorded, for one.
+            return_indices: also return the indices that each NSA layer used.
+
+        Raises:
+            ValueError: `indices` of a layer that is not there or is dense; either argument under context parallelism.
         """
         if isinstance(attention_masks, VarlenMetadata):
             packed = pack_sequences(
                 attention_masks.cu_seq_q, self.model_args.nsa, num_tokens=tokens.shape[0] * tokens.shape[1]
             )
             attention_masks = Documents(attention_masks, packed)
-        return super().forward(tokens, attention_masks, positions)
+        if indices is None and not return_indices:
+            return super().forward(tokens, attention_masks, positions)
+        sparse = {name for name, kind in zip(self.layers, self._kinds(), strict=True) if kind == "nsa"}
+        if unknown := sorted(set(indices or {}) - sparse):
+            raise ValueError(f"indices must be of NSA layers, {sorted(sparse)}, got {unknown}")
+        used = {}
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for name, layer in self.layers.items():
+            if name in sparse:
+                given = (indices or {}).get(name)
+                h, used[name] = layer(h, self.freqs_cis, attention_masks, positions, given, True)
+            else:
+                h = layer(h, self.freqs_cis, attention_masks, positions)
+        h = self.norm(h) if self.norm is not None else h
+        h = self.output(h) if self.output is not None else h
+        return (h, used) if return_indices else h
+
+    def _kinds(self) -> list[str]:
+        """The kind of attention of each layer here, which a stage of a pipeline has a part of."""
+        return [self.model_args.layer_kinds[int(name)] for name in self.layers]
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

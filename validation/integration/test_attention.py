@@ -49,6 +49,7 @@ CASES = (
     Case("cp2-two-heads-a-turn", cp=2, balancer="headtail", gathered=1 << 18, turns=2),
     Case("cp2-blocks-apart", cp=2, balancer="headtail", sizes={"compress_stride": 16}),
     Case("cp2-shared-kv", cp=2, balancer="headtail", sizes={"shared_kv": True, "compression": "linear"}),
+    Case("cp2-compressed-alone", cp=2, balancer="headtail", sizes={"num_selected_blocks": 0, "window_size": 0}),
     Case("cp4", cp=4),
     Case("cp4-headtail", cp=4, balancer="headtail"),
     Case("tp2-cp2", tp=2, cp=2, balancer="headtail"),

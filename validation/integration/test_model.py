@@ -153,6 +153,33 @@ def test_plain_causal_models_have_no_masks():
         make().get_attention_masks(torch.zeros(1, 8, dtype=torch.long), ByteTokenizer())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "documents"])
+def test_recorded_selections_are_replayed(packed):
+    """Recomputed blocks replay what was given to them, too."""
+    model = make("nsa,dense", attn_mask_type="block_causal" if packed else "causal")
+    apply_ac(model, ActivationCheckpoint(mode="full"))
+    tokens = torch.randint(ByteTokenizer().eos_id, (2, 64))
+    tokens[:, 40] = ByteTokenizer().eos_id
+    masks = model.get_attention_masks(tokens, ByteTokenizer()) if packed else None
+    out, indices = model(tokens, masks, return_indices=True)
+    assert {name: tuple(x.shape) for name, x in indices.items()} == {"0": (2, 64, 2, SMALL.num_selected_blocks)}
+    assert_equal(out, model(tokens, masks), what="logits of a recorded call")
+
+    few = {name: torch.full_like(x, -1) for name, x in indices.items()}
+    replayed, used = model(tokens, masks, indices=few, return_indices=True)
+    assert_equal(used["0"], few["0"], what="indices used")
+    assert not torch.equal(replayed, out), "another selection made no difference"
+    weight = model.layers["0"].attention.wv.weight
+    (grad,) = torch.autograd.grad(replayed.sum(), weight)
+    assert_equal(grad.view(2, 3, -1)[:, 1], torch.zeros(2, grad.numel() // 6), what="gradients of unselected values")
+
+
+def test_selections_of_layers_that_make_none_are_refused():
+    tokens = torch.randint(320, (1, 64))
+    with pytest.raises(ValueError, match=r"indices must be of NSA layers, \['0'\], got \['1'\]"):
+        make("nsa,dense")(tokens, indices={"1": torch.zeros(1, 64, 2, 4, dtype=torch.int32)})
+
+
 def test_the_future_changes_nothing():
     model, tokens = make("dense,nsa"), torch.randint(0, 256, (1, 60))
     changed = torch.cat((tokens[:, :41], torch.randint(0, 256, (1, 19))), 1)
