@@ -4,10 +4,12 @@
 layers into TorchTitan and, with the entry point `nsa.train`, is the only part that needs it installed.
 """
 
+from nsa.cache import CachedKeys, KVCache
 from nsa.config import NSAConfig
 from nsa.functional import (
     CompressionParams,
     apply_rope,
+    cached_attention,
     compress,
     compress_keys_and_values,
     compressed_attention,
@@ -21,11 +23,14 @@ from nsa.module import NativeSparseAttention, rope_table
 from nsa.varlen import PackedSequences
 
 __all__ = [
+    "CachedKeys",
     "CompressionParams",
+    "KVCache",
     "NSAConfig",
     "NativeSparseAttention",
     "PackedSequences",
     "apply_rope",
+    "cached_attention",
     "compress",
     "compress_keys_and_values",
     "compressed_attention",

@@ -23,12 +23,15 @@ A token that a query does not attend to has no influence on its output, whatever
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsa import eager
 from nsa.backends import Backend, BackendName
 from nsa.blocks import CompressionParams, block_starts
+from nsa.cache import CachedKeys
 from nsa.checks import (
     check_attention,
     check_backend,
@@ -420,6 +423,39 @@ def nsa_attention(
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     out, indices = implementation.nsa_attention(*tensors, indices, config, varlen, factor)
     return (out, indices) if return_indices else out
+
+
+def cached_attention(
+    q: Tensor,
+    keys: CachedKeys,
+    gates: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`nsa_attention` of the last tokens of sequences whose keys are in a cache; nothing is differentiated.
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`, the last `Tq` of `keys.num_keys` tokens.
+        keys: what `KVCache.append` returned.
+        gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+
+    Returns:
+        `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`.
+    """
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
+    with torch.no_grad():
+        of_blocks = {"num_keys": keys.num_keys, **options}
+        compressed, lse = compressed_attention(q, keys.k_cmp, keys.v_cmp, config, **of_blocks)
+        indices = select_blocks(q, keys.k_cmp, lse, config, **of_blocks)
+        branches: list[Any] = [
+            compressed,
+            selected_attention(q, keys.k_slc, keys.v_slc, indices, config, **options),
+            sliding_window_attention(q, keys.k_win, keys.v_win, config, **options),
+        ]
+        check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
+        return _load(backend, config, q, keys.v_slc).combine(branches, gates), indices
 
 
 def _tables(

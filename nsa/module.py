@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from nsa.backends import BackendName
 from nsa.blocks import CompressionParams
-from nsa.checks import check_backend, check_config, check_tensor
+from nsa.cache import KVCache
+from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
-from nsa.functional import apply_rope, compress, compress_keys_and_values, nsa_attention, pack_tokens
+from nsa.eager.rope import rotate
+from nsa.functional import (
+    apply_rope,
+    cached_attention,
+    compress,
+    compress_keys_and_values,
+    nsa_attention,
+    pack_tokens,
+)
 from nsa.varlen import PackedSequences
 
 PAPER = NSAConfig()
@@ -175,6 +184,7 @@ class NativeSparseAttention(nn.Module):
         *,
         indices: Tensor | None = None,
         return_indices: bool = False,
+        cache: KVCache | None = None,
     ) -> Any:
         """Attention of every token of `x` over those before it.
 
@@ -186,16 +196,25 @@ class NativeSparseAttention(nn.Module):
                 which several layers can share.
             indices: int32 `[B, T, Hk, N]`, replaces the selection: blocks recorded by an earlier call, for one.
             return_indices: also return the indices used.
+            cache: from `make_cache`. Each row of `x` continues the sequence of that row, and is taken in; positions
+                count from its start, so that `L` must be at least its length then. There are no gradients.
 
         Returns:
             `[B, T, dim]`, or that and the indices `[B, T, Hk, N]`.
 
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; an `x` of another width, dtype or device
-                than the layer's; a RoPE table too short for `T`, for another `D`, or for an odd one.
+                than the layer's; a RoPE table too short for `T`, for another `D`, or for an odd one; a cache without
+                room, for another batch, dtype or device, or beside `cu_seqlens` or `indices`: it stays as it was.
         """
         self._check_input(x)
-        out, used = self.attend(x, rope, cu_seqlens, indices)
+        if cache is None:
+            out, used = self.attend(x, rope, cu_seqlens, indices)
+        else:
+            for name, given in (("cu_seqlens", cu_seqlens), ("indices", indices)):
+                if given is not None:
+                    raise ValueError(f"{name} must be None beside a cache, got a tensor")
+            out, used = self._attend_cached(x, rope, cache)
         return (self.wo(out), used) if return_indices else self.wo(out)
 
     def _check_input(self, x: Tensor) -> None:
@@ -223,10 +242,7 @@ class NativeSparseAttention(nn.Module):
         """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`, and the indices used."""
         packed = pack_tokens(x, cu_seqlens, self.config)
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        params = self.compress_k.params(), self.compress_v.params()
-        k_cmp, v_cmp = compress_keys_and_values(
-            k_cmp, v_cmp, *params, self.config, cu_seqlens=packed, backend=self.backend
-        )
+        k_cmp, v_cmp = self._compress(k_cmp, v_cmp, packed)
         if rope is not None:
             if self.head_dim % 2:
                 raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
@@ -247,6 +263,54 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens_q=packed,
             backend=self.backend,
         )
+        return out.flatten(2), used
+
+    def _compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
+        params = self.compress_k.params(), self.compress_v.params()
+        return compress_keys_and_values(k, v, *params, self.config, cu_seqlens=packed, backend=self.backend)
+
+    def make_cache(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        spare: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """A cache for this layer, on its device; arguments as `KVCache` has them, `dtype` the layer's unless given."""
+        weight = self.wk.weight
+        heads = weight.shape[0] // self.branches // self.head_dim
+        sizes = (self.config, batch, capacity, heads, self.head_dim)
+        return KVCache(*sizes, spare=spare, dtype=dtype or weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def _attend_cached(self, x: Tensor, rope: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """`attend` of tokens that continue the sequences of a cache."""
+        if cache.config != self.config:
+            raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
+        q, keys, values, gates = self.project(x)
+        cache.check_room(keys[0], x.shape[1])
+        if rope is not None:
+            check_rope(rope, q)
+            check_rope_length(rope, max(cache.lengths) + x.shape[1])
+
+        def rotated(tensor: Tensor, first: int, step: int = 1) -> Tensor:
+            return tensor if rope is None else rotate(tensor, rope[first : first + tensor.shape[1] * step : step])
+
+        def compressed(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+            k_cmp, v_cmp = self._compress(k, v)
+            stride = self.config.compress_stride
+            return rotated(k_cmp, block * stride, stride), v_cmp
+
+        parts = []
+        for rows in cache.runs_of_equal_length():
+            first = cache.lengths[rows.start]
+            k_raw, k_slc, k_win = (k[rows] for k in keys)
+            k = k_raw, rotated(k_slc, first), rotated(k_win, first)
+            cached = cache.append(rows, k, [v[rows] for v in values], compressed)
+            query = rotated(q[rows], first)
+            parts.append(cached_attention(query, cached, gates[rows], self.config, backend=self.backend))
+        out, used = (torch.cat(x) for x in zip(*parts, strict=True))
         return out.flatten(2), used
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:

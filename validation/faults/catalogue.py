@@ -20,8 +20,9 @@ PUBLIC_BUGS = {
     11: "importance off by one compressed block",
     12: "offsets of large batches overflow 32 bits",
     13: "gradients dropped, or doubled, where several queries share a block",
+    14: "cached decoding that differs from the full forward",
 }
-"""What real kernels shipped. Cached decoding that differs from the full forward is missing: there is no cache yet."""
+"""What real kernels shipped."""
 
 
 @dataclass(frozen=True)
@@ -1548,6 +1549,102 @@ _HIDDEN_VALUES = [
     ),
 ]
 
+_CACHE = [
+    Fault(
+        "cached-keys-rotated-as-the-first",
+        "keys that continue a cached sequence are rotated as if it began with them",
+        "module.py",
+        "first = cache.lengths[rows.start]",
+        "first = 0 * cache.lengths[rows.start]",
+        ("test_cache.py::test_token_by_token[mean]",),
+        models=14,
+    ),
+    Fault(
+        "cached-blocks-rotated-as-the-first",
+        "blocks that are completed later are rotated as the first blocks",
+        "module.py",
+        "rotated(k_cmp, block * stride, stride)",
+        "rotated(k_cmp, 0, stride)",
+        ("test_cache.py::test_token_by_token[mean]",),
+        models=14,
+    ),
+    Fault(
+        "ring-keeps-the-first",
+        "of more tokens than a ring has room for the first stay, not the last",
+        "cache.py",
+        "begin = first + keys.shape[1] - kept",
+        "begin = first",
+        ("test_cache.py::test_any_split_gives_what_the_whole_sequence_does[mlp]",),
+    ),
+    Fault(
+        "ring-read-one-late",
+        "a ring is read one position late",
+        "cache.py",
+        "slots = torch.arange(first, stop, device=self.keys.device)",
+        "slots = torch.arange(first + 1, stop + 1, device=self.keys.device)",
+        ("test_cache.py::test_token_by_token[mlp]",),
+    ),
+    Fault(
+        "cached-window-one-shorter",
+        "the window over cached keys has one token less",
+        "cache.py",
+        "begin = max(0, length - max(config.window_size - 1, 0))",
+        "begin = max(0, length - max(config.window_size - 2, 0))",
+        ("test_cache.py::test_token_by_token[mlp]",),
+        models=14,
+    ),
+    Fault(
+        "tail-one-shorter",
+        "a token that waits for its compressed block is overwritten",
+        "cache.py",
+        "config.compress_block_size - 1 + self.spare",
+        "config.compress_block_size - 2 + self.spare",
+        ("test_cache.py::test_token_by_token[mlp]",),
+    ),
+    Fault(
+        "blocks-completed-twice",
+        "a compressed block goes to the place after its own",
+        "cache.py",
+        "after = config.num_compressed(length), config.num_compressed(stop)",
+        "after = config.num_compressed(length + 1), config.num_compressed(stop + 1)",
+        ("test_cache.py::test_token_by_token[mlp]",),
+        models=14,
+    ),
+    Fault(
+        "truncated-sequences-stay",
+        "tokens taken back are still there",
+        "cache.py",
+        "            self._lengths[row] = length\n",
+        "            pass\n",
+        ("test_cache.py::test_tokens_taken_back_leave_no_trace[5-mlp]",),
+    ),
+    Fault(
+        "rings-forget-what-they-dropped",
+        "a sequence can be cut to where a ring holds none of it any more",
+        "cache.py",
+        "max(in_window, stop - self._window.size), max(in_tail, stop - self._tail.size)",
+        "in_window, in_tail",
+        ("test_cache.py::test_all_that_the_rings_hold_can_be_taken_back",),
+    ),
+    Fault(
+        "forks-share-lengths-in-order",
+        "a fork has the lengths of other sequences than its keys",
+        "cache.py",
+        "new._lengths = [self._lengths[i] for i in chosen]",
+        "new._lengths = self._lengths[: len(chosen)]",
+        ("test_cache.py::test_forks_have_the_lengths_of_their_sequences",),
+    ),
+    Fault(
+        "cached-sequences-of-one-length",
+        "sequences of other lengths are taken for as long as the first",
+        "cache.py",
+        "if i == 0 or self._lengths[i] != self._lengths[i - 1]]",
+        "if i == 0]",
+        ("test_cache.py::test_sequences_of_their_own_lengths",),
+        models=14,
+    ),
+]
+
 _DATA = [
     Fault(
         "position-in-rows",
@@ -1650,6 +1747,7 @@ FAULTS = [
     *_CONFIG,
     *_FUNCTIONS,
     *_MODULE,
+    *_CACHE,
     *_OPERATORS,
     *_DATA,
     *_RUNS,

@@ -1,0 +1,276 @@
+"""The key/value cache: chunks and steps give what the whole sequence does, and bad use leaves it as it was."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nsa import KVCache, NativeSparseAttention, NSAConfig, rope_table
+from validation.numerics import assert_equal, assert_matches
+from validation.unit.cases import config
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+DIM, HEADS, KV_HEADS, HEAD_DIM, TOKENS = 16, 4, 2, 8, 61
+REDUCTION = TOKENS * HEADS * HEAD_DIM
+CONFIGS = {
+    "mlp": config(),
+    "mean": config(compression="mean"),
+    "disjoint_blocks": config((4, 4, 8), compression="linear"),
+    "shared_keys": config(shared_kv=True),
+    "window_1": config(window=1),
+    "no_window": config(window=0),
+    "nothing_selected": config(selected=0),
+}
+KERNELS = config((16, 8, 16), 3, 12)
+each_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def make(settings: NSAConfig, backend: str = "eager", dtype: torch.dtype = torch.float64) -> NativeSparseAttention:
+    layer = NativeSparseAttention(DIM, HEADS, KV_HEADS, HEAD_DIM, settings, backend=backend)
+    return layer.to(dtype)
+
+
+def feed(layer: NativeSparseAttention, cache: KVCache, x: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    """Outputs and selected blocks of `x` in pieces of these sizes."""
+    rope = rope_table(256, HEAD_DIM)
+    assert sum(sizes) == x.shape[1]
+    parts = [layer(piece, rope, cache=cache, return_indices=True) for piece in x.split(sizes, 1)]
+    outs, indices = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(indices, 1)
+
+
+def check(layer: NativeSparseAttention, found: tuple[Tensor, Tensor], x: Tensor, first: int = 0) -> None:
+    """Holds outputs from token `first` on to those of a forward pass over all of `x`."""
+    out, indices = layer(x, rope_table(256, HEAD_DIM), return_indices=True)
+    assert_equal(found[1], indices[:, first:], what="selected blocks")
+    assert_matches(found[0], out[:, first:].detach(), what="output", reduction=REDUCTION)
+
+
+@each_config
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_split_gives_what_the_whole_sequence_does(name: str, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, TOKENS - 1), max_size=6)))
+    sizes = [b - a for a, b in zip([0, *cuts], [*cuts, TOKENS], strict=True)]
+    layer, x = make(CONFIGS[name]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    check(layer, feed(layer, layer.make_cache(2, TOKENS), x, *sizes), x)
+
+
+@each_config
+def test_token_by_token(name: str) -> None:
+    layer, x = make(CONFIGS[name]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    check(layer, feed(layer, layer.make_cache(1, TOKENS), x, *[1] * TOKENS), x)
+
+
+@pytest.mark.parametrize("sizes", [(61,), (40, 1, 1, 1, 18), (15, 2, 30, 14)])
+def test_kernels_go_on_from_a_cache(sizes: tuple[int, ...]) -> None:
+    layer = NativeSparseAttention(32, HEADS, 1, 16, KERNELS, backend="triton")
+    x, rope, cache = torch.randn(1, TOKENS, 32), rope_table(TOKENS, 16), layer.make_cache(1, TOKENS)
+    out = torch.cat([layer(piece, rope, cache=cache) for piece in x.split(sizes, 1)], 1)
+    assert_matches(out, layer(x, rope).detach().double(), what="output", reduction=TOKENS * HEADS * 16)
+
+
+def test_sequences_of_their_own_lengths() -> None:
+    """Those that were truncated differently go on from where they are."""
+    layer, x = make(CONFIGS["mlp"]), torch.randn(4, TOKENS, DIM, dtype=torch.float64)
+    cache, lengths = layer.make_cache(4, TOKENS, spare=20), (40, 40, 23, 31)
+    feed(layer, cache, x[:, :40], 40)
+    cache.truncate(lengths)
+    assert cache.lengths == lengths
+    new = torch.randn(4, 6, DIM, dtype=torch.float64)
+    out, indices = feed(layer, cache, new, 4, 1, 1)
+    for row, length in enumerate(lengths):
+        sequence = torch.cat((x[row : row + 1, :length], new[row : row + 1]), 1)
+        check(layer, (out[row : row + 1], indices[row : row + 1]), sequence, first=length)
+
+
+@each_config
+@pytest.mark.parametrize("back", [1, 5, 9])
+def test_tokens_taken_back_leave_no_trace(name: str, back: int) -> None:
+    layer, x = make(CONFIGS[name]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    cache = layer.make_cache(1, TOKENS, spare=9)
+    feed(layer, cache, x[:, :50], 23, 27)
+    cache.truncate(50 - back)
+    other = torch.cat((x[:, : 50 - back], torch.randn(1, 9, DIM, dtype=torch.float64)), 1)
+    check(layer, feed(layer, cache, other[:, 50 - back :], 2, 1, 6), other, first=50 - back)
+
+
+def test_forks_go_their_own_ways() -> None:
+    layer, x = make(CONFIGS["mlp"]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    cache = layer.make_cache(2, TOKENS)
+    feed(layer, cache, x[:, :30], 30)
+    fork = cache.fork([1, 0, 1])
+    new = torch.randn(3, 8, DIM, dtype=torch.float64)
+    of_fork = feed(layer, fork, new, 5, 3)
+    check(layer, feed(layer, cache, x[:, 30:], TOKENS - 30), x, first=30)
+    check(layer, of_fork, torch.cat((x[[1, 0, 1], :30], new), 1), first=30)
+    assert (cache.lengths, fork.lengths) == ((TOKENS,) * 2, (38,) * 3)
+
+
+def test_forks_have_the_lengths_of_their_sequences() -> None:
+    layer, x = make(CONFIGS["mlp"]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    cache = layer.make_cache(2, TOKENS, spare=10)
+    feed(layer, cache, x[:, :30], 30)
+    cache.truncate((30, 25))
+    fork = cache.fork([1])
+    assert fork.lengths == (25,)
+    check(layer, feed(layer, fork, x[1:, 25:], TOKENS - 25), x[1:], first=25)
+
+
+def test_a_reset_cache_is_a_new_one() -> None:
+    layer, x = make(CONFIGS["mlp"]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    cache = layer.make_cache(1, TOKENS)
+    feed(layer, cache, torch.randn(1, TOKENS, DIM, dtype=torch.float64), 20, 41)
+    cache.reset()
+    check(layer, feed(layer, cache, x, 33, 28), x)
+
+
+@pytest.mark.parametrize("spare", [0, 7])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("capacity", [5, 100])
+def test_memory_is_what_the_formula_says(capacity: int, shared: bool, spare: int) -> None:
+    sizes = config((4, 2, 8), 4, 20, shared_kv=shared)
+    cache = KVCache(sizes, 3, capacity, 2, 16, 8, spare=spare, dtype=torch.bfloat16)
+    window = 0 if shared else min(capacity, 19 + spare)
+    a_token = 3 * 2 * (16 + 8) * 2
+    assert cache.nbytes == a_token * (capacity + (capacity - 4) // 2 + 1 + window + min(capacity, 3 + spare))
+
+
+def test_rings_do_not_grow_with_the_context() -> None:
+    short, long = (KVCache(NSAConfig(shared_kv=True), 1, capacity, 4, 128) for capacity in (2048, 65536))
+    dense = 2 * 4 * 128 * 4
+    assert long.nbytes <= 1.1 * dense * 65536
+    assert long.nbytes - short.nbytes == dense * (65536 - 2048) * 17 // 16
+
+
+# What is refused.
+
+
+def new_tokens(count: int = 1, **options: Any) -> Tensor:
+    return torch.randn(options.pop("batch", 2), count, DIM, dtype=options.pop("dtype", torch.float64), **options)
+
+
+REFUSED = {
+    "no_room": (
+        {"x": lambda: new_tokens(12)},
+        ValueError,
+        "cache must have room for 12 tokens after 29, got 40 in all",
+    ),
+    "another_batch": ({"x": lambda: new_tokens(batch=3)}, ValueError, "cache must be for a batch of 3, got one for 2"),
+    "offsets": (
+        {"x": new_tokens, "cu_seqlens": lambda: torch.tensor([0, 1], dtype=torch.int32)},
+        ValueError,
+        "cu_seqlens must be None beside a cache, got a tensor",
+    ),
+    "indices": (
+        {"x": new_tokens, "indices": lambda: torch.zeros(2, 1, 2, 4, dtype=torch.int32)},
+        ValueError,
+        "indices must be None beside a cache, got a tensor",
+    ),
+    "short_table": (
+        {"x": new_tokens, "rope": lambda: rope_table(29, HEAD_DIM)},
+        ValueError,
+        "rope must have a row for each of the 30 positions, got 29",
+    ),
+    "another_configuration": (
+        {"x": new_tokens, "cache": lambda: KVCache(KERNELS, 2, 40, KV_HEADS, HEAD_DIM, dtype=torch.float64)},
+        ValueError,
+        "cache must be for the configuration of the layer",
+    ),
+    "another_dtype": (
+        {"x": new_tokens, "cache": lambda: KVCache(CONFIGS["mlp"], 2, 40, KV_HEADS, HEAD_DIM)},
+        TypeError,
+        "cache must have dtype torch.float64, like the tensors beside it, got torch.float32",
+    ),
+    "other_heads": (
+        {"x": new_tokens, "cache": lambda: KVCache(CONFIGS["mlp"], 2, 40, 1, HEAD_DIM, dtype=torch.float64)},
+        ValueError,
+        r"k must have shape \[b, t, Hk, D\] = \(2, 1, 1, 8\), got \(2, 1, 2, 8\)",
+    ),
+}
+
+
+@pytest.fixture
+def filled() -> tuple[NativeSparseAttention, KVCache]:
+    layer = make(CONFIGS["mlp"])
+    cache = layer.make_cache(2, 40)
+    feed(layer, cache, new_tokens(29), 29)
+    return layer, cache
+
+
+@pytest.mark.parametrize(("given", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(filled: Any, given: dict[str, Any], error: type, message: str) -> None:
+    layer, cache = filled
+    before = copy.deepcopy(cache)
+    arguments = {"rope": rope_table(64, HEAD_DIM), "cache": cache, **{name: value() for name, value in given.items()}}
+    with pytest.raises(error, match=f"^{message}"):
+        layer(**arguments)
+    more = new_tokens(5)
+    assert cache.lengths == before.lengths == (29, 29)
+    assert_equal(feed(layer, cache, more, 5)[0], feed(layer, before, more, 5)[0], what="output after the refusal")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (30, ValueError, "lengths must be at most 29 for sequence 0, got 30"),
+        (
+            [29, 28],
+            ValueError,
+            "lengths must be 0 or at least 29 for sequence 1, as a ring holds no more of it, got 28",
+        ),
+        ([29], ValueError, "lengths must be one number or 2, got 1"),
+        (-1, ValueError, "lengths must be at least 0, got -1"),
+        ([29, 2.5], TypeError, "lengths must be an int, got 2.5"),
+    ],
+)
+def test_what_cannot_be_taken_back_is_refused(filled: Any, lengths: Any, error: type, message: str) -> None:
+    _, cache = filled
+    with pytest.raises(error, match=f"^{message}"):
+        cache.truncate(lengths)
+    assert cache.lengths == (29, 29)
+
+
+def test_all_that_the_rings_hold_can_be_taken_back() -> None:
+    """What is not refused works, and no more is refused than must be."""
+    layer, x = make(CONFIGS["mlp"]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    for spare, total, refused in ((0, 3, []), (4, 7, []), (4, 40, [*range(1, 36)]), (11, 33, [*range(1, 22)])):
+        found = []
+        for length in range(1, total + 1):
+            cache = layer.make_cache(1, TOKENS, spare=spare)
+            feed(layer, cache, x[:, :total], total)
+            try:
+                cache.truncate(length)
+            except ValueError:
+                found.append(length)
+            else:
+                check(layer, feed(layer, cache, x[:, length:], TOKENS - length), x, first=length)
+        assert found == refused
+
+
+@pytest.mark.parametrize("sequences", [[], [2], [0, 5]])
+def test_forks_of_sequences_that_are_not_there_are_refused(filled: Any, sequences: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^sequences must be some of the 2 there are, got"):
+        filled[1].fork(sequences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
+        ({"capacity": 2.0}, TypeError, "capacity must be an int, got 2.0"),
+        ({"spare": -1}, ValueError, "spare must be at least 0, got -1"),
+        ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be floating, got torch.int32"),
+        ({"config": {}}, TypeError, "config must be an NSAConfig, got dict"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(changes: dict[str, Any], error: type, message: str) -> None:
+    sizes = {"config": CONFIGS["mlp"], "batch": 1, "capacity": 8, "num_kv_heads": 1, "head_dim": 8}
+    with pytest.raises(error, match=f"^{message}"):
+        KVCache(**{**sizes, **changes})
