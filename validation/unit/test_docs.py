@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,6 +116,14 @@ def test_a_right_window_passes_and_lists_what_was_skipped(mine: Path) -> None:
     assert status == 0, output
     assert_printed("mine: passed (... passed, ... skipped)", output)
     assert_printed(block("mine lacks the stage compress"), output)
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["y"].shape == (1, 1, 512)
+    assert names["cache"].lengths == (2049,)
 
 
 def test_the_example_prints_the_table_of_the_page(tmp_path: Path) -> None:
