@@ -29,6 +29,7 @@ from torchtitan.models.llama3.model.model import TransformerBlock as LlamaBlock
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from nsa.backends import BackendName
+from nsa.cache import DenseCache, KVCache
 from nsa.checks import check_backend
 from nsa.config import NSAConfig
 from nsa.functional import apply_rope, pack_sequences
@@ -166,16 +167,20 @@ class NSAAttention(NativeSparseAttention):
         positions: Tensor | None = None,
         indices: Tensor | None = None,
         return_indices: bool = False,
+        cache: KVCache | None = None,
     ) -> Any:
         """Attention of `x [B, T, dim]`; under document masks the batch is packed into one row.
 
         `positions [B, T]`, the same in every row, come with context parallelism and with it alone. `indices
-        [B, T, Hk, N]` replace the selection, and `return_indices` returns those used beside the output.
+        [B, T, Hk, N]` replace the selection, and `return_indices` returns those used beside the output. With a cache
+        rows continue its sequences, as in `NativeSparseAttention`.
 
         Raises:
             ValueError: `indices` or `return_indices` under context parallelism.
         """
         rope = torch.view_as_real(freqs_cis)
+        if cache is not None:
+            return super().forward(x, rope, cache=cache)
         if self.context is not None:
             if indices is not None or return_indices:
                 raise ValueError("indices must be None under context parallelism, and return_indices false")
@@ -214,7 +219,38 @@ class DenseAttention(LlamaAttention):
 
     context: ContextParallel | None = None
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, attention_masks: Any, positions: Tensor | None = None) -> Tensor:
+    def make_cache(self, batch: int, capacity: int, *, spare: int = 0) -> DenseCache:
+        """A cache for this layer; a dense one can take back any number of tokens, whatever is to be spared."""
+        weight = self.wk.weight
+        return DenseCache(batch, capacity, self.n_kv_heads, self.head_dim, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def _attend_cached(self, x: Tensor, freqs_cis: Tensor, cache: DenseCache) -> Tensor:
+        """Attention of tokens that continue the sequences of a cache."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        cache.check_room(k, x.shape[1])
+        parts = []
+        for rows in cache.runs_of_equal_length():
+            first = cache.lengths[rows.start]
+            position = torch.arange(first, first + x.shape[1], device=x.device)
+            query, key = apply_rotary_emb(q[rows], k[rows], freqs_cis, position.expand(q[rows].shape[0], -1))
+            keys, values = cache.append(rows, key, v[rows])
+            mask = torch.arange(keys.shape[1], device=x.device) <= position[:, None]
+            query, keys, values = (y.transpose(1, 2) for y in (query, keys, values))
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+            parts.append(out.transpose(1, 2))
+        return self.wo(torch.cat(parts).flatten(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        attention_masks: Any,
+        positions: Tensor | None = None,
+        cache: DenseCache | None = None,
+    ) -> Tensor:
+        if cache is not None:
+            return self._attend_cached(x, freqs_cis, cache)
         if self.context is None:
             masks = attention_masks.masks if isinstance(attention_masks, Documents) else attention_masks
             return super().forward(x, freqs_cis, masks, positions)
@@ -264,8 +300,12 @@ class Block(LlamaBlock):
         positions: Tensor | None = None,
         indices: Tensor | None = None,
         return_indices: bool = False,
+        cache: Any = None,
     ) -> Any:
-        """llama3's; `indices` and `return_indices` are for NSA layers, as `NSAAttention` takes them."""
+        """llama3's; `indices`, `return_indices` and `cache` are as the layer's attention takes them."""
+        if cache is not None:
+            x = x + self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, cache=cache)
+            return x + self.feed_forward(self.ffn_norm(x))
         if indices is None and not return_indices:
             return super().forward(x, freqs_cis, attention_masks, positions)
         h, used = self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, indices, True)
@@ -357,6 +397,7 @@ class Transformer(LlamaTransformer):
         *,
         indices: Mapping[str, Tensor] | None = None,
         return_indices: bool = False,
+        cache: Mapping[str, Any] | None = None,
     ) -> Any:
         """Logits `[B, T, vocabulary]` of `tokens [B, T]`; stages of a pipeline take or give hidden states.
 
@@ -367,10 +408,14 @@ class Transformer(LlamaTransformer):
             indices: int32 `[B, T, Hk, N]` by the name of an NSA layer in `layers`, replace its selection: blocks that
                 an earlier call recorded, for one.
             return_indices: also return the indices that each NSA layer used.
+            cache: from `make_cache`; tokens continue its sequences, and nothing else may be given.
 
         Raises:
-            ValueError: `indices` of a layer that is not there or is dense; either argument under context parallelism.
+            ValueError: `indices` of a layer that is not there or is dense; either argument under context parallelism;
+                masks, positions or indices beside a cache, or a cache without room, which then stays as it was.
         """
+        if cache is not None:
+            return self._continue(tokens, cache, (attention_masks, positions, indices, return_indices or None))
         if isinstance(attention_masks, VarlenMetadata):
             packed = pack_sequences(
                 attention_masks.cu_seq_q, self.model_args.nsa, num_tokens=tokens.shape[0] * tokens.shape[1]
@@ -392,6 +437,31 @@ class Transformer(LlamaTransformer):
         h = self.norm(h) if self.norm is not None else h
         h = self.output(h) if self.output is not None else h
         return (h, used) if return_indices else h
+
+    def make_cache(self, batch: int, capacity: int, *, spare: int = 0) -> dict[str, Any]:
+        """A cache for every layer, by its name in `layers`; arguments as `KVCache` takes them.
+
+        Raises:
+            ValueError: a capacity beyond the positions of the model, or a size out of range.
+        """
+        if capacity > len(self.freqs_cis):
+            raise ValueError(f"capacity must be at most the model's positions ({len(self.freqs_cis)}), got {capacity}")
+        return {name: layer.attention.make_cache(batch, capacity, spare=spare) for name, layer in self.layers.items()}
+
+    def _continue(self, tokens: Tensor, cache: Mapping[str, Any], others: Sequence[Any]) -> Tensor:
+        """`forward` of tokens that continue the sequences of a cache."""
+        if any(x is not None for x in others):
+            raise ValueError("nothing but tokens can be given beside a cache, got masks, positions or indices")
+        for one in cache.values():  # none takes in what another has no room for
+            if max(one.lengths) + tokens.shape[1] > one.capacity:
+                raise ValueError(
+                    f"cache must have room for {tokens.shape[1]} tokens after {max(one.lengths)}, "
+                    f"got {one.capacity} in all"
+                )
+        h = self.tok_embeddings(tokens)
+        for name, layer in self.layers.items():
+            h = layer(h, self.freqs_cis, None, None, cache=cache[name])
+        return self.output(self.norm(h))
 
     def _kinds(self) -> list[str]:
         """The kind of attention of each layer here, which a stage of a pipeline has a part of."""

@@ -1,0 +1,216 @@
+"""Generation: `python -m nsa.generate --checkpoint DIR --prompt TEXT`, and `generate` for any model with a cache.
+
+A checkpoint is one that training saved, in any layout: a folder `step-N`, or the folder of a run, whose last one is
+taken. The text goes to standard output as it comes, what is said about it to standard error.
+"""
+
+import argparse
+import codecs
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A token for each row of `logits [B, V]`, int64 `[B]`.
+
+    Args:
+        temperature: what logits are divided by; 0 takes the most likely token.
+        top_k: only so many of the most likely tokens are drawn from.
+        top_p: only the most likely tokens are drawn from that together have at least this probability, with the
+            temperature (nucleus sampling, arXiv 1904.09751).
+        generator: on the CPU, where numbers are drawn, so that a seed gives the same ones on any device.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits.float().cpu() / temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:
+        probabilities[before >= top_p] = 0
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(-1, drawn).squeeze(-1).to(logits.device)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Collection[int] = (),
+    on_token: Callable[[int, int], None] | None = None,
+    chunk: int = 1024,
+) -> list[list[int]]:
+    """Continues each prompt by at most `max_new_tokens` tokens.
+
+    Args:
+        model: called as `model(tokens, cache=cache)` for logits `[B, T, V]`; `make_cache(batch, capacity, spare=s)`
+            gives its caches by layer.
+        prompts: token ids, at least one each; their lengths may differ.
+        temperature, top_k, top_p: as `sample` takes them.
+        seed: the same seed gives the same tokens; unless given, every call draws its own.
+        stop: tokens that end a sequence, and are its last.
+        on_token: called with the number of the prompt and the token as each one comes.
+        chunk: tokens of the prompts that are taken in at a time.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        ValueError: no prompt or an empty one, a number out of range, more tokens than the model has positions for.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("prompts must have at least one token each, got none")
+    if max_new_tokens < 0 or chunk < 1:
+        raise ValueError(f"max_new_tokens must be at least 0 and chunk at least 1, got {max_new_tokens} and {chunk}")
+    device = next(model.parameters()).device
+    generator = torch.Generator("cpu")
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    # Shorter prompts are filled up, and what that left in the caches is taken back.
+    cache = model.make_cache(len(prompts), longest + max_new_tokens, spare=longest - min(lengths))
+    padded = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], device=device)
+    last = torch.tensor(lengths, device=device) - 1
+    logits: Tensor | None = None
+    for first in range(0, longest, chunk):
+        of_chunk = model(padded[:, first : first + chunk], cache=cache)
+        at = (last - first).clamp(0, of_chunk.shape[1] - 1)
+        found = of_chunk[torch.arange(len(prompts), device=device), at]
+        logits = found if logits is None else found.where((last >= first)[:, None], logits)
+    for one in cache.values():
+        one.truncate(lengths)
+    assert logits is not None
+
+    outputs: list[list[int]] = [[] for _ in prompts]
+    going = [max_new_tokens > 0] * len(prompts)
+    while any(going):
+        tokens = sample(logits, temperature, top_k, top_p, generator)
+        for row, token in enumerate(tokens.tolist()):
+            if going[row]:
+                outputs[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                going[row] = token not in stop and len(outputs[row]) < max_new_tokens
+        if any(going):
+            logits = model(tokens.unsqueeze(1), cache=cache)[:, -1]
+    return outputs
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 90th and 99th percentile in milliseconds."""
+    ordered = sorted(1e3 * s for s in seconds)
+    return {
+        name: round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3)
+        for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
+
+
+def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Latencies of taking in a prompt and of each step after it, in milliseconds; steps are greedy."""
+    prefill, steps = [], []
+    for _ in range(repeats):
+        times = [time.perf_counter()]
+        generate(model, [prompt], new_tokens, on_token=lambda *_, times=times: times.append(time.perf_counter()))
+        prefill.append(times[1] - times[0])
+        steps += [after - before for before, after in pairwise(times[1:])]
+    return {
+        "prompt_tokens": len(prompt),
+        "prefill_ms": _percentiles(prefill),
+        "decode_ms": _percentiles(steps),
+        "decode_tokens_per_second": round(1 / statistics.median(steps), 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m nsa.generate", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="step-N, or the folder of a run")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default 0.8")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the tokens that make up this probability")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+    parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, where it is not bytes")
+    parser.add_argument("--benchmark", action="store_true", help="print latencies as JSON instead of text")
+    given = parser.parse_args(arguments)
+    from nsa.titan.load import load_model
+    from nsa.titan.refusals import JobError
+
+    text = sys.stdin.read() if given.prompt == "-" else given.prompt
+    try:
+        model, tokenizer = load_model(
+            given.checkpoint,
+            device=given.device,
+            dtype=None if given.dtype is None else getattr(torch, given.dtype),
+            hf_assets_path=given.hf_assets_path,
+            room_for=lambda tokenizer: len(tokenizer.encode(text)) + given.max_new_tokens,
+        )
+        prompt = list(tokenizer.encode(text))
+        if given.benchmark:
+            print(json.dumps(benchmark(model, prompt, given.max_new_tokens, repeats=5)))
+            return
+        _print_tokens(model, tokenizer, prompt, given)
+    except (JobError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+def _print_tokens(model: Any, tokenizer: Any, prompt: list[int], given: argparse.Namespace) -> None:
+    """Prints text as far as it is certain: a character may be several tokens."""
+    decoder, seen = codecs.getincrementaldecoder("utf-8")("replace"), []
+    of_bytes = tokenizer.encode("é") == list("é".encode())
+
+    def show(row: int, token: int) -> None:
+        seen.append(token)
+        if of_bytes:
+            text = decoder.decode(bytes([token])) if token < 256 else ""
+        else:
+            before, after = tokenizer.decode(seen[:-1]), tokenizer.decode(seen)
+            text = after[len(before) :]
+        print(text, end="", flush=True)
+
+    options = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p, "seed": given.seed}
+    start = time.perf_counter()
+    generate(model, [prompt], given.max_new_tokens, stop=(tokenizer.eos_id,), on_token=show, **options)
+    seconds = time.perf_counter() - start
+    print()
+    print(f"{len(seen)} tokens in {seconds:.1f} s, {len(seen) / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""A trained model goes on with text: caches of the whole model, sampling, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa.config import NSAConfig
+from nsa.generate import generate, sample
+from nsa.titan.load import find_checkpoint, load_model, model_args
+from nsa.titan.model import ModelArgs, Transformer
+from nsa.titan.refusals import JobError
+from validation.numerics import assert_equal, assert_matches
+
+pytestmark = pytest.mark.smoke
+
+SMALL = NSAConfig(8, 4, 16, 4, window_size=20)
+KINDS = ["nsa", "dense", "dense,nsa"]
+POSITIONS, VOCABULARY = 96, 320
+LONGEST_SUM = 256  # the hidden width of the feed-forward layers
+
+
+def make(attention="nsa", dtype=torch.float64):
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCABULARY}
+    model = Transformer(ModelArgs(**sizes, max_seq_len=POSITIONS, attention=attention, nsa=SMALL, backend="eager"))
+    model.init_weights()
+    model.freqs_cis = model.freqs_cis.to(torch.complex128) if dtype == torch.float64 else model.freqs_cis
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def greedy(model, prompt, count):
+    """Tokens that forward passes over everything so far find most likely."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# 1. Caches of a model.
+
+
+@pytest.mark.parametrize("sizes", [(70,), (33, 1, 1, 30, 5)])
+@pytest.mark.parametrize("attention", KINDS)
+def test_chunks_give_the_logits_of_the_whole(attention, sizes):
+    model, tokens = make(attention), torch.randint(VOCABULARY, (2, 70))
+    cache = model.make_cache(2, 70)
+    logits = torch.cat([model(piece, cache=cache) for piece in tokens.split(sizes, 1)], 1)
+    assert_matches(logits, model(tokens).detach(), what="logits", reduction=LONGEST_SUM)
+
+
+def test_caches_are_refused_what_they_have_no_room_for_and_stay():
+    model, tokens = make("dense,nsa"), torch.randint(VOCABULARY, (1, 30))
+    cache = model.make_cache(1, 40)
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match=r"^cache must have room for 30 tokens after 30, got 40 in all"):
+        model(tokens, cache=cache)
+    with pytest.raises(ValueError, match=r"^nothing but tokens can be given beside a cache"):
+        model(tokens[:, :1], cache=cache, return_indices=True)
+    assert {one.lengths for one in cache.values()} == {(30,)}
+    with pytest.raises(ValueError, match=r"^capacity must be at most the model's positions \(96\), got 97"):
+        model.make_cache(1, 97)
+
+
+# 2. Generation.
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_greedy_tokens_are_those_of_full_passes(attention, chunk):
+    model = make(attention)
+    prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (40, 1, 23, 40)]
+    found = generate(model, prompts, 12, chunk=chunk)
+    assert found == [greedy(model, prompt, 12) for prompt in prompts]
+
+
+def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
+    model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
+    whole, came = greedy(model, prompt, 8), []
+    other = greedy(model, prompt[:9], 8)
+    stop = whole[3]
+    found = generate(
+        model, [prompt, prompt[:9]], 8, stop=(stop,), on_token=lambda row, token: came.append((row, token))
+    )
+    assert found[0] == whole[: whole.index(stop) + 1]
+    assert found[1] == (other[: other.index(stop) + 1] if stop in other else other)
+    for row in (0, 1):
+        assert [token for of, token in came if of == row] == found[row]
+    assert generate(model, [prompt], 0) == [[]]
+
+
+def test_a_seed_is_repeated_and_another_gives_other_tokens():
+    model, prompt = make(), [5, 6, 7]
+    first, again, other = (generate(model, [prompt], 30, temperature=1.0, seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
+    assert generate(model, [prompt], 30, temperature=1.0) != generate(model, [prompt], 30, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts must have at least one token each, got none"),
+        ([[1], []], {}, "prompts must have at least one token each, got none"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+        ([[1]], {"max_new_tokens": POSITIONS}, "capacity must be at most the model's positions"),
+        ([[1]], {"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
+        ([[1]], {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got 0"),
+        ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(prompts, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        generate(make(), prompts, **{"max_new_tokens": 3, **options})
+
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+
+
+def drawn(**options):
+    """Which tokens are drawn, of many, and how often."""
+    logits = PROBABILITIES.log().expand(4000, -1)
+    tokens = sample(logits, generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **options})
+    return (tokens.bincount(minlength=4) / 4000).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 0.4}, [0, 1, 0, 0]),
+        ({"top_p": 0.41}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.9, "top_k": 1}, [0, 1, 0, 0]),
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
+    for found, wanted in zip(drawn(**options), expected, strict=True):
+        assert (found == 0) == (wanted == 0)
+        # Five standard deviations of a mean of 4000 draws.
+        assert abs(found - wanted) <= 5 * (wanted * (1 - wanted) / 4000) ** 0.5
+
+
+# 3. Checkpoints and the command.
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What two short steps of training leave."""
+    folder = tmp_path_factory.mktemp("run") / "nsa"
+    options = ("--training.steps=2", "--training.seq_len=64", "--validation.no-enable", f"--job.dump_folder={folder}")
+    command = (sys.executable, "-m", "nsa.train", *options, "--nsa.attention=dense,nsa", "--nsa.window_size=48")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def run(folder, *options, text=None):
+    command = (sys.executable, "-m", "nsa.generate", f"--checkpoint={folder}", *options)
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_checkpoint_is_the_model_that_was_trained(run_folder):
+    model, tokenizer = load_model(run_folder, device="cpu", room_for=lambda tokenizer: 200)
+    assert model.model_args.layer_kinds == ["dense", "nsa"]
+    assert model.model_args.nsa.window_size == 48
+    assert len(model.freqs_cis) == 200
+    assert not any(p.requires_grad for p in model.parameters())
+    again, _ = load_model(run_folder / "checkpoint" / "step-2", device="cpu")
+    tokens = torch.tensor([list(tokenizer.encode("import os\n"))])
+    assert_equal(again(tokens), model(tokens), what="logits of the checkpoint by its own name")
+    other = Transformer(model_args({**job(run_folder), "debug.seed": 0}, max_seq_len=64))
+    other.init_weights()
+    assert not torch.equal(other(tokens), model(tokens)), "the weights are those that training began with"
+
+
+def job(folder):
+    return json.loads((folder / "checkpoint" / "job.json").read_text())["jobs"][-1]["job"]
+
+
+def test_the_command_goes_on_with_a_prompt(run_folder):
+    options = ("--max-new-tokens=20", "--seed=1")
+    by_option = run(run_folder, "--prompt=def main():", *options)
+    assert by_option.returncode == 0, by_option.stderr
+    assert by_option.stderr.startswith("20 tokens in ")
+    by_input = run(run_folder, "--prompt=-", *options, text="def main():")
+    assert by_input.stdout == by_option.stdout != ""
+
+
+def test_the_command_measures_latencies(run_folder):
+    done = run(run_folder, "--prompt=def main():", "--max-new-tokens=6", "--benchmark")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] == 11
+    for name in ("prefill_ms", "decode_ms"):
+        assert 0 < found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"]
+
+
+def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
+    with pytest.raises(JobError, match=r"^--checkpoint must be a checkpoint, or the folder of a run that saved one"):
+        find_checkpoint(tmp_path)
+    done = run(tmp_path, "--prompt=x")
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"--checkpoint must be a checkpoint, or the folder of a run that saved one, got '{tmp_path}'\n"
+    )
+    lost = tmp_path / "step-2"
+    lost.symlink_to(Path(run_folder) / "checkpoint" / "step-2")
+    done = run(tmp_path, "--prompt=x")
+    assert (done.returncode, "must say what the checkpoint is of" in done.stderr) == (1, True)
