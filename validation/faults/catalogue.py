@@ -1645,6 +1645,45 @@ _CACHE = [
     ),
 ]
 
+_GENERATION = [
+    Fault(
+        "padding-stays-in-caches",
+        "shorter prompts go on after what they were filled up with",
+        "generate.py",
+        "        one.truncate(lengths)\n",
+        "        pass\n",
+        ("test_generate.py::test_greedy_tokens_are_those_of_full_passes[1024-nsa]",),
+        layer="integration",
+    ),
+    Fault(
+        "prompts-end-with-their-last-chunk",
+        "a prompt that ends in an earlier chunk goes on from the last one",
+        "generate.py",
+        "found.where((last >= first)[:, None], logits)",
+        "found",
+        ("test_generate.py::test_greedy_tokens_are_those_of_full_passes[7-nsa]",),
+        layer="integration",
+    ),
+    Fault(
+        "nucleus-without-its-last",
+        "the token by which the nucleus becomes large enough is none of it",
+        "generate.py",
+        "probabilities[before >= top_p] = 0",
+        "probabilities[before + probabilities > top_p] = 0",
+        ("test_generate.py::test_tokens_are_drawn_as_often_as_they_should_be[options5-expected5]",),
+        layer="integration",
+    ),
+    Fault(
+        "dense-layers-forget-positions",
+        "keys that continue a cached sequence are rotated as its first in dense layers",
+        "titan/model.py",
+        "position = torch.arange(first, first + x.shape[1], device=x.device)",
+        "position = torch.arange(x.shape[1], device=x.device)",
+        ("test_generate.py::test_chunks_give_the_logits_of_the_whole[dense-sizes1]",),
+        layer="integration",
+    ),
+]
+
 _DATA = [
     Fault(
         "position-in-rows",
@@ -1748,6 +1787,7 @@ FAULTS = [
     *_FUNCTIONS,
     *_MODULE,
     *_CACHE,
+    *_GENERATION,
     *_OPERATORS,
     *_DATA,
     *_RUNS,
