@@ -28,8 +28,9 @@ def make(attention="nsa", dtype=torch.float64):
     model = Transformer(ModelArgs(**sizes, max_seq_len=POSITIONS, attention=attention, nsa=SMALL, backend="eager"))
     model.init_weights()
     model.freqs_cis = model.freqs_cis.to(torch.complex128) if dtype == torch.float64 else model.freqs_cis
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        # As it starts, a model goes by its last token, whatever came before it.
+        parameter.data = parameter.data.to(dtype) * (30 if "attention.w" in name else 1)
     return model
 
 
@@ -76,6 +77,7 @@ def test_greedy_tokens_are_those_of_full_passes(attention, chunk):
     prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (40, 1, 23, 40)]
     found = generate(model, prompts, 12, chunk=chunk)
     assert found == [greedy(model, prompt, 12) for prompt in prompts]
+    assert found[2] != greedy(model, [3] * 17 + prompts[2], 12), "what came before makes no difference"
 
 
 def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
