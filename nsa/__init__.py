@@ -1,10 +1,11 @@
 """Native Sparse Attention (arXiv 2502.11089): three gated branches in place of dense attention.
 
-`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer; `nsa.titan` plugs a model made of such
-layers into TorchTitan and, with the entry point `nsa.train`, is the only part that needs it installed.
+`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer and `nsa.cache` its key/value cache;
+`nsa.titan` plugs a model made of such layers into TorchTitan and, with the entry points `nsa.train` and `nsa.generate`,
+is the only part that needs it installed.
 """
 
-from nsa.cache import CachedKeys, KVCache
+from nsa.cache import CachedKeys, DenseCache, KVCache
 from nsa.config import NSAConfig
 from nsa.functional import (
     CompressionParams,
@@ -25,6 +26,7 @@ from nsa.varlen import PackedSequences
 __all__ = [
     "CachedKeys",
     "CompressionParams",
+    "DenseCache",
     "KVCache",
     "NSAConfig",
     "NativeSparseAttention",

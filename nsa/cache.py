@@ -8,7 +8,7 @@ ring has the token at position `p` in slot `p % size`.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -102,8 +102,11 @@ class _Cache:
             raise ValueError(f"cache must be on {x.device}, like the tensors beside it, got {keys.device}")
         if x.dtype != keys.dtype:
             raise TypeError(f"cache must have dtype {x.dtype}, like the tensors beside it, got {keys.dtype}")
-        if (longest := max(self._lengths)) + tokens > self.capacity:
-            raise ValueError(f"cache must have room for {tokens} tokens after {longest}, got {self.capacity} in all")
+        self._check_capacity(max(self._lengths), tokens)
+
+    def _check_capacity(self, length: int, tokens: int) -> None:
+        if length + tokens > self.capacity:
+            raise ValueError(f"cache must have room for {tokens} tokens after {length}, got {self.capacity} in all")
 
     def _any(self) -> Tensor:
         return next(iter(self._pairs.values()))[0]
@@ -122,8 +125,7 @@ class _Cache:
                     raise TypeError(f"{name} must have dtype {own.dtype}, like the cache, got {x.dtype}")
                 if x.device != own.device:
                     raise ValueError(f"{name} must be on {own.device}, like the cache, got {x.device}")
-        if length + tokens > self.capacity:
-            raise ValueError(f"cache must have room for {tokens} tokens after {length}, got {self.capacity} in all")
+        self._check_capacity(length, tokens)
         return length
 
     def _shortest(self, row: int) -> int:
@@ -139,9 +141,10 @@ class _Cache:
         Raises:
             TypeError: a length that is not an integer.
             ValueError: not one length a sequence; a sequence would become longer, or so short that a ring does not hold
-                its last tokens any more. All tokens can be taken back, and `spare` of the longest it has been.
+                its last tokens any more. All tokens can be taken back, and always the last `spare` of the most that the
+                sequence has had since it was empty. A dense cache has no rings.
         """
-        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        wanted: list[Any] = [lengths] * self.batch if hasattr(lengths, "__index__") else [*lengths]
         if len(wanted) != self.batch:
             raise ValueError(f"lengths must be one number or {self.batch}, got {len(wanted)}")
         for row, value in enumerate(wanted):
@@ -194,7 +197,7 @@ class KVCache(_Cache):
         num_kv_heads: `Hk`.
         head_dim: `Dk`.
         value_dim: `Dv`; `Dk` unless given.
-        spare: tokens that `truncate` can take back at least, as speculative decoding does.
+        spare: the last tokens that `truncate` can always take back, as speculative decoding does.
         dtype, device: of the keys and values.
 
     Raises:
@@ -303,8 +306,8 @@ class KVCache(_Cache):
     truncate.__doc__ = _Cache.truncate.__doc__
 
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
-        new = super().fork(sequences)
-        chosen = range(self.batch) if sequences is None else sequences
+        chosen = [*range(self.batch)] if sequences is None else list(sequences)
+        new = super().fork(chosen)
         new._held_from = [dict(self._held_from[i]) for i in chosen]
         return new
 

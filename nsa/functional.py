@@ -444,6 +444,15 @@ def cached_attention(
     Returns:
         `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`.
     """
+    if not isinstance(keys, CachedKeys):
+        raise TypeError(f"keys must be CachedKeys, from KVCache.append, got {type(keys).__name__}")
+    check_tensor("q", q, "[B, Tq, Hq, Dk]")
+    check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
+    if keys.k_slc.shape[1] != keys.num_keys:
+        raise ValueError(f"k_slc must have the {keys.num_keys} tokens of num_keys, got {keys.k_slc.shape[1]}")
+    seen = min(keys.num_keys, q.shape[1] + max(config.window_size - 1, 0))
+    if keys.k_win.shape[1] < seen:
+        raise ValueError(f"k_win must have at least the last {seen} tokens, got {keys.k_win.shape[1]}")
     options: dict[str, Any] = {"scale": scale, "backend": backend}
     with torch.no_grad():
         of_blocks = {"num_keys": keys.num_keys, **options}
@@ -454,7 +463,6 @@ def cached_attention(
             selected_attention(q, keys.k_slc, keys.v_slc, indices, config, **options),
             sliding_window_attention(q, keys.k_win, keys.v_win, config, **options),
         ]
-        check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
         return _load(backend, config, q, keys.v_slc).combine(branches, gates), indices
 
 
@@ -478,6 +486,11 @@ def _tables(
     if isinstance(packed, PackedSequences):
         return packed.varlen
     return Varlen.of(packed.queries, packed.keys, num_queries, config)
+
+
+def check_supported(backend: BackendName, config: NSAConfig, q: Tensor, v: Tensor) -> None:
+    """Refuses an explicit backend that does not support heads like `q` and `v` `[B, T, H, D]`."""
+    _load(backend, config, q, v)
 
 
 def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:

@@ -5,7 +5,6 @@ taken. The text goes to standard output as it comes, what is said about it to st
 """
 
 import argparse
-import codecs
 import json
 import statistics
 import sys
@@ -38,16 +37,12 @@ def sample(
     Raises:
         ValueError: an argument out of range.
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits.float().cpu() / temperature).sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
+    ordered, tokens = logits.double().cpu().sort(dim=-1, descending=True, stable=True)
+    # Differences from the largest, which a small temperature cannot make infinite all at once.
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     if top_k is not None:
         probabilities[:, top_k:] = 0
@@ -55,6 +50,15 @@ def sample(
         probabilities[before >= top_p] = 0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1).to(logits.device)
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature!r}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
 
 
 @torch.no_grad()
@@ -68,6 +72,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop: Collection[int] = (),
+    vocab_size: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
     chunk: int = 1024,
 ) -> list[list[int]]:
@@ -78,8 +83,9 @@ def generate(
             gives its caches by layer.
         prompts: token ids, at least one each; their lengths may differ.
         temperature, top_k, top_p: as `sample` takes them.
-        seed: the same seed gives the same tokens; unless given, every call draws its own.
+        seed: the same seed gives the same tokens for the same prompts; unless given, every call draws its own.
         stop: tokens that end a sequence, and are its last.
+        vocab_size: tokens from this one on stand for nothing and are never drawn: models are padded by some.
         on_token: called with the number of the prompt and the token as each one comes.
         chunk: tokens of the prompts that are taken in at a time.
 
@@ -91,8 +97,10 @@ def generate(
     """
     if not prompts or not all(prompts):
         raise ValueError("prompts must have at least one token each, got none")
-    if max_new_tokens < 0 or chunk < 1:
-        raise ValueError(f"max_new_tokens must be at least 0 and chunk at least 1, got {max_new_tokens} and {chunk}")
+    for name, number, least in (("max_new_tokens", max_new_tokens, 0), ("chunk", chunk, 1)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    _check_sampling(temperature, top_k, top_p)
     device = next(model.parameters()).device
     generator = torch.Generator("cpu")
     if seed is None:
@@ -118,7 +126,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     going = [max_new_tokens > 0] * len(prompts)
     while any(going):
-        tokens = sample(logits, temperature, top_k, top_p, generator)
+        tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)
         for row, token in enumerate(tokens.tolist()):
             if going[row]:
                 outputs[row].append(token)
@@ -132,15 +140,18 @@ def generate(
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 90th and 99th percentile in milliseconds."""
-    ordered = sorted(1e3 * s for s in seconds)
-    return {
-        name: round(ordered[min(len(ordered) - 1, int(part * len(ordered)))], 3)
-        for name, part in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-    }
+    found = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64))
+    return {name: round(1e3 * x, 3) for name, x in zip(("p50", "p90", "p99"), found.tolist(), strict=True)}
 
 
 def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Latencies of taking in a prompt and of each step after it, in milliseconds; steps are greedy."""
+    """Latencies of taking in a prompt and of each step after it, in milliseconds; steps are greedy.
+
+    Raises:
+        ValueError: fewer than 2 new tokens, of which the first comes with the prompt; as `generate` does.
+    """
+    if new_tokens < 2:
+        raise ValueError(f"a benchmark must be of at least 2 new tokens, got {new_tokens}")
     prefill, steps = [], []
     for _ in range(repeats):
         times = [time.perf_counter()]
@@ -155,6 +166,14 @@ def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int) 
     }
 
 
+def _seed(text: str) -> int:
+    """A seed that PyTorch's generators take."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise ValueError(text)
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nsa.generate", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="step-N, or the folder of a run")
@@ -163,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default 0.8")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the tokens that make up this probability")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--seed", type=_seed, help="the same seed gives the same text")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the checkpoint")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
     parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, where it is not bytes")
     parser.add_argument("--benchmark", action="store_true", help="print latencies as JSON instead of text")
     given = parser.parse_args(arguments)
@@ -179,9 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=given.device,
             dtype=None if given.dtype is None else getattr(torch, given.dtype),
             hf_assets_path=given.hf_assets_path,
-            room_for=lambda tokenizer: len(tokenizer.encode(text)) + given.max_new_tokens,
+            room_for=lambda tokenizer: len(_encode(tokenizer, text)) + given.max_new_tokens,
         )
-        prompt = list(tokenizer.encode(text))
+        prompt = _encode(tokenizer, text)
         if given.benchmark:
             print(json.dumps(benchmark(model, prompt, given.max_new_tokens, repeats=5)))
             return
@@ -190,26 +209,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"{error}\n")
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a prompt: as in training nothing comes before a document, and this one has not ended."""
+    return list(tokenizer.encode(text, add_bos=False, add_eos=False))
+
+
+class Printer:
+    """Prints the text of tokens as they come, as far as it is certain: a character may be several tokens."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._line: list[int] = []
+        self._printed = ""
+        self.count = 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.count += 1
+        self._line.append(token)
+        text = self._decode(self._line)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(self._printed) :], end="", flush=True)
+            self._printed = text
+        if self._printed.endswith("\n") and self._printed == text:
+            self._line, self._printed = [], ""
+
+    def end(self) -> None:
+        """Prints what is left, whole or not."""
+        print(self._decode(self._line)[len(self._printed) :])
+
+
 def _print_tokens(model: Any, tokenizer: Any, prompt: list[int], given: argparse.Namespace) -> None:
-    """Prints text as far as it is certain: a character may be several tokens."""
-    decoder, seen = codecs.getincrementaldecoder("utf-8")("replace"), []
-    of_bytes = tokenizer.encode("é") == list("é".encode())
-
-    def show(row: int, token: int) -> None:
-        seen.append(token)
-        if of_bytes:
-            text = decoder.decode(bytes([token])) if token < 256 else ""
-        else:
-            before, after = tokenizer.decode(seen[:-1]), tokenizer.decode(seen)
-            text = after[len(before) :]
-        print(text, end="", flush=True)
-
+    printer = Printer(tokenizer.decode)
     options = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p, "seed": given.seed}
+    options |= {"stop": (tokenizer.eos_id,), "vocab_size": tokenizer.get_vocab_size()}
     start = time.perf_counter()
-    generate(model, [prompt], given.max_new_tokens, stop=(tokenizer.eos_id,), on_token=show, **options)
+    generate(model, [prompt], given.max_new_tokens, on_token=printer, **options)
     seconds = time.perf_counter() - start
-    print()
-    print(f"{len(seen)} tokens in {seconds:.1f} s, {len(seen) / seconds:.0f} tokens/s", file=sys.stderr)
+    printer.end()
+    print(f"{printer.count} tokens in {seconds:.1f} s, {printer.count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

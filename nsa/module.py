@@ -16,6 +16,7 @@ from nsa.eager.rope import rotate
 from nsa.functional import (
     apply_rope,
     cached_attention,
+    check_supported,
     compress,
     compress_keys_and_values,
     nsa_attention,
@@ -214,7 +215,9 @@ class NativeSparseAttention(nn.Module):
             for name, given in (("cu_seqlens", cu_seqlens), ("indices", indices)):
                 if given is not None:
                     raise ValueError(f"{name} must be None beside a cache, got a tensor")
-            out, used = self._attend_cached(x, rope, cache)
+            with torch.no_grad():
+                out, used = self._attend_cached(x, rope, cache)
+                return (self.wo(out), used) if return_indices else self.wo(out)
         return (self.wo(out), used) if return_indices else self.wo(out)
 
     def _check_input(self, x: Tensor) -> None:
@@ -277,19 +280,26 @@ class NativeSparseAttention(nn.Module):
         spare: int = 0,
         dtype: torch.dtype | None = None,
     ) -> KVCache:
-        """A cache for this layer, on its device; arguments as `KVCache` has them, `dtype` the layer's unless given."""
+        """A cache for this layer, on its device; arguments as `KVCache` has them.
+
+        `dtype` is that of what the layer computes unless given: autocast's where that is on, or else the parameters'.
+        """
         weight = self.wk.weight
+        if dtype is None and torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
         heads = weight.shape[0] // self.branches // self.head_dim
         sizes = (self.config, batch, capacity, heads, self.head_dim)
         return KVCache(*sizes, spare=spare, dtype=dtype or weight.dtype, device=weight.device)
 
-    @torch.no_grad()
     def _attend_cached(self, x: Tensor, rope: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
         """`attend` of tokens that continue the sequences of a cache."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, from make_cache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
         q, keys, values, gates = self.project(x)
         cache.check_room(keys[0], x.shape[1])
+        check_supported(self.backend, self.config, q, values[0])
         if rope is not None:
             check_rope(rope, q)
             check_rope_length(rope, max(cache.lengths) + x.shape[1])

@@ -1,5 +1,6 @@
 """Models from checkpoints, in one process, whatever layout saved them."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from nsa.config import NSAConfig
 from nsa.titan import runs
-from nsa.titan.data import ByteTokenizer
+from nsa.titan.data import ByteTokenizer, tokenizer_name
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
 
@@ -24,12 +26,15 @@ def find_checkpoint(folder: Path) -> Path:
     Raises:
         JobError: there is none.
     """
+    folder = folder.resolve()
     if runs.is_whole(folder):
         return folder
     for checkpoints in (folder, folder / "checkpoint"):
         if steps := runs.saved_steps(checkpoints):
             return runs.checkpoints(checkpoints)[steps[-1]]
-    raise JobError(f"--checkpoint must be a checkpoint, or the folder of a run that saved one, got {str(folder)!r}")
+    raise JobError(
+        f"the checkpoint must be a folder step-N, or the folder of a run that saved one, got {str(folder)!r}"
+    )
 
 
 def model_args(job: runs.Job, **changes: Any) -> ModelArgs:
@@ -56,34 +61,70 @@ def load_model(
     Args:
         folder: as `find_checkpoint` takes it.
         device: a GPU where there is one, unless given.
-        dtype: of the parameters; that in which they were saved unless given.
+        dtype: of the parameters; that in which they were trained unless given.
         hf_assets_path: folder of the tokenizer, unless tokens are bytes.
         room_for: the positions that will be needed, given the tokenizer; those of training unless given.
 
     Raises:
-        JobError: no checkpoint, no record of what it is of, a tokenizer that is not at hand.
+        JobError: no checkpoint, no record of what it is of, weights that are not those of the record, a tokenizer that
+            is not at hand or another one, a device that is not there.
     """
     checkpoint = find_checkpoint(folder)
-    job = runs.job_of(checkpoint.parent, int(checkpoint.name.rpartition("-")[2]))
+    record = checkpoint.parent / runs.JOB_FILE
+    step = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    job = runs.job_of(checkpoint.parent, int(step[1])) if step is not None else None
     if job is None:
-        raise JobError(f"{str(checkpoint.parent / runs.JOB_FILE)!r} must say what the checkpoint is of, and does not")
-    if job["tokenizer"] == "bytes":
-        tokenizer: Any = ByteTokenizer()
-    elif hf_assets_path is None:
-        raise JobError(f"--hf-assets-path must be the folder of the tokenizer, {job['tokenizer']}, got none")
-    else:
-        tokenizer = HuggingFaceTokenizer(str(hf_assets_path))
-    positions = max(job["training.seq_len"], room_for(tokenizer) if room_for is not None else 0)
+        raise JobError(f"{str(record)!r} must say what {checkpoint.name!r} is a checkpoint of, and does not")
+    try:
+        tokenizer = _find_tokenizer(job["tokenizer"], hf_assets_path)
+        positions = max(job["training.seq_len"], room_for(tokenizer) if room_for is not None else 0)
+        arguments, trained_in = model_args(job, max_seq_len=positions), getattr(torch, job["training.dtype"])
+    except (KeyError, TypeError) as error:
+        raise JobError(f"{str(record)!r} must be of this version of the code, and lacks something: {error}") from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise JobError(f"the device must be one that is here, got {target!r}: {error}") from error
     with torch.device("meta"):
-        model = Transformer(model_args(job, max_seq_len=positions))
+        model = Transformer(arguments)
+    # The table of angles is complex, and no parameter.
+    _convert(model, trained_in)
     model.to_empty(device=target)
     with torch.device(target):
         model.freqs_cis = model._precompute_freqs_cis()
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise JobError(f"{str(checkpoint)!r} must hold the weights that {record.name} tells of: {reason}") from error
+    if dtype is not None:
+        _convert(model, dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.to(dtype) if dtype is not None else model, tokenizer
+    return model, tokenizer
+
+
+def _convert(model: Transformer, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _find_tokenizer(name: str, folder: Path | None) -> Any:
+    """The tokenizer of that name in a job; raises `JobError` where it is another one that is at hand, or none."""
+    if name == "bytes":
+        if folder is not None:
+            raise JobError(f"there must be no folder of a tokenizer where tokens are bytes, got {str(folder)!r}")
+        return ByteTokenizer()
+    if folder is None:
+        raise JobError(f"the folder of the tokenizer must be given, {name}, got none")
+    try:
+        tokenizer = HuggingFaceTokenizer(str(folder))
+    except Exception as error:  # the library's own kinds
+        raise JobError(f"{str(folder)!r} must hold the files of a tokenizer: {error}") from error
+    if tokenizer_name(tokenizer) != name:
+        raise JobError(f"the tokenizer must be that of training, {name}, got {tokenizer_name(tokenizer)}")
+    return tokenizer

@@ -31,7 +31,7 @@ from torchtitan.models.llama3.model.model import apply_rotary_emb
 from nsa.backends import BackendName
 from nsa.cache import DenseCache, KVCache
 from nsa.checks import check_backend
-from nsa.config import NSAConfig
+from nsa.config import NSAConfig, integer
 from nsa.functional import apply_rope, pack_sequences
 from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention
 from nsa.titan.context import ContextParallel, dense_attention_over, nsa_attention_over
@@ -219,15 +219,20 @@ class DenseAttention(LlamaAttention):
 
     context: ContextParallel | None = None
 
-    def make_cache(self, batch: int, capacity: int, *, spare: int = 0) -> DenseCache:
-        """A cache for this layer; a dense one can take back any number of tokens, whatever is to be spared."""
+    def make_cache(self, batch: int, capacity: int, *, spare: int = 0, dtype: torch.dtype | None = None) -> DenseCache:
+        """A cache for this layer, as `NativeSparseAttention.make_cache` makes one. Any token can be taken back."""
+        integer("spare", spare, 0)
         weight = self.wk.weight
-        return DenseCache(batch, capacity, self.n_kv_heads, self.head_dim, dtype=weight.dtype, device=weight.device)
+        if dtype is None and torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        sizes = (batch, capacity, self.n_kv_heads, self.head_dim)
+        return DenseCache(*sizes, dtype=dtype or weight.dtype, device=weight.device)
 
     @torch.no_grad()
     def _attend_cached(self, x: Tensor, freqs_cis: Tensor, cache: DenseCache) -> Tensor:
         """Attention of tokens that continue the sequences of a cache."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        projected = (project(x) for project in (self.wq, self.wk, self.wv))
+        q, k, v = (y.unflatten(-1, (y.shape[-1] // self.head_dim, self.head_dim)) for y in projected)
         cache.check_room(k, x.shape[1])
         parts = []
         for rows in cache.runs_of_equal_length():
@@ -442,26 +447,43 @@ class Transformer(LlamaTransformer):
         """A cache for every layer, by its name in `layers`; arguments as `KVCache` takes them.
 
         Raises:
+            TypeError: a size that is not an integer.
             ValueError: a capacity beyond the positions of the model, or a size out of range.
         """
-        if capacity > len(self.freqs_cis):
+        if integer("capacity", capacity, 1) > len(self.freqs_cis):
             raise ValueError(f"capacity must be at most the model's positions ({len(self.freqs_cis)}), got {capacity}")
         return {name: layer.attention.make_cache(batch, capacity, spare=spare) for name, layer in self.layers.items()}
 
+    @torch.no_grad()
     def _continue(self, tokens: Tensor, cache: Mapping[str, Any], others: Sequence[Any]) -> Tensor:
         """`forward` of tokens that continue the sequences of a cache."""
         if any(x is not None for x in others):
             raise ValueError("nothing but tokens can be given beside a cache, got masks, positions or indices")
-        for one in cache.values():  # none takes in what another has no room for
-            if max(one.lengths) + tokens.shape[1] > one.capacity:
-                raise ValueError(
-                    f"cache must have room for {tokens.shape[1]} tokens after {max(one.lengths)}, "
-                    f"got {one.capacity} in all"
-                )
+        self._check_cache(tokens, cache)
         h = self.tok_embeddings(tokens)
         for name, layer in self.layers.items():
             h = layer(h, self.freqs_cis, None, None, cache=cache[name])
         return self.output(self.norm(h))
+
+    def _check_cache(self, tokens: Tensor, cache: Mapping[str, Any]) -> None:
+        """Refuses a cache that not every layer can go on from, before any of them does."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have 2 dimensions [B, T], got shape {tuple(tokens.shape)}")
+        if set(cache) != set(self.layers):
+            raise ValueError(f"cache must be of the layers {sorted(self.layers)}, got {sorted(cache)}")
+        for (name, one), kind in zip(((name, cache[name]) for name in self.layers), self._kinds(), strict=True):
+            expected = KVCache if kind == "nsa" else DenseCache
+            if not isinstance(one, expected):
+                raise TypeError(f"cache of layer {name} must be a {expected.__name__}, got {type(one).__name__}")
+            if isinstance(one, KVCache) and one.config != self.model_args.nsa:
+                raise ValueError(f"cache of layer {name} must be for {self.model_args.nsa}, got {one.config}")
+            if one.batch != tokens.shape[0]:
+                raise ValueError(f"cache must be for a batch of {tokens.shape[0]}, got one for {one.batch}")
+            room = min(one.capacity, len(self.freqs_cis))
+            if max(one.lengths) + tokens.shape[1] > room:
+                raise ValueError(
+                    f"cache must have room for {tokens.shape[1]} tokens after {max(one.lengths)}, got {room} in all"
+                )
 
     def _kinds(self) -> list[str]:
         """The kind of attention of each layer here, which a stage of a pipeline has a part of."""

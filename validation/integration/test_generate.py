@@ -1,6 +1,8 @@
 """A trained model goes on with text: caches of the whole model, sampling, and the command."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 import torch
 
 from nsa.config import NSAConfig
-from nsa.generate import generate, sample
+from nsa.generate import Printer, benchmark, generate, sample
+from nsa.titan.data import ByteTokenizer
 from nsa.titan.load import find_checkpoint, load_model, model_args
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
@@ -62,7 +65,15 @@ def test_caches_are_refused_what_they_have_no_room_for_and_stay():
         model(tokens, cache=cache)
     with pytest.raises(ValueError, match=r"^nothing but tokens can be given beside a cache"):
         model(tokens[:, :1], cache=cache, return_indices=True)
+    others = {**cache, "1": model.make_cache(2, 40)["1"]}
+    with pytest.raises(ValueError, match=r"^cache must be for a batch of 1, got one for 2"):
+        model(tokens[:, :1], cache=others)
+    with pytest.raises(ValueError, match=r"^cache must be of the layers \['0', '1'\], got \['0'\]"):
+        model(tokens[:, :1], cache={"0": cache["0"]})
+    with pytest.raises(TypeError, match=r"^cache of layer 1 must be a KVCache, got DenseCache"):
+        model(tokens[:, :1], cache={"0": cache["0"], "1": cache["0"]})
     assert {one.lengths for one in cache.values()} == {(30,)}
+    assert not model(tokens[:, :1], cache=cache).requires_grad
     with pytest.raises(ValueError, match=r"^capacity must be at most the model's positions \(96\), got 97"):
         model.make_cache(1, 97)
 
@@ -93,6 +104,7 @@ def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
     for row in (0, 1):
         assert [token for of, token in came if of == row] == found[row]
     assert generate(model, [prompt], 0) == [[]]
+    assert max(generate(model, [prompt], 40, temperature=9.0, vocab_size=7)[0]) < 7
 
 
 def test_a_seed_is_repeated_and_another_gives_other_tokens():
@@ -110,8 +122,8 @@ def test_a_seed_is_repeated_and_another_gives_other_tokens():
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
         ([[1]], {"max_new_tokens": POSITIONS}, "capacity must be at most the model's positions"),
         ([[1]], {"temperature": -1.0}, "temperature must be at least 0 and finite, got -1.0"),
-        ([[1]], {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got 0"),
-        ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ([[1]], {"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(prompts, options, message):
@@ -140,6 +152,7 @@ def drawn(**options):
         ({"top_p": 0.41}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_p": 0.9, "top_k": 1}, [0, 1, 0, 0]),
         ({"temperature": 0.0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
@@ -205,14 +218,77 @@ def test_the_command_measures_latencies(run_folder):
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
-    with pytest.raises(JobError, match=r"^--checkpoint must be a checkpoint, or the folder of a run that saved one"):
+    message = "the checkpoint must be a folder step-N, or the folder of a run that saved one, got "
+    with pytest.raises(JobError, match=f"^{message}"):
         find_checkpoint(tmp_path)
     done = run(tmp_path, "--prompt=x")
-    assert done.returncode == 1
-    assert (
-        done.stderr == f"--checkpoint must be a checkpoint, or the folder of a run that saved one, got '{tmp_path}'\n"
-    )
-    lost = tmp_path / "step-2"
-    lost.symlink_to(Path(run_folder) / "checkpoint" / "step-2")
-    done = run(tmp_path, "--prompt=x")
-    assert (done.returncode, "must say what the checkpoint is of" in done.stderr) == (1, True)
+    assert (done.returncode, done.stderr.startswith(message)) == (1, True)
+    shutil.copytree(run_folder / "checkpoint" / "step-2", tmp_path / "step-2")
+    with pytest.raises(JobError, match=r"job.json' must say what 'step-2' is a checkpoint of, and does not"):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": None}, "must be of this version of the code, and lacks something: 'tokenizer'"),
+        ({"tokenizer": "Other 123"}, "the folder of the tokenizer must be given, Other 123, got none"),
+        ({"model.dim": 256}, "must hold the weights that job.json tells of"),
+    ],
+)
+def test_records_that_do_not_fit_are_refused(tmp_path, run_folder, changes, message):
+    shutil.copytree(run_folder / "checkpoint", tmp_path / "checkpoint")
+    record = json.loads((tmp_path / "checkpoint" / "job.json").read_text())
+    of_job = record["jobs"][-1]["job"]
+    for name, value in changes.items():
+        of_job[name] = value
+        if value is None:
+            del of_job[name]
+    (tmp_path / "checkpoint" / "job.json").write_text(json.dumps(record))
+    with pytest.raises(JobError, match=re.escape(message)):
+        load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "nowhere"}, "the device must be one that is here, got 'nowhere'"),
+        (
+            {"hf_assets_path": Path("there")},
+            "there must be no folder of a tokenizer where tokens are bytes, got 'there'",
+        ),
+    ],
+)
+def test_what_a_checkpoint_cannot_be_loaded_with_is_refused(run_folder, options, message):
+    with pytest.raises(JobError, match=f"^{message}"):
+        load_model(run_folder, **{"device": "cpu", **options})
+
+
+def test_a_narrower_dtype_rounds_weights_and_nothing_else(run_folder):
+    """The table of angles is complex: converted, it would lose its sines."""
+    model, tokenizer = load_model(run_folder, device="cpu")
+    rounded, _ = load_model(run_folder, device="cpu", dtype=torch.bfloat16)
+    tokens = torch.tensor([list(tokenizer.encode("import os\n" * 4))])
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert_equal(rounded.freqs_cis, model.freqs_cis, what="table of angles")
+    assert_equal(rounded(tokens), model(tokens), what="logits")
+
+
+def test_characters_are_printed_once_they_are_whole(capsys):
+    printer = Printer(ByteTokenizer().decode)
+    shown = []
+    for byte in "aé\n€".encode():
+        printer(0, byte)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "é", "\n", "", "", "€"]
+    printer(0, 0xE2)
+    printer.end()
+    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
+    assert printer.count == 8
+
+
+def test_a_benchmark_of_one_token_is_refused():
+    with pytest.raises(ValueError, match=r"^a benchmark must be of at least 2 new tokens, got 1"):
+        benchmark(make(), [1], 1, repeats=1)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsa import KVCache, NativeSparseAttention, NSAConfig, rope_table
+from nsa import CachedKeys, KVCache, NativeSparseAttention, NSAConfig, cached_attention, rope_table
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import config
 
@@ -182,6 +182,7 @@ REFUSED = {
         ValueError,
         "cache must be for the configuration of the layer",
     ),
+    "another_kind": ({"x": new_tokens, "cache": dict}, TypeError, "cache must be a KVCache, from make_cache, got dict"),
     "another_dtype": (
         {"x": new_tokens, "cache": lambda: KVCache(CONFIGS["mlp"], 2, 40, KV_HEADS, HEAD_DIM)},
         TypeError,
@@ -213,6 +214,45 @@ def test_what_does_not_fit_is_refused(filled: Any, given: dict[str, Any], error:
     more = new_tokens(5)
     assert cache.lengths == before.lengths == (29, 29)
     assert_equal(feed(layer, cache, more, 5)[0], feed(layer, before, more, 5)[0], what="output after the refusal")
+
+
+def test_a_backend_that_cannot_is_refused_before_anything_is_taken_in() -> None:
+    layer = NativeSparseAttention(DIM, HEADS, KV_HEADS, HEAD_DIM, CONFIGS["mlp"], backend="triton")
+    cache = layer.make_cache(1, 8)
+    with pytest.raises(ValueError, match=r"^backend must be"):
+        layer(torch.randn(1, 3, DIM), cache=cache)
+    assert cache.lengths == (0,)
+
+
+def test_nothing_is_differentiated() -> None:
+    layer = make(CONFIGS["mlp"])
+    out = layer(new_tokens(3).requires_grad_(), cache=layer.make_cache(2, 8))
+    assert not out.requires_grad
+
+
+def test_a_cache_is_of_the_dtype_of_autocast() -> None:
+    layer, x = make(CONFIGS["mlp"], dtype=torch.float32), torch.randn(1, 9, DIM)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        cache = layer.make_cache(1, 9)
+        out = torch.cat([layer(piece, cache=cache) for piece in x.split(4, 1)], 1)
+        expected = layer(x)
+    assert_matches(out, expected.detach().double(), what="output", reduction=REDUCTION)
+
+
+KEYS = {
+    "k_slc": "k_slc must have the 5 tokens of num_keys, got 4",
+    "k_win": "k_win must have at least the last 5 tokens",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), KEYS.items(), ids=KEYS)
+def test_keys_that_are_too_few_are_refused(name: str, message: str) -> None:
+    sizes, keys = CONFIGS["mlp"], {}
+    for of, length in (("cmp", sizes.num_compressed(5)), ("slc", 5), ("win", 5)):
+        keys |= {f"{x}_{of}": torch.randn(1, length, 2, 8) for x in "kv"}
+    keys[name] = keys[name][:, 1:]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cached_attention(torch.randn(1, 2, 4, 8), CachedKeys(**keys, num_keys=5), torch.rand(1, 2, 4, 3), sizes)
 
 
 @pytest.mark.parametrize(
