@@ -209,7 +209,9 @@ def scaled(case: Case, blocks: int, tokens: int) -> Case | None:
             compress_block_size=blocks * length,
             compress_stride=blocks * case.config.compress_stride,
             select_block_size=tokens * size,
-            window_size=tokens * case.config.window_size - (case.config.window_size > 1),
+            window_size=tokens * case.config.window_size - 1
+            if case.config.window_size > 1
+            else case.config.window_size,
         ),
         key_dim=4 * case.key_dim,
         value_dim=4 * case.value_dim,

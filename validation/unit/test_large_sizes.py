@@ -195,9 +195,12 @@ def several_pieces(calls: Calls) -> bool:
 
 def by_heads(id: str, count: int, constants: dict[str, Any], **parameters: Any) -> Path:
     """Partial results of `count` heads at a time."""
-    seen = {
-        f"kernels.selected_by_block.{kernel}": lambda calls: calls[1].first_head == count for kernel in BLOCK_KERNELS
-    }
+
+    def in_turns(calls: Calls) -> bool:
+        """Whether the second turn begins where the first one ended. Second passes (CLEAN) are no turns."""
+        return [call for call in calls if not getattr(call, "CLEAN", False)][1].first_head == count
+
+    seen = {f"kernels.selected_by_block.{kernel}": in_turns for kernel in BLOCK_KERNELS}
     cases = [case for case in HEADS if count < case.batch * case.kv_heads]
     return Path(id, ("selected_attention",), tuple(cases), seen, constants, at(SELECTED, **{**BY_BLOCK, **parameters}))
 
