@@ -7,10 +7,10 @@ is the only part that needs it installed.
 
 from nsa.cache import CachedKeys, DenseCache, KVCache
 from nsa.config import NSAConfig
+from nsa.decode import cached_attention
 from nsa.functional import (
     CompressionParams,
     apply_rope,
-    cached_attention,
     compress,
     compress_keys_and_values,
     compressed_attention,

@@ -23,15 +23,12 @@ A token that a query does not attend to has no influence on its output, whatever
 gradients of tokens that it does not attend to. Padding may hold infinities and NaNs.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsa import eager
 from nsa.backends import Backend, BackendName
 from nsa.blocks import CompressionParams, block_starts
-from nsa.cache import CachedKeys
 from nsa.checks import (
     check_attention,
     check_backend,
@@ -117,7 +114,7 @@ def _compress(
             check_tensor(name, x, "[B, T, Hk, D]", shape=(*xs[0].shape[:3], x.shape[3]), dtype=xs[0].dtype)
         check_params(learned, x, config)
     packed = pack_tokens(xs[0], cu_seqlens, config, keys_alone=True)
-    implementation = _load(backend, config, *xs)
+    implementation = load_backend(backend, config, *xs)
     learned_tensors = {
         f"{'params' if len(xs) == 1 else f'{name}_params'}.{field}": p
         for name, learned in zip(tensors, params, strict=True)
@@ -199,7 +196,7 @@ def apply_rope(
     else:
         check_rope_length(rope, num_tokens if positions is None else check_positions(positions, q))
         check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
-    implementation = _load(backend, config, q)
+    implementation = load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
     return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions)
 
@@ -262,7 +259,7 @@ def compressed_attention(
     check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = check_blocks(q, k_cmp, config, num_keys)
     varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = check_scale(scale, q), _load(backend, config, q, v_cmp)
+    factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v_cmp)
     check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, varlen, factor)
 
@@ -299,7 +296,7 @@ def select_blocks(
     check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = check_blocks(q, k_cmp, config, num_keys)
     varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = check_scale(scale, q), _load(backend, config, q)
+    factor, implementation = check_scale(scale, q), load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
     return implementation.select_blocks(q, k_cmp, lse, config, tokens, varlen, factor)
 
@@ -336,7 +333,7 @@ def selected_attention(
     check_attention(q, k, v, ("k", "v"), "Tk")
     check_indices(indices, q, k)
     varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
+    factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v)
     if implementation is eager:
         check_no_block_twice(indices, config.num_selectable(k.shape[1]))
     check_derivatives(q=q, k=k, v=v)
@@ -371,7 +368,7 @@ def sliding_window_attention(
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
     varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
-    factor, implementation = check_scale(scale, q), _load(backend, config, q, v)
+    factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v)
     check_derivatives(q=q, k=k, v=v)
     out, lse = implementation.sliding_window_attention(q, k, v, config, varlen, factor)
     return (out, lse) if return_lse else out
@@ -413,7 +410,7 @@ def nsa_attention(
     tokens = check_branches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
     varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor = check_scale(scale, q)
-    implementation = _load(backend, config, q, v_slc)
+    implementation = load_backend(backend, config, q, v_slc)
     if indices is not None:
         check_indices(indices, q, k_slc)
         if implementation is eager:
@@ -423,47 +420,6 @@ def nsa_attention(
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     out, indices = implementation.nsa_attention(*tensors, indices, config, varlen, factor)
     return (out, indices) if return_indices else out
-
-
-def cached_attention(
-    q: Tensor,
-    keys: CachedKeys,
-    gates: Tensor,
-    config: NSAConfig,
-    *,
-    scale: float | None = None,
-    backend: BackendName = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`nsa_attention` of the last tokens of sequences whose keys are in a cache; nothing is differentiated.
-
-    Args:
-        q: `[B, Tq, Hq, Dk]`, the last `Tq` of `keys.num_keys` tokens.
-        keys: what `KVCache.append` returned.
-        gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
-
-    Returns:
-        `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`.
-    """
-    if not isinstance(keys, CachedKeys):
-        raise TypeError(f"keys must be CachedKeys, from KVCache.append, got {type(keys).__name__}")
-    check_tensor("q", q, "[B, Tq, Hq, Dk]")
-    check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
-    if keys.k_slc.shape[1] != keys.num_keys:
-        raise ValueError(f"k_slc must have the {keys.num_keys} tokens of num_keys, got {keys.k_slc.shape[1]}")
-    seen = min(keys.num_keys, q.shape[1] + max(config.window_size - 1, 0))
-    if keys.k_win.shape[1] < seen:
-        raise ValueError(f"k_win must have at least the last {seen} tokens, got {keys.k_win.shape[1]}")
-    options: dict[str, Any] = {"scale": scale, "backend": backend}
-    with torch.no_grad():
-        of_blocks = {"num_keys": keys.num_keys, **options}
-        compressed, lse = compressed_attention(q, keys.k_cmp, keys.v_cmp, config, **of_blocks)
-        indices = select_blocks(q, keys.k_cmp, lse, config, **of_blocks)
-        branches: list[Any] = [
-            compressed,
-            selected_attention(q, keys.k_slc, keys.v_slc, indices, config, **options),
-            sliding_window_attention(q, keys.k_win, keys.v_win, config, **options),
-        ]
-        return _load(backend, config, q, keys.v_slc).combine(branches, gates), indices
 
 
 def _tables(
@@ -488,13 +444,12 @@ def _tables(
     return Varlen.of(packed.queries, packed.keys, num_queries, config)
 
 
-def check_supported(backend: BackendName, config: NSAConfig, q: Tensor, v: Tensor) -> None:
-    """Refuses an explicit backend that does not support heads like `q` and `v` `[B, T, H, D]`."""
-    _load(backend, config, q, v)
+def load_backend(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:
+    """The backend of that name for `tensors` of heads `[B, T, H, D]`; `"auto"` is Triton on a GPU where it can.
 
-
-def _load(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:
-    """The backend of that name for `tensors` of heads `[B, T, H, D]`; `"auto"` is Triton on a GPU where it can."""
+    Raises:
+        ValueError: no backend has that name, or it does not support the tensors.
+    """
     check_backend(backend)
     if backend == "eager" or (backend == "auto" and tensors[0].device.type != "cuda"):
         return eager

@@ -12,13 +12,13 @@ from nsa.blocks import CompressionParams
 from nsa.cache import KVCache
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
+from nsa.decode import cached_attention
 from nsa.eager.rope import rotate
 from nsa.functional import (
     apply_rope,
-    cached_attention,
-    check_supported,
     compress,
     compress_keys_and_values,
+    load_backend,
     nsa_attention,
     pack_tokens,
 )
@@ -299,7 +299,7 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
         q, keys, values, gates = self.project(x)
         cache.check_room(keys[0], x.shape[1])
-        check_supported(self.backend, self.config, q, values[0])
+        load_backend(self.backend, self.config, q, values[0])  # refuses what it does not support
         if rope is not None:
             check_rope(rope, q)
             check_rope_length(rope, max(cache.lengths) + x.shape[1])

@@ -1676,7 +1676,7 @@ _GENERATION = [
     Fault(
         "dense-layers-forget-positions",
         "keys that continue a cached sequence are rotated as its first in dense layers",
-        "titan/model.py",
+        "titan/dense.py",
         "position = torch.arange(first, first + x.shape[1], device=x.device)",
         "position = torch.arange(x.shape[1], device=x.device)",
         ("test_generate.py::test_chunks_give_the_logits_of_the_whole[dense-sizes1]",),
