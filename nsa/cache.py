@@ -41,8 +41,14 @@ class CachedKeys(NamedTuple):
     num_keys: int
 
 
+def computed_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of products with `weight`: autocast's where that is on, or else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class _Cache:
-    """What every cache does: sequences of their own lengths, all memory taken at once.
+    """Keeps keys and values of sequences, each of its own length; all memory is taken at once.
 
     Args:
         batch, capacity, num_kv_heads, head_dim, value_dim, dtype, device: as `KVCache` takes them.
@@ -88,25 +94,34 @@ class _Cache:
         starts = [i for i in range(self.batch) if i == 0 or self._lengths[i] != self._lengths[i - 1]]
         return [slice(*ends) for ends in zip(starts, [*starts[1:], self.batch], strict=True)]
 
-    def check_room(self, x: Tensor, tokens: int) -> None:
+    def check_room(self, batch: int, tokens: int, most: int | None = None) -> None:
+        """Refuses `tokens` more for each of `batch` sequences unless they fit, also into `most` positions if given.
+
+        Raises:
+            ValueError: another batch, or no room.
+        """
+        if batch != self.batch:
+            raise ValueError(f"cache must be for a batch of {batch}, got one for {self.batch}")
+        self._check_capacity(max(self._lengths), tokens, most)
+
+    def check_like(self, x: Tensor, tokens: int) -> None:
         """Refuses `tokens` more for every sequence, of the batch, dtype and device of `x`, unless they fit.
 
         Raises:
             TypeError: another dtype.
-            ValueError: another batch or device, or no room.
+            ValueError: another device; as `check_room` does.
         """
+        self.check_room(x.shape[0], tokens)
         keys = self._any()
-        if x.shape[0] != self.batch:
-            raise ValueError(f"cache must be for a batch of {x.shape[0]}, got one for {self.batch}")
         if x.device != keys.device:
             raise ValueError(f"cache must be on {x.device}, like the tensors beside it, got {keys.device}")
         if x.dtype != keys.dtype:
             raise TypeError(f"cache must have dtype {x.dtype}, like the tensors beside it, got {keys.dtype}")
-        self._check_capacity(max(self._lengths), tokens)
 
-    def _check_capacity(self, length: int, tokens: int) -> None:
-        if length + tokens > self.capacity:
-            raise ValueError(f"cache must have room for {tokens} tokens after {length}, got {self.capacity} in all")
+    def _check_capacity(self, length: int, tokens: int, most: int | None = None) -> None:
+        room = self.capacity if most is None else min(self.capacity, most)
+        if length + tokens > room:
+            raise ValueError(f"cache must have room for {tokens} tokens after {length}, got {room} in all")
 
     def _any(self) -> Tensor:
         return next(iter(self._pairs.values()))[0]
@@ -127,6 +142,17 @@ class _Cache:
                     raise ValueError(f"{name} must be on {own.device}, like the cache, got {x.device}")
         self._check_capacity(length, tokens)
         return length
+
+    def _put(self, name: str, rows: slice, first: int, *new: Tensor) -> _Pair:
+        """Writes keys and values `[b, t, Hk, D]` from place `first` on, and gives all up to their end."""
+        stop = first + new[0].shape[1]
+        for store, x in zip(self._pairs[name], new, strict=True):
+            store[rows, first:stop] = x
+        keys, values = self._pairs[name]
+        return keys[rows, :stop], values[rows, :stop]
+
+    def _set_lengths(self, rows: slice, length: int) -> None:
+        self._lengths[rows] = [length] * len(self._lengths[rows])
 
     def _shortest(self, row: int) -> int:
         """The fewest tokens that a sequence can be cut to without being empty."""
@@ -253,22 +279,18 @@ class KVCache(_Cache):
         if after > blocks:
             waiting = self._read("tail", rows, blocks * config.compress_stride, length)
             raw_keys, raw_values = (torch.cat((x, y), 1) for x, y in zip(waiting, (k[0], v[0]), strict=True))
-            for store, made in zip(self._pairs["compressed"], compress(raw_keys, raw_values, blocks), strict=True):
-                store[rows, blocks:after] = made
-        for store, new in zip(self._pairs["selected"], (k[1], v[1]), strict=True):
-            store[rows, length:stop] = new
+            self._put("compressed", rows, blocks, *compress(raw_keys, raw_values, blocks))
+        k_cmp, v_cmp = (x[rows, :after] for x in self._pairs["compressed"])
+        k_slc, v_slc = self._put("selected", rows, length, k[1], v[1])
         begin = max(0, length - max(config.window_size - 1, 0))
         if config.shared_kv or not config.window_size:
-            k_win, v_win = (x[rows, begin:stop] for x in self._pairs["selected"])
+            k_win, v_win = k_slc[:, begin:], v_slc[:, begin:]
         else:
             earlier = self._read("window", rows, begin, length)
             k_win, v_win = (torch.cat((x, y), 1) for x, y in zip(earlier, (k[2], v[2]), strict=True))
             self._write("window", rows, length, k[2], v[2])
         self._write("tail", rows, length, k[0], v[0])
-        for row in range(self.batch)[rows]:
-            self._lengths[row] = stop
-        k_cmp, v_cmp = (x[rows, :after] for x in self._pairs["compressed"])
-        k_slc, v_slc = (x[rows, :stop] for x in self._pairs["selected"])
+        self._set_lengths(rows, stop)
         return CachedKeys(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, stop)
 
     def _read(self, ring: str, rows: slice, first: int, stop: int) -> _Pair:
@@ -317,7 +339,7 @@ class KVCache(_Cache):
 class DenseCache(_Cache):
     """Keys and values of one layer of dense attention; arguments as `KVCache` has them.
 
-    nbytes = batch Hk (Dk + Dv) itemsize capacity
+    It takes `nbytes = batch Hk (Dk + Dv) itemsize capacity`.
     """
 
     def __init__(
@@ -342,10 +364,6 @@ class DenseCache(_Cache):
             ValueError, TypeError: as `KVCache.append` does.
         """
         length = self._check_new(rows, [k], [v])
-        stop = length + k.shape[1]
-        for store, new in zip(self._pairs["all"], (k, v), strict=True):
-            store[rows, length:stop] = new
-        for row in range(self.batch)[rows]:
-            self._lengths[row] = stop
-        keys, values = (x[rows, :stop] for x in self._pairs["all"])
-        return keys, values
+        pair = self._put("all", rows, length, k, v)
+        self._set_lengths(rows, length + k.shape[1])
+        return pair

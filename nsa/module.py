@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nsa.backends import BackendName
 from nsa.blocks import CompressionParams
-from nsa.cache import KVCache
+from nsa.cache import KVCache, computed_dtype
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
 from nsa.decode import cached_attention
@@ -211,14 +211,15 @@ class NativeSparseAttention(nn.Module):
         self._check_input(x)
         if cache is None:
             out, used = self.attend(x, rope, cu_seqlens, indices)
+            out = self.wo(out)
         else:
             for name, given in (("cu_seqlens", cu_seqlens), ("indices", indices)):
                 if given is not None:
                     raise ValueError(f"{name} must be None beside a cache, got a tensor")
             with torch.no_grad():
                 out, used = self._attend_cached(x, rope, cache)
-                return (self.wo(out), used) if return_indices else self.wo(out)
-        return (self.wo(out), used) if return_indices else self.wo(out)
+                out = self.wo(out)
+        return (out, used) if return_indices else out
 
     def _check_input(self, x: Tensor) -> None:
         check_tensor("x", x, "[B, T, dim]")
@@ -285,11 +286,9 @@ class NativeSparseAttention(nn.Module):
         `dtype` is that of what the layer computes unless given: autocast's where that is on, or else the parameters'.
         """
         weight = self.wk.weight
-        if dtype is None and torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
         heads = weight.shape[0] // self.branches // self.head_dim
         sizes = (self.config, batch, capacity, heads, self.head_dim)
-        return KVCache(*sizes, spare=spare, dtype=dtype or weight.dtype, device=weight.device)
+        return KVCache(*sizes, spare=spare, dtype=dtype or computed_dtype(weight), device=weight.device)
 
     def _attend_cached(self, x: Tensor, rope: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
         """`attend` of tokens that continue the sequences of a cache."""
@@ -298,7 +297,7 @@ class NativeSparseAttention(nn.Module):
         if cache.config != self.config:
             raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
         q, keys, values, gates = self.project(x)
-        cache.check_room(keys[0], x.shape[1])
+        cache.check_like(keys[0], x.shape[1])
         load_backend(self.backend, self.config, q, values[0])  # refuses what it does not support
         if rope is not None:
             check_rope(rope, q)

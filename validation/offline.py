@@ -32,7 +32,7 @@ class Found(Exception):
 
 
 class Absent:
-    """What Triton asks a driver while it compiles, answered for a GPU of this architecture."""
+    """A driver of a GPU of this architecture that answers as much as Triton asks while it compiles."""
 
     def __init__(self, architecture: str) -> None:
         self.target = GPUTarget("cuda", int(architecture.removeprefix("sm")), 32)

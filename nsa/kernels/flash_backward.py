@@ -25,8 +25,8 @@ from nsa.kernels.flash_tiles import (
     PositionMap,
     count_visible,
     flash_plan,
-    key_range,
     nth_tile,
+    row_tile,
     split_range,
 )
 from nsa.kernels.primitives import (
@@ -74,12 +74,10 @@ def _bwd_dq_kernel(
     poisoned = 1.0
     for CLEAN in tl.static_range(2):
         if poisoned != 0:
-            tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles, HEADS)
-            first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-                cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
-                num_tiles - 1 - tile, G, BLOCK_M, PACKED,
+            head, batch, first, query_start, num_queries, shift, key_start, key_first, key_stop, count, a, b = row_tile(
+                program_of(poisoned, CLEAN), num_tiles, HEADS, cu_queries, cu_tokens, cu_keys, num_sequences,
+                num_queries, num_tokens, num_keys, window, STRIDE, LAST, WINDOWED, G, PACKED, BLOCK_M, BLOCK_N, SPLIT,
             )  # fmt: skip
-            shift = num_tokens - num_queries
             batch64 = tl.cast(batch, tl.int64)
             head64 = tl.cast(head, tl.int64)
             q_head = q + batch64 * q_strides[0]
@@ -87,10 +85,6 @@ def _bwd_dq_kernel(
             v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
             dout_head = dout + batch64 * dout_strides[0]
             dq_head = dq + batch64 * dq_strides[0]
-            key_first, key_stop, count, a, b = key_range(
-                first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window,
-                STRIDE, LAST, WINDOWED, BLOCK_N, SPLIT,
-            )  # fmt: skip
 
             rows = first + tl.arange(0, BLOCK_M)
             inside = rows < num_queries * G

@@ -25,8 +25,8 @@ from nsa.kernels.flash_tiles import (
     PositionMap,
     count_visible,
     flash_plan,
-    key_range,
     nth_tile,
+    row_tile,
 )
 from nsa.kernels.primitives import (
     LN2,
@@ -38,8 +38,6 @@ from nsa.kernels.primitives import (
     descriptors,
     dot_chunks,
     fetch,
-    find_program,
-    find_tile,
     load_chunks,
     not_finite,
     online_softmax_update,
@@ -133,13 +131,10 @@ def _forward_kernel(
     poisoned = 1.0
     for CLEAN in tl.static_range(2):
         if poisoned != 0:
-            tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles, HEADS)
-            # The last tiles see the most keys and are taken first: what is left for the end of a launch is light.
-            first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
-                cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
-                num_tiles - 1 - tile, G, BLOCK_M, PACKED,
+            head, batch, first, query_start, num_queries, shift, key_start, key_first, key_stop, count, a, b = row_tile(
+                program_of(poisoned, CLEAN), num_tiles, HEADS, cu_queries, cu_tokens, cu_keys, num_sequences,
+                num_queries, num_tokens, num_keys, window, STRIDE, LAST, WINDOWED, G, PACKED, BLOCK_M, BLOCK_N, SPLIT,
             )  # fmt: skip
-            shift = num_tokens - num_queries
             batch64 = tl.cast(batch, tl.int64)
             head64 = tl.cast(head, tl.int64)
             q_head = q + batch64 * q_strides[0]
@@ -147,10 +142,6 @@ def _forward_kernel(
             v_head = v + batch64 * v_strides[0] + head64 * v_strides[2]
             out_head = out + batch64 * out_strides[0]
             lse_head = lse + batch64 * lse_stride
-            key_first, key_stop, count, a, b = key_range(
-                first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window,
-                STRIDE, LAST, WINDOWED, BLOCK_N, SPLIT,
-            )  # fmt: skip
             if CLEAN:
                 for offset in range(0, BLOCK_M, _CLEAN_ROWS):
                     _attend(

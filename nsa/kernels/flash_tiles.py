@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.configs import plan
-from nsa.kernels.primitives import Heads
+from nsa.kernels.primitives import Heads, find_program, find_tile
 from nsa.varlen import Varlen
 
 # Lengths and what follows from them change with every batch; kernels compiled for a length divisible by 16 would gain
@@ -77,6 +77,28 @@ def nth_tile(i, a, b, MASKED: tl.constexpr):
         return i + tl.where(i < a, 0, b - a)
     else:
         return a + i
+
+
+@triton.jit
+def row_tile(
+    program, num_tiles, HEADS, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys, window,
+    STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The KV head, the batch row and the first of the `BLOCK_M` query rows of a program; start and number of the
+    queries of its sequence, and the position of the first of them; the start of its keys, and what `key_range` says."""
+    tile, head, batch = find_program(program, num_tiles, HEADS)
+    # The last tiles see the most keys and are taken first: what is left for the end of a launch is light.
+    first, query_start, num_queries, num_tokens, key_start, num_keys = find_tile(
+        cu_queries, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys,
+        num_tiles - 1 - tile, G, BLOCK_M, PACKED,
+    )  # fmt: skip
+    shift = num_tokens - num_queries
+    key_first, key_stop, count, a, b = key_range(
+        first // G + shift, (tl.minimum(first + BLOCK_M, num_queries * G) - 1) // G + shift, num_keys, window, STRIDE,
+        LAST, WINDOWED, BLOCK_N, SPLIT,
+    )  # fmt: skip
+    return head, batch, first, query_start, num_queries, shift, key_start, key_first, key_stop, count, a, b
 
 
 class PositionMap(NamedTuple):

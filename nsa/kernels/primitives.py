@@ -32,7 +32,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-# Triton's functions of these names work in kernels too, for which a call on the host takes 5 us.
+# Triton's functions of these names work in kernels too, which makes calls on the host slow.
 
 
 def cdiv(x: int, y: int) -> int:

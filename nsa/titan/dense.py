@@ -9,7 +9,7 @@ from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3.model.model import Attention as LlamaAttention
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
-from nsa.cache import DenseCache
+from nsa.cache import DenseCache, computed_dtype
 from nsa.config import integer
 from nsa.titan.context import ContextParallel, dense_attention_over
 from nsa.varlen import PackedSequences
@@ -23,7 +23,7 @@ class Documents(NamedTuple):
 
 
 class DenseAttention(LlamaAttention):
-    """llama3's attention, with NSA's context parallelism: TorchTitan's needs a GPU."""
+    """llama3's attention, with caches and NSA's context parallelism: TorchTitan's needs a GPU."""
 
     context: ContextParallel | None = None
 
@@ -31,17 +31,19 @@ class DenseAttention(LlamaAttention):
         """A cache for this layer, as `NativeSparseAttention.make_cache` makes one. Any token can be taken back."""
         integer("spare", spare, 0)
         weight = self.wk.weight
-        if dtype is None and torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
         sizes = (batch, capacity, self.n_kv_heads, self.head_dim)
-        return DenseCache(*sizes, dtype=dtype or weight.dtype, device=weight.device)
+        return DenseCache(*sizes, dtype=dtype or computed_dtype(weight), device=weight.device)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of `x [B, T, dim]`, `[B, T, H, D]`."""
+        projected = (project(x) for project in (self.wq, self.wk, self.wv))
+        return tuple(y.unflatten(-1, (y.shape[-1] // self.head_dim, self.head_dim)) for y in projected)
 
     @torch.no_grad()
     def _attend_cached(self, x: Tensor, freqs_cis: Tensor, cache: DenseCache) -> Tensor:
         """Attention of tokens that continue the sequences of a cache."""
-        projected = (project(x) for project in (self.wq, self.wk, self.wv))
-        q, k, v = (y.unflatten(-1, (y.shape[-1] // self.head_dim, self.head_dim)) for y in projected)
-        cache.check_room(k, x.shape[1])
+        q, k, v = self._project(x)
+        cache.check_like(k, x.shape[1])
         parts = []
         for rows in cache.runs_of_equal_length():
             first = cache.lengths[rows.start]
@@ -67,7 +69,7 @@ class DenseAttention(LlamaAttention):
         if self.context is None:
             masks = attention_masks.masks if isinstance(attention_masks, Documents) else attention_masks
             return super().forward(x, freqs_cis, masks, positions)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
+        q, k, v = self._project(x)
         q, k = apply_rotary_emb(q, k, freqs_cis, positions)
         return self.wo(dense_attention_over(self.context, q, k, v).flatten(2))
 

@@ -160,7 +160,7 @@ class NSAAttention(NativeSparseAttention):
         self,
         x: Tensor,
         freqs_cis: Tensor,
-        attention_masks: "Documents | None",
+        attention_masks: Documents | None,
         positions: Tensor | None = None,
         indices: Tensor | None = None,
         return_indices: bool = False,
@@ -177,7 +177,7 @@ class NSAAttention(NativeSparseAttention):
         """
         rope = torch.view_as_real(freqs_cis)
         if cache is not None:
-            return super().forward(x, rope, cache=cache)
+            return super().forward(x, rope, indices=indices, return_indices=return_indices, cache=cache)
         if self.context is not None:
             if indices is not None or return_indices:
                 raise ValueError("indices must be None under context parallelism, and return_indices false")
@@ -228,20 +228,16 @@ class Block(LlamaBlock):
         freqs_cis: Tensor,
         attention_masks: Any,
         positions: Tensor | None = None,
-        indices: Tensor | None = None,
-        return_indices: bool = False,
-        cache: Any = None,
+        **options: Any,
     ) -> Any:
-        """llama3's; `indices`, `return_indices` and `cache` are as the layer's attention takes them."""
-        if cache is not None:
-            x = x + self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, cache=cache)
-            return x + self.feed_forward(self.ffn_norm(x))
-        if indices is None and not return_indices:
+        """llama3's; `options` are those of the layer's attention: `indices`, `return_indices`, `cache`."""
+        if not options:
             return super().forward(x, freqs_cis, attention_masks, positions)
-        h, used = self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, indices, True)
+        h = self.attention(self.attention_norm(x), freqs_cis, attention_masks, positions, **options)
+        h, *used = h if isinstance(h, tuple) else (h,)
         h = x + h
         out = h + self.feed_forward(self.ffn_norm(h))
-        return (out, used) if return_indices else out
+        return (out, *used) if used else out
 
     def initial_std(self, name: str) -> float:
         """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
@@ -353,20 +349,26 @@ class Transformer(LlamaTransformer):
             attention_masks = Documents(attention_masks, packed)
         if indices is None and not return_indices:
             return super().forward(tokens, attention_masks, positions)
-        sparse = {name for name, kind in zip(self.layers, self._kinds(), strict=True) if kind == "nsa"}
-        if unknown := sorted(set(indices or {}) - sparse):
+        given = indices or {}
+        sparse = [name for name, kind in self._kinds().items() if kind == "nsa"]
+        if unknown := sorted(set(given) - set(sparse)):
             raise ValueError(f"indices must be of NSA layers, {sorted(sparse)}, got {unknown}")
+        options = {name: {"indices": given.get(name), "return_indices": True} for name in sparse}
+        out, used = self._through_layers(tokens, attention_masks, positions, options)
+        return (out, used) if return_indices else out
+
+    def _through_layers(
+        self, tokens: Tensor, attention_masks: Any, positions: Tensor | None, options: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` with options for the attention of layers by name; also the indices of those that return them."""
         used = {}
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         for name, layer in self.layers.items():
-            if name in sparse:
-                given = (indices or {}).get(name)
-                h, used[name] = layer(h, self.freqs_cis, attention_masks, positions, given, True)
-            else:
-                h = layer(h, self.freqs_cis, attention_masks, positions)
+            h = layer(h, self.freqs_cis, attention_masks, positions, **options.get(name, {}))
+            if isinstance(h, tuple):
+                h, used[name] = h
         h = self.norm(h) if self.norm is not None else h
-        h = self.output(h) if self.output is not None else h
-        return (h, used) if return_indices else h
+        return self.output(h) if self.output is not None else h, used
 
     def make_cache(self, batch: int, capacity: int, *, spare: int = 0) -> dict[str, Any]:
         """A cache for every layer, by its name in `layers`; arguments as `KVCache` takes them.
@@ -385,10 +387,7 @@ class Transformer(LlamaTransformer):
         if any(x is not None for x in others):
             raise ValueError("nothing but tokens can be given beside a cache, got masks, positions or indices")
         self._check_cache(tokens, cache)
-        h = self.tok_embeddings(tokens)
-        for name, layer in self.layers.items():
-            h = layer(h, self.freqs_cis, None, None, cache=cache[name])
-        return self.output(self.norm(h))
+        return self._through_layers(tokens, None, None, {name: {"cache": one} for name, one in cache.items()})[0]
 
     def _check_cache(self, tokens: Tensor, cache: Mapping[str, Any]) -> None:
         """Refuses a cache that not every layer can go on from, before any of them does."""
@@ -396,23 +395,18 @@ class Transformer(LlamaTransformer):
             raise ValueError(f"tokens must have 2 dimensions [B, T], got shape {tuple(tokens.shape)}")
         if set(cache) != set(self.layers):
             raise ValueError(f"cache must be of the layers {sorted(self.layers)}, got {sorted(cache)}")
-        for (name, one), kind in zip(((name, cache[name]) for name in self.layers), self._kinds(), strict=True):
+        for name, kind in self._kinds().items():
+            one = cache[name]
             expected = KVCache if kind == "nsa" else DenseCache
             if not isinstance(one, expected):
                 raise TypeError(f"cache of layer {name} must be a {expected.__name__}, got {type(one).__name__}")
             if isinstance(one, KVCache) and one.config != self.model_args.nsa:
                 raise ValueError(f"cache of layer {name} must be for {self.model_args.nsa}, got {one.config}")
-            if one.batch != tokens.shape[0]:
-                raise ValueError(f"cache must be for a batch of {tokens.shape[0]}, got one for {one.batch}")
-            room = min(one.capacity, len(self.freqs_cis))
-            if max(one.lengths) + tokens.shape[1] > room:
-                raise ValueError(
-                    f"cache must have room for {tokens.shape[1]} tokens after {max(one.lengths)}, got {room} in all"
-                )
+            one.check_room(tokens.shape[0], tokens.shape[1], len(self.freqs_cis))
 
-    def _kinds(self) -> list[str]:
-        """The kind of attention of each layer here, which a stage of a pipeline has a part of."""
-        return [self.model_args.layer_kinds[int(name)] for name in self.layers]
+    def _kinds(self) -> dict[str, str]:
+        """The kind of attention of each layer here; a stage of a pipeline has some of them."""
+        return {name: self.model_args.layer_kinds[int(name)] for name in self.layers}
 
     def _initial_std(self, name: str) -> float:
         if name == "tok_embeddings.weight":

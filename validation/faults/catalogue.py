@@ -22,7 +22,7 @@ PUBLIC_BUGS = {
     13: "gradients dropped, or doubled, where several queries share a block",
     14: "cached decoding that differs from the full forward",
 }
-"""What real kernels shipped."""
+"""Bugs that real kernels shipped."""
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """What two short steps of training leave."""
+    """The folder of a training run of two short steps."""
     folder = tmp_path_factory.mktemp("run") / "nsa"
     options = ("--training.steps=2", "--training.seq_len=64", "--validation.no-enable", f"--job.dump_folder={folder}")
     command = (sys.executable, "-m", "nsa.train", *options, "--nsa.attention=dense,nsa", "--nsa.window_size=48")

@@ -76,7 +76,7 @@ def test_kernels_go_on_from_a_cache(sizes: tuple[int, ...]) -> None:
 
 
 def test_sequences_of_their_own_lengths() -> None:
-    """Those that were truncated differently go on from where they are."""
+    """Sequences that were truncated to lengths of their own go on from there."""
     layer, x = make(CONFIGS["mlp"]), torch.randn(4, TOKENS, DIM, dtype=torch.float64)
     cache, lengths = layer.make_cache(4, TOKENS, spare=20), (40, 40, 23, 31)
     feed(layer, cache, x[:, :40], 40)
@@ -148,7 +148,7 @@ def test_rings_do_not_grow_with_the_context() -> None:
     assert long.nbytes - short.nbytes == dense * (65536 - 2048) * 17 // 16
 
 
-# What is refused.
+# Refusals.
 
 
 def new_tokens(count: int = 1, **options: Any) -> Tensor:
@@ -277,7 +277,7 @@ def test_what_cannot_be_taken_back_is_refused(filled: Any, lengths: Any, error: 
 
 
 def test_all_that_the_rings_hold_can_be_taken_back() -> None:
-    """What is not refused works, and no more is refused than must be."""
+    """A length is refused only where a ring has lost what the sequence needs, and works otherwise."""
     layer, x = make(CONFIGS["mlp"]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
     for spare, total, refused in ((0, 3, []), (4, 7, []), (4, 40, [*range(1, 36)]), (11, 33, [*range(1, 22)])):
         found = []
