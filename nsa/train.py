@@ -15,7 +15,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from itertools import dropwhile, takewhile
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
@@ -23,13 +23,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import torchtitan.train
+from torch import Tensor
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 import nsa.titan.train_spec  # noqa: F401  (registers the spec)
 from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
+from nsa.titan.graphs import StepGraph, step_graph, why_not
 from nsa.titan.job_checks import check_job, check_table
+from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -56,11 +59,18 @@ class Trainer(torchtitan.train.Trainer):
     _interrupted = 0  # the number of the signal
     _steps_left: bool | None = None  # None before the first step
     _control: dist.ProcessGroup | None = None
+    _graph: StepGraph | None = None
 
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
         if job_config.validation.enable:
             self.validator.stopped = self._all_interrupted
+        wanted = getattr(getattr(job_config, "nsa", None), "cuda_graphs", "off") != "off"
+        if wanted and isinstance(self.model_args, ModelArgs) and torch.cuda.is_available():
+            reason = why_not(job_config, self.model_args, self.parallel_dims.world_size)
+            if reason is None:
+                self._graph = step_graph(self, super().forward_backward_step)
+            logger.info("The training step is " + ("a CUDA graph" if reason is None else f"no CUDA graph: {reason}"))
 
     def init_distributed(self) -> ParallelDims:
         lock_folder(self.job_config)
@@ -70,6 +80,14 @@ class Trainer(torchtitan.train.Trainer):
             # Through it processes agree on when to stop, without waiting for their GPUs.
             self._control = dist.new_group(backend="gloo")
         return parallel_dims
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        batch = {"labels": labels, "global_valid_tokens": global_valid_tokens}
+        if self._graph is None:
+            return super().forward_backward_step(input_dict=input_dict, **batch)
+        return self._graph({**input_dict, **batch})
 
     def train(self) -> None:
         with _signals(self._interrupt, signal.SIGINT, signal.SIGTERM):
@@ -184,7 +202,7 @@ def complete(arguments: Sequence[str]) -> list[str]:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Pairs of option and value, dashes in names as underscores."""
-    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, following in pairwise([*arguments, ""]):
         if option.startswith("--"):
             name, _, value = option[2:].partition("=")
             yield name.replace("-", "_"), value or following

@@ -28,6 +28,7 @@ from torchtitan.protocols.model_converter import _registry_model_converter_cls a
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
+from nsa.titan import graphs
 from nsa.titan.data import DATASETS
 from nsa.titan.model import ModelArgs
 from nsa.titan.parallelize import check_layout
@@ -195,6 +196,9 @@ def check_job(job_config: JobConfig) -> None:
     if isinstance(args, ModelArgs):
         _check_backend(args)
         check_layout(parallel_dims, job_config, args)
+        if getattr(getattr(job_config, "nsa", None), "cuda_graphs", "off") == "on":
+            reason = graphs.why_not(job_config, args, processes)
+            require(reason is None, "nsa.cuda_graphs", f'be "auto" or "off", since {reason}', "on")
     else:
         assets = job_config.model.hf_assets_path
         must = f"be a folder with the files of a tokenizer for model.name {job_config.model.name!r}"

@@ -80,6 +80,7 @@ NSAOptions = make_dataclass(
     "NSAOptions",
     [
         *((name, kind | None, None) for name, kind in _NSA_OPTIONS.items()),
+        ("cuda_graphs", Literal["auto", "on", "off"], "auto"),
         ("allow_changes", list[str], field(default_factory=list)),
     ],
 )
@@ -98,6 +99,11 @@ def _describe_options() -> str:
         each = [f"{value} ({', '.join(names)})" for value, names in flavors.items()]
         defaults = "; ".join(each) if len(each) > 1 else next(iter(flavors))
         lines.append(f"    {name}: {described.get(name, '')} Unless given, the flavor's: {defaults}.")
+    graphs = (
+        "whether forward and backward pass of a step are captured and replayed as one CUDA graph: auto does where it "
+        "can, and logs what keeps it from it."
+    )
+    lines.append(f"    cuda_graphs: {graphs}")
     changes = "fields of the job that may differ from those of the checkpoint that is resumed, named as in job.json."
     return "\n".join((*lines, f"    allow_changes: {changes}"))
 

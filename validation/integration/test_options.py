@@ -358,6 +358,10 @@ def test_help_describes_each_option_of_nsa(job):
     assert "{None,mlp,linear,mean}" in text
 
 
+def test_a_job_needs_no_options(job):
+    assert job().model.flavor == "debug"
+
+
 def test_every_field_of_the_configuration_is_an_option():
     assert {option.name for option in fields(NSAConfig)} <= {option.name for option in fields(NSAOptions)}
 

@@ -24,6 +24,7 @@ LARGE = (
     "--comm.mode=fake_backend",
     "--training.mixed_precision_param=bfloat16",
     "--activation_checkpoint.mode=none",
+    "--compile.no-enable",
 )
 SECONDS = 30  # of a processor that nobody else uses
 # Calls of an empty function that such a one makes in a second: one whose core others share takes up to twice as long

@@ -23,6 +23,8 @@ COMMON = (
     *BFLOAT16,
     "--checkpoint.no-enable",
     "--validation.no-enable",
+    "--compile.no-enable",
+    "--activation_checkpoint.mode=selective",
     "--training.steps=25",
     "--metrics.log_freq=5",
     "--metrics.save_for_all_ranks",

@@ -33,7 +33,13 @@ VARIATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 TITLES = ("eager", "Triton", "one loop for all tiles", "fewer shares of key tiles", "selected by query")
 STEPS = (1, 10, 20, 30, 40, 50, 90, 120, 160, 200)
-OPTIONS = ("--model.name=nsa", "--model.flavor=100m", f"--training.steps={STEPS[-1]}", "--checkpoint.no-enable")
+OPTIONS = (
+    "--model.name=nsa",
+    "--model.flavor=100m",
+    f"--training.steps={STEPS[-1]}",
+    "--checkpoint.no-enable",
+    "--compile.no-enable",
+)
 
 
 def train_one(name: str, options: Sequence[str]) -> None:
