@@ -6,7 +6,9 @@ the performance layer are in validation/perf/plugin.py.
 
 import os
 import random
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +129,14 @@ def _need_gpus(config, count=1, gib=0):
 def pytest_runtest_setup(item):
     for mark in item.iter_markers("needs_gpu"):
         _need_gpus(item.config, *mark.args, **mark.kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _launchers_are_called(request):
+    """Launchers of kernels are called, not repeated, in tests that may replace a part of them."""
+    launches = sys.modules.get("nsa.kernels.launches")
+    with launches.direct() if launches and "monkeypatch" in request.fixturenames else nullcontext():
+        yield
 
 
 @pytest.fixture

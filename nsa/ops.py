@@ -187,7 +187,13 @@ def forward_operators() -> set[torch._ops.OpOverload]:
     }
 
 
-def branch_operator(namespace: str, name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Operator:
+def branch_operator(
+    namespace: str,
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> Operator:
     """A branch of attention as the operator `namespace::name`; its gradient is another.
 
     All branches share one signature, `(q, k, v, indices, *tensors_of(varlen), num_keys, sizes, scale)`, and each
@@ -197,6 +203,7 @@ def branch_operator(namespace: str, name: str, forward: Callable[..., Any], back
         forward: `(q, k, v, indices, varlen, num_keys, config, scale)` to output `[B, Tq, Hq, Dv]` and log-sum-exp
             `[B, Tq, Hq]`.
         backward: `(dout, q, k, v, out, lse, ...)` and the rest as above, to `dq`, `dk` and `dv`, all contiguous.
+        wrap: what the functions of both operators are wrapped in.
     """
 
     def run(
@@ -244,5 +251,5 @@ def branch_operator(namespace: str, name: str, forward: Callable[..., Any], back
     def save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         return (*inputs[:3], *outputs, *inputs[3:8]), inputs[8:]
 
-    gradient = Gradient(Operator(f"{namespace}::{name}_backward", run_backward, fake_backward), save, num_inputs=3)
-    return Operator(f"{namespace}::{name}", run, fake, gradient)
+    differentiated = Operator(f"{namespace}::{name}_backward", wrap(run_backward), fake_backward)
+    return Operator(f"{namespace}::{name}", wrap(run), fake, Gradient(differentiated, save, num_inputs=3))

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,13 +27,14 @@ from nsa.kernels import flash_backward, flash_forward, selected_attention
 from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.flash_attention import compressed_attention
 from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import accumulator, cdiv, next_power_of_2, rows_contiguous
 from nsa.kernels.select import select_blocks
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
 from nsa.varlen import Varlen, tensors_of, varlen_of
 
 
-@triton.jit(do_not_specialize=["count"])
+@recordable(do_not_specialize=["count"])
 def _combine_kernel(
     compressed, selected, window, gates, out, count, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ACC: tl.constexpr,
@@ -165,9 +165,9 @@ def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[T
 
 _attend = Operator(
     "nsa_triton::attend",
-    _attend_forward,
+    recorded(_attend_forward),
     _fake_forward,
-    Gradient(Operator("nsa_triton::attend_backward", _attend_backward, _fake_backward), _save, num_inputs=8),
+    Gradient(Operator("nsa_triton::attend_backward", recorded(_attend_backward), _fake_backward), _save, num_inputs=8),
 )
 
 

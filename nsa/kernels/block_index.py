@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import cdiv, find_sequence, head_runs
 from nsa.varlen import Varlen
 
@@ -147,7 +148,7 @@ def _count_bits(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _mark_kernel(
     indices, words, query_table, index_strides, num_queries, shift, num_tiles, num_blocks, first_head, HEADS,
     NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr,
@@ -162,7 +163,7 @@ def _mark_kernel(
         tl.atomic_or(words + program * num_blocks + block, bit, mask=valid, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _scan_kernel(words, starts, lengths, num_tiles, num_blocks, first_head, TILES: tl.constexpr, BLOCKS: tl.constexpr):
     programs_per_head = tl.cdiv(num_blocks, BLOCKS)
     head = (tl.program_id(0) // programs_per_head).to(tl.int64)
@@ -178,7 +179,7 @@ def _scan_kernel(words, starts, lengths, num_tiles, num_blocks, first_head, TILE
     tl.store(lengths + (first_head + head) * num_blocks + block, length, mask=block < num_blocks)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _offsets_kernel(
     lengths, offsets, pieces, partials, num_blocks, first_head, CHUNK: tl.constexpr, LISTS: tl.constexpr
 ):
@@ -208,7 +209,7 @@ def _offsets_kernel(
     tl.store(partials + num_blocks, num_partials)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _place_kernel(
     indices, words, starts, offsets, members, query_table, index_strides, num_queries, shift, num_tiles, num_blocks,
     first_head, HEADS, NUM_SELECTED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr,

@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa.kernels.configs import chunks
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LOG2E, accumulator, cdiv, load_chunks, next_power_of_2, weigh
 
 _ROWS, _HEADS = 64, 8
 """Rows of a program, and of how many heads they are at most."""
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@recordable(do_not_specialize=["num_queries"])
 def _preprocess_kernel(
     dout, outs, lses, gates, deltas, lse2s, dgates, dout_strides, row_strides, num_queries, HEADS,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,

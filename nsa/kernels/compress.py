@@ -21,11 +21,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import accumulator, cdiv, find_program, next_power_of_2, rows_contiguous
 from nsa.ops import Gradient, Operator
 
@@ -39,7 +39,7 @@ _ELEMENTS = 4096
 _LENGTHS = ("count", "num_tokens", "num_tiles", "batch")
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _mean_kernel(
     x, starts, out, count, num_tiles, x_batch, x_token, x_head, HEADS, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr, PACKED: tl.constexpr,
@@ -65,7 +65,7 @@ def _mean_kernel(
     tl.store(out + rows[:, None] * DIM + column[None, :], (total / LENGTH).to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _rows_kernel(
     x, y, x_position, y_position, starts, rows, count, batch, x_batch, x_token, x_head, y_batch, y_token, y_head,
     HEADS, LENGTH: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
@@ -101,7 +101,7 @@ def _rows_kernel(
         tl.store(rows + row * (LENGTH * DIM) + element, total.to(rows.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _tokens_kernel(
     dblocks, starts, lasts, dx, dy, count, num_tokens, num_tiles, batch, d_batch, d_block, d_head, d_second, HEADS,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -219,10 +219,12 @@ def _add_up(
 
 _mean = Operator(
     "nsa_triton::compress_mean",
-    _mean_forward,
+    recorded(_mean_forward),
     _fake_mean,
     Gradient(
-        Operator("nsa_triton::compress_mean_backward", _mean_backward, _fake_mean_backward), _save_mean, num_inputs=1
+        Operator("nsa_triton::compress_mean_backward", recorded(_mean_backward), _fake_mean_backward),
+        _save_mean,
+        num_inputs=1,
     ),
 )
 

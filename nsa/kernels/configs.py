@@ -176,7 +176,7 @@ NARROWEST = 32
 """Columns of the narrowest tile."""
 
 _OVERRIDES: dict[str, dict[str, Any]] = {}
-_PLANS: list[Any] = []
+_FORGET: list[Callable[[], None]] = []
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -184,8 +184,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def plan(function: Function) -> Function:
     """Keeps what `function` derives from hashable arguments and from configurations, until one is overridden."""
     cached = lru_cache(maxsize=1024)(function)
-    _PLANS.append(cached)
+    forget_with(cached.cache_clear)
     return cached  # type: ignore[return-value]
+
+
+def forget_with(forget: Callable[[], None]) -> None:
+    """Has `forget` called whenever configurations change from which something that is kept was derived."""
+    _FORGET.append(forget)
 
 
 @cache
@@ -272,8 +277,8 @@ def override(kernel: str, **values: Any) -> Iterator[None]:
 
 
 def _forget_plans() -> None:
-    for cached in _PLANS:
-        cached.cache_clear()
+    for forget in _FORGET:
+        forget()
 
 
 def _check_fields(kernel: str, values: dict[str, Any]) -> None:

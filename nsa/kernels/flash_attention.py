@@ -9,6 +9,7 @@ from nsa.config import NSAConfig
 from nsa.kernels import flash_backward, flash_forward
 from nsa.kernels.bwd_preprocess import preprocess
 from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.launches import recorded
 from nsa.kernels.primitives import rows_contiguous
 from nsa.ops import Operator, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
@@ -46,7 +47,7 @@ def _branch(name: str, positions: Callable[[NSAConfig, int], PositionMap]) -> Op
             positions(config, num_tokens), dout, q, k, v, lse, rows, varlen, num_tokens, scale
         )
 
-    return branch_operator("nsa_triton", name, forward, backward)
+    return branch_operator("nsa_triton", name, forward, backward, recorded)
 
 
 _compressed = _branch("compressed_attention", PositionMap.compressed)

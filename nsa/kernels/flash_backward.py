@@ -15,7 +15,6 @@ What is not finite is treated as in the forward pass: a tile whose sums are not 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from nsa.kernels.flash_tiles import (
     row_tile,
     split_range,
 )
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LOG2E,
     Heads,
@@ -60,7 +60,7 @@ _SUM_BLOCK = 1024
 """Elements of a program that adds partial sums up."""
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@recordable(do_not_specialize=LENGTHS)
 def _bwd_dq_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, gate, lse, delta, dq, q_strides, k_strides, v_strides,
     dout_strides, lse_stride, row_strides, dq_strides, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries,
@@ -146,7 +146,7 @@ def _bwd_dq_kernel(
             store_chunks(dq_head, dq_offsets, stored, dq0 * factor, dq1 * factor, DK, K0, K1, ADD)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@recordable(do_not_specialize=LENGTHS)
 def _bwd_dkdv_kernel(
     q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides,
     v_strides, dout_strides, row_strides, dk_strides, dv_strides, cu_queries, cu_tokens, cu_keys, num_sequences,
@@ -258,7 +258,7 @@ def _bwd_dkdv_kernel(
                 poisoned = zero_unless_finite(dk0, dk1, K1, ACC) + zero_unless_finite(dv0, dv1, V1, ACC)
 
 
-@triton.jit(do_not_specialize=["dk_size", "dv_size", "num_splits"])
+@recordable(do_not_specialize=["dk_size", "dv_size", "num_splits"])
 def _sum_splits_kernel(
     dk_parts, dv_parts, dk, dv, dk_size, dv_size, num_splits, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):

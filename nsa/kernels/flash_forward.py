@@ -28,6 +28,7 @@ from nsa.kernels.flash_tiles import (
     nth_tile,
     row_tile,
 )
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -119,7 +120,7 @@ def _attend(
     return zero_unless_finite(acc0, acc1, V1, ACC)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@recordable(do_not_specialize=LENGTHS)
 def _forward_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, out, lse, q_strides, k_strides, v_strides, out_strides,
     lse_stride, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries, num_tokens, num_keys, window, num_tiles,

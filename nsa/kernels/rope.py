@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import accumulator, cdiv, next_power_of_2, rows_contiguous
 from nsa.ops import Gradient, Operator
 
@@ -60,7 +61,7 @@ def _rotate_tile(
         tl.store(target, rotated.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _rope_kernel(
     q, k_cmp, k_slc, k_win, q_out, cmp_out, slc_out, win_out, table, positions, block_positions, batch, num_tokens,
     num_blocks, num_angles, query_tiles, block_tiles, key_tiles, q_batch, q_token, q_head, cmp_batch, cmp_token,
@@ -165,9 +166,9 @@ def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[T
 
 _rope = Operator(
     "nsa_triton::rope",
-    _forward,
+    recorded(_forward),
     _fake,
-    Gradient(Operator("nsa_triton::rope_backward", _backward, _fake), _save, num_inputs=4, num_outputs=4),
+    Gradient(Operator("nsa_triton::rope_backward", recorded(_backward), _fake), _save, num_inputs=4, num_outputs=4),
     cheap=True,
 )
 

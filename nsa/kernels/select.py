@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.configs import chunks, kernel_config
 from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import (
     LOG2E,
     accumulator,
@@ -55,7 +55,7 @@ WORKSPACE_BYTES = 128 << 20
 _LENGTHS = ("num_sequences", "num_queries", "num_tokens", "num_blocks", "first_tile", "num_tiles", "width", "span")
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _importance_kernel(
     q, k, lse, scores, cu_queries, cu_tokens, cu_blocks, num_sequences, q_strides, k_strides, num_queries, num_tokens,
     num_blocks, first_tile, num_tiles, width, span, scale, HEADS, G: tl.constexpr, PADDED_G: tl.constexpr,
@@ -126,7 +126,7 @@ def _importance_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _best_kernel(
     scores, indices, cu_queries, cu_tokens, num_sequences, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
     WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
@@ -251,7 +251,7 @@ def _fake(q: Tensor, k_cmp: Tensor, *inputs: Any) -> Tensor:
     return q.new_empty((*q.shape[:2], k_cmp.shape[2], slots), dtype=torch.int32)
 
 
-_select = Operator("nsa_triton::select_blocks", _choose_blocks, _fake)
+_select = Operator("nsa_triton::select_blocks", recorded(_choose_blocks), _fake)
 
 
 def select_blocks(

@@ -29,6 +29,7 @@ from nsa.kernels import selected_by_block, selected_by_query
 from nsa.kernels.block_index import Packing
 from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
 from nsa.kernels.configs import plan
+from nsa.kernels.launches import recorded
 from nsa.kernels.primitives import Heads, rows_contiguous
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
@@ -144,7 +145,7 @@ def gradients(
     return dq, dk, dv
 
 
-_selected = branch_operator("nsa_triton", "selected_attention", forward, backward)
+_selected = branch_operator("nsa_triton", "selected_attention", forward, backward, recorded)
 
 
 def selected_attention(

@@ -36,6 +36,7 @@ from nsa.kernels.block_index import (
 )
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.configs import KeyMajorConfig
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -60,7 +61,7 @@ _LENGTHS = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, members, offsets, pieces, partial, partial_lse2, query_table, cu_keys, num_sequences, q_strides, k_strides,
     v_strides, num_queries, num_keys, shift, num_blocks, pieces_per_head, first_head, scale, HEADS,
@@ -141,7 +142,7 @@ def _find_rows(
     return (head // HEADS).to(tl.int64), (head % HEADS).to(tl.int64), query, row % G, position, inside
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _merge_kernel(
     partial, partial_lse2, indices, out, lse, query_table, index_strides, num_queries, shift, first_head, HEADS,
     NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -184,7 +185,7 @@ def _merge_kernel(
     store_chunks(out, rows * DV, inside, out0 / row_sum[:, None], out1 / row_sum[:, None], DV, V0, V1)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _bwd_dkdv_kernel(
     q, k, v, dout, lse2, delta, members, offsets, pieces, partials, dk, dv, partial_dk, partial_dv, partial_dq, again,
     query_table, cu_keys, num_sequences, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift,
@@ -292,7 +293,7 @@ def _bwd_dkdv_kernel(
             tl.store(again, (poisoned != 0).to(again.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _merge_dq_kernel(
     partial_dq, indices, dq, query_table, index_strides, num_queries, shift, first_head, HEADS,
     NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -322,7 +323,7 @@ def _merge_dq_kernel(
     store_chunks(dq, rows * DK, inside, dq0, dq1, DK, K0, K1, ADD)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _reduce_kernel(
     partial_dk, partial_dv, pieces, partials, dk, dv, cu_keys, num_sequences, num_keys, num_blocks,
     partials_per_head, HEADS, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nsa.kernels.block_index import Packing, sees_block
 from nsa.kernels.configs import QueryMajorConfig
+from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -92,7 +93,7 @@ def _fetch_keys(
     return fetch(tiles0, tiles1, base, offsets, seen, batch, head, row, stride, DIM, D0, D1, BLOCK_N, True, TMA)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, indices, out, lse, query_table, q_strides, k_strides, v_strides,
     index_strides, num_queries, shift, scale, HEADS, NUM_SELECTED: tl.constexpr, SLOTS: tl.constexpr, G: tl.constexpr,
@@ -157,7 +158,7 @@ def _forward_kernel(
                 poisoned = zero_unless_finite(out0, out1, V1, ACC)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@recordable(do_not_specialize=_LENGTHS)
 def _bwd_dq_kernel(
     q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, lse, delta, gate, indices, dq, query_table, q_strides,
     k_strides, v_strides, do_strides, index_strides, num_queries, shift, scale, HEADS, NUM_SELECTED: tl.constexpr,

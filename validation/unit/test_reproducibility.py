@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nsa import kernels
 from nsa.config import NSAConfig
+from nsa.kernels import launches
+from nsa.kernels.launches import Recording, direct
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.cases import EVERY, Case, Tensors, config, draw, whole
@@ -67,6 +69,23 @@ def test_repeated_runs_give_the_same_bits(subject: str, case: Case) -> None:
     first = results(subject, case, tensors)
     for _ in range(1 if kernels.INTERPRETED else 3):
         assert_same(results(subject, case, tensors), first, "of a repeated run")
+
+
+@pytest.mark.needs_gpu  # interpreted launchers are never repeated
+@each_subject
+@each_short
+def test_a_repeated_launcher_gives_what_a_called_one_gives(subject: str, case: Case, monkeypatch) -> None:
+    repeated, again = [], Recording.__call__
+    with direct():
+        expected = []
+        for factor in (1.0, 0.5, 2.0):
+            tensors = {name: factor * x if x.is_floating_point() else x for name, x in draw(case, DTYPE).items()}
+            expected.append((tensors, results(subject, case, tensors)))
+    monkeypatch.setattr(Recording, "__call__", lambda *inputs: repeated.append(inputs[0]) or again(*inputs))
+    monkeypatch.setattr(launches, "_directly", 0)
+    for tensors, results_of_calls in expected:
+        assert_same(results(subject, case, tensors), results_of_calls, "of a repeated launcher")
+    assert repeated, "no launcher was repeated"
 
 
 # 2. Memory that was never written.
