@@ -170,7 +170,7 @@ def _fake_mean(x: Tensor, starts: Tensor | None, count: int, length: int, stride
 def _mean_backward(dout: Tensor, starts: Tensor | None, num_tokens: int, length: int, stride: int) -> Tensor:
     dout = rows_contiguous(dout)
     dx = dout.new_empty(dout.shape[0], num_tokens, *dout.shape[2:])
-    _add_up(dout, (*dout.stride()[:3], 0), dout.shape[1], [dx], starts, length, stride, mean=True)
+    _add_up(dout, (*dout.stride()[:3], 0), dout.shape[1], [dx], starts, length, stride, True)
     return dx
 
 
@@ -185,6 +185,7 @@ def _save_mean(
     return (starts,), (x.shape[1], length, stride)
 
 
+@recorded
 def _add_up(
     dblocks: Tensor,
     strides: Sequence[int],
@@ -193,7 +194,6 @@ def _add_up(
     starts: Tensor | None,
     length: int,
     stride: int,
-    *,
     mean: bool,
 ) -> None:
     """Fills one or two `dxs [B, T, H, D]`.
@@ -240,6 +240,7 @@ def _by_kind(tensors: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
     return [tensors[kind::kinds] for kind in range(kinds)] + [[]] * (2 - layers)
 
 
+@recorded
 def _rows(
     xs: Sequence[Tensor], positions: Sequence[Tensor], starts: Tensor | None, count: int, length: int, stride: int
 ) -> Tensor:
@@ -321,7 +322,7 @@ def _backward(
         torch.bmm(d, transposed, out=row)  # which nobody needs again
     of_batch, of_head = count * length * dim, batch * count * length * dim
     strides = (of_batch, length * dim, of_head, heads * of_head)
-    _add_up(rows, strides, count, dxs, starts, length, stride, mean=False)
+    _add_up(rows, strides, count, dxs, starts, length, stride, False)
     return gradients
 
 

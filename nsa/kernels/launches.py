@@ -301,6 +301,8 @@ class Recording:
 
 
 def _returned(output: Any, tensors: list[Any]) -> Any:
+    if output is None:
+        return None
     if isinstance(output, _Output):
         x = tensors[output.memory]
         return x if output.layout is None else x.as_strided(*output.layout)
@@ -308,6 +310,8 @@ def _returned(output: Any, tensors: list[Any]) -> Any:
 
 
 def _outputs(recorder: _Recorder, out: Any) -> Any:
+    if out is None:
+        return None
     return recorder.output(out) if isinstance(out, Tensor) else type(out)(_outputs(recorder, x) for x in out)
 
 
@@ -343,9 +347,9 @@ _SEEN = object()
 def recorded(function: Function) -> Function:
     """A launcher that is recorded the second time it gets inputs of a kind, and repeated from then on.
 
-    Its inputs are tensors, lists of them and what can be hashed; it returns a tensor, or a tuple or list of them, in
-    memory of its own. What it does besides follows from its other inputs and from shapes, strides, dtypes, devices and
-    alignment of the tensors.
+    Its inputs are tensors, lists of them and what can be hashed; it returns nothing, or a tensor, or a tuple or list of
+    them, in memory of its own. What else it does follows from its other inputs and from the shapes, strides, dtypes,
+    devices and alignment of the tensors.
     """
     if triton.knobs.runtime.interpret:
         return function
