@@ -106,7 +106,7 @@ class Operator:
         # `autograd.Function` sees no tensors inside of a list.
         listed = len(inputs[0]) if isinstance(inputs[0], list) else 0
         given = (*inputs[0], *inputs[1:]) if listed else inputs
-        if self.gradient is None:
+        if self.gradient is None and list in map(type, given):
             given = tuple(y for x in given for y in (x if isinstance(x, list) else (x,)))
         if _is_observed(given):
             return self.registered(*inputs)
@@ -119,6 +119,9 @@ class Operator:
             return self.function(*inputs)
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, list}
+
+
 def _is_observed(inputs: tuple[Any, ...]) -> bool:
     """Whether somebody looks at operators: a compiler, a mode of dispatching, a transformation, a kind of tensor."""
     if (
@@ -128,11 +131,7 @@ def _is_observed(inputs: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return True
-    for x in inputs:
-        kind = type(x)
-        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(x, Tensor):
-            return True
-    return False
+    return any(issubclass(kind, Tensor) for kind in set(map(type, inputs)) - _PLAIN)
 
 
 def _setup_context(gradient: Gradient, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

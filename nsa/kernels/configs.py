@@ -101,7 +101,7 @@ class SelectedForwardConfig(QueryMajorConfig):
 
 @dataclass(frozen=True)
 class KeyMajorConfig(KernelConfig):
-    """Forward pass of the selected branch by block; `CHUNK` queries of a block are one program's."""
+    """Forward pass of the selected branch by block; at most `CHUNK` queries of a block are one program's."""
 
     BLOCK_M: int
     CHUNK: int
@@ -296,6 +296,12 @@ def architecture(device: int) -> str:
     """Architecture of a CUDA device, such as `sm90`."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _made(kernel: str, **values: Any) -> KernelConfig:

@@ -32,6 +32,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _LARGEST = 1024
 """Recordings kept of one launcher."""
 
+_SMALL = 1 << 20
+"""Bytes up to which workspaces lie in one piece of memory for the whole of a recording: taking memory has its price."""
+
+_ALIGNED = 512
+"""Bytes, as PyTorch's allocator aligns what it gives."""
+
 _state = threading.local()
 _directly = 0
 
@@ -73,6 +79,22 @@ class _Place(NamedTuple):
     offset: int
 
 
+class _Taken(NamedTuple):
+    """Memory that was taken, and what it was filled with."""
+
+    number: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    fill: float | None
+    nbytes: int
+
+
+class _Freed(NamedTuple):
+    number: int
+
+
 class _Output(NamedTuple):
     """A tensor that is returned: all of the memory that was taken for it, or a view (`layout`) of some."""
 
@@ -98,14 +120,26 @@ class _Unknown(Exception):
     """A launcher does what no recording is made of."""
 
 
-def _take(number: int, x: Tensor, fill: float | None) -> Step:
-    size, stride, dtype, device = x.shape, x.stride(), x.dtype, x.device
+def _take(taken: _Taken) -> Step:
+    number, size, stride, dtype, device, fill, _ = taken
 
     def step(addresses: list[int], tensors: list[Any], stream: int) -> None:
         tensors[number] = x = torch.empty_strided(size, stride, dtype=dtype, device=device)
         addresses[number] = x.data_ptr()
         if fill is not None:
             x.fill_(fill)
+
+    return step
+
+
+def _take_small(places: dict[int, int], nbytes: int, device: torch.device) -> Step:
+    pairs, last = list(places.items()), max(places)
+
+    def step(addresses: list[int], tensors: list[Any], stream: int) -> None:
+        tensors[last] = memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        start = memory.data_ptr()
+        for number, offset in pairs:
+            addresses[number] = start + offset
 
     return step
 
@@ -175,11 +209,12 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.inputs, self.steps = inputs, list[Step]()
+        self.inputs, self.steps = inputs, list[Step | _Taken | _Freed]()
         self.known = not any(x.get_device() != torch.cuda.current_device() for x in inputs)
         self._spans = [(x.data_ptr(), x.data_ptr() + _span(x)) for x in inputs]
         self._alive: dict[int, StorageWeakRef] = {}
-        self.taken = list[tuple[Any, Any, torch.dtype]]()
+        self.taken: dict[int, _Taken] = {}
+        self._filled = set[int]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._free()
@@ -202,6 +237,7 @@ class _Recorder(TorchDispatchMode):
             output = self.output(args[0])
             if output.layout is not None:
                 raise _Unknown
+            self._filled.add(output.memory)
             self.steps.append(_fill(output.memory, args[1] if len(args) > 1 else 0.0))
         elif not _is_view(function):
             raise _Unknown
@@ -210,15 +246,35 @@ class _Recorder(TorchDispatchMode):
         number = len(self._spans)
         if x.get_device() != torch.cuda.current_device():
             raise _Unknown
-        self._spans.append((x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()))
-        self._alive[number] = StorageWeakRef(x.untyped_storage())
-        self.taken.append((x.shape, x.stride(), x.dtype))
-        self.steps.append(_take(number, x, fill))
+        storage = x.untyped_storage()
+        self._spans.append((x.data_ptr(), x.data_ptr() + storage.nbytes()))
+        self._alive[number] = StorageWeakRef(storage)
+        self.taken[number] = _Taken(number, x.shape, x.stride(), x.dtype, x.device, fill, storage.nbytes())
+        self.steps.append(self.taken[number])
 
     def _free(self) -> None:
         for number in [number for number, storage in self._alive.items() if storage.expired()]:
             del self._alive[number]
-            self.steps.append(_free(number))
+            self.steps.append(_Freed(number))
+
+    def finish(self, outputs: Any) -> "Recording":
+        """The recording, given what is returned: small workspaces get one piece of memory."""
+        kept = self._filled | {output.memory for output in _each(outputs)}
+        small, nbytes = dict[int, int](), 0
+        for number, taken in self.taken.items():
+            if taken.fill is None and taken.nbytes <= _SMALL and number not in kept:
+                small[number] = nbytes
+                nbytes += -(-taken.nbytes // _ALIGNED) * _ALIGNED
+        steps: list[Step] = []
+        if small:
+            steps.append(_take_small(small, nbytes, self.taken[next(iter(small))].device))
+        for step in self.steps:
+            if isinstance(step, _Taken | _Freed):
+                if step.number not in small:
+                    steps.append(_take(step) if isinstance(step, _Taken) else _free(step.number))
+            else:
+                steps.append(step)
+        return Recording(steps, len(self.taken), outputs, torch.cuda.current_device())
 
     def launch(self, compiled: Any, grid: Any, values: Any) -> None:
         """Writes down that a kernel was started."""
@@ -262,10 +318,10 @@ class _Recorder(TorchDispatchMode):
         place, number_of_inputs = self._place(x) if x.numel() else self._empty(x), len(self.inputs)
         if place.memory < number_of_inputs:
             raise _Unknown
-        size, stride, dtype = self.taken[place.memory - number_of_inputs]
-        if x.dtype != dtype:
+        taken = self.taken[place.memory]
+        if x.dtype != taken.dtype:
             raise _Unknown
-        if (x.shape, x.stride(), place.offset) == (size, stride, 0):
+        if (x.shape, x.stride(), place.offset) == (taken.size, taken.stride, 0):
             return _Output(place.memory, None)
         return _Output(place.memory, (x.shape, x.stride(), place.offset // x.element_size()))
 
@@ -309,6 +365,14 @@ def _returned(output: Any, tensors: list[Any]) -> Any:
     return type(output)(_returned(each, tensors) for each in output)
 
 
+def _each(outputs: Any) -> Iterator[_Output]:
+    if isinstance(outputs, _Output):
+        yield outputs
+    elif outputs is not None:
+        for output in outputs:
+            yield from _each(output)
+
+
 def _outputs(recorder: _Recorder, out: Any) -> Any:
     if out is None:
         return None
@@ -328,7 +392,7 @@ def _record(function: Callable[..., Any], inputs: tuple[Any, ...], tensors: list
     try:
         outputs = _outputs(recorder, out)
         if recorder.known:
-            recording = Recording(recorder.steps, len(recorder.taken), outputs, torch.cuda.current_device())
+            recording = recorder.finish(outputs)
     except _Unknown:
         pass
     return out, recording
@@ -362,23 +426,18 @@ def recorded(function: Function) -> Function:
             return function(*inputs)
         key: list[Any] = [torch.cuda.current_device()]
         tensors: list[Tensor] = []
+        if list in map(type, inputs):
+            # Lists are as long as they are, and stand out from what is beside them.
+            given = [y for x in inputs for y in ((len(x), list, *x) if isinstance(x, list) else (x,))]
+        else:
+            given = list(inputs)
         addresses: list[int] = []
-        for x in inputs:
+        for x in given:
             if isinstance(x, Tensor):
                 address = x.data_ptr()
                 key += (x.shape, x.stride(), x.dtype, x.get_device(), address & 15)
                 tensors.append(x)
                 addresses.append(address)
-            elif isinstance(x, list):
-                key.append(len(x))
-                for y in x:
-                    if isinstance(y, Tensor):
-                        address = y.data_ptr()
-                        key += (y.shape, y.stride(), y.dtype, y.get_device(), address & 15)
-                        tensors.append(y)
-                        addresses.append(address)
-                    else:
-                        key.append(y)
             else:
                 key.append(x)
         if len(set(addresses)) < len(addresses):

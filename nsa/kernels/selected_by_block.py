@@ -19,6 +19,8 @@ ensure it, as 0 times NaN is NaN: where a result is not finite, the program work
 are not finite out of the products, and gives them NaN as their weight where they are seen.
 """
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from nsa.kernels.block_index import (
     sees_block,
 )
 from nsa.kernels.bwd_preprocess import BackwardRows
-from nsa.kernels.configs import KeyMajorConfig
+from nsa.kernels.configs import KeyMajorConfig, multiprocessors, plan
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
@@ -364,6 +366,21 @@ _MERGED_ROWS = 16 if triton.knobs.runtime.interpret else 32
 """Rows of a program that merges partial results."""
 
 
+def shortened(config: KeyMajorConfig, pairs: int, pieces: int, least: int, device: torch.device) -> KeyMajorConfig:
+    """`config`, with a CHUNK for about so many pieces a multiprocessor if that is less, but not below `least`.
+
+    The first block is selected by every query. The last pieces of its list run while all else is done, unless they are
+    short beside all that one multiprocessor has to do.
+    """
+    share = max(1, pairs // (multiprocessors(device) * pieces))
+    return _with_chunk(config, min(config.CHUNK, max(least, 1 << round(math.log2(share)))))
+
+
+@plan
+def _with_chunk(config: KeyMajorConfig, chunk: int) -> KeyMajorConfig:
+    return replace(config, CHUNK=chunk)
+
+
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in constants.items() if name not in names}
 
@@ -384,6 +401,7 @@ def forward(
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v))
     shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
+    config = shortened(config, indices.numel(), 16, 128, q.device)
     index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], config.CHUNK)
     rows = num_queries * num_selected * parts * group
     runs = head_runs(batch * heads, rows * v.shape[3] * q.element_size())
@@ -421,6 +439,8 @@ def bwd_dkdv(
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v, dout))
     shift, parts = num_keys - num_queries, constants["BLOCK_SIZE"] // constants["BLOCK_N"]
+    # Not much shorter: the memory of partial sums grows with the number of pieces.
+    config = shortened(config, indices.numel(), 8, config.CHUNK // 2, q.device)
     index = build_block_index(indices, shift, packing, constants["BLOCK_SIZE"], config.CHUNK)
     partial_dk, partial_dv = (
         rows.delta.new_empty(batch * heads * index.partials_per_head, constants["BLOCK_SIZE"], x.shape[3])

@@ -268,6 +268,95 @@ _OPERATORS = [
     ),
 ]
 
+_LAUNCHES = [
+    Fault(
+        "recordings-ignore-alignment",
+        "what was recorded of tensors at whole 16 bytes is repeated for others",
+        "kernels/launches.py",
+        "key += (x.shape, x.stride(), x.dtype, x.get_device(), address & 15)",
+        "key += (x.shape, x.stride(), x.dtype, x.get_device())",
+        ("test_recorded.py::test_inputs_of_another_kind_are_not_taken_for_the_same[alignment]",),
+    ),
+    Fault(
+        "two-inputs-taken-for-one",
+        "what was recorded of one tensor given twice is repeated for two",
+        "kernels/launches.py",
+        "if len(set(addresses)) < len(addresses):",
+        "if len(set(addresses)) > len(addresses):",
+        ("test_recorded.py::test_inputs_of_another_kind_are_not_taken_for_the_same[same]",),
+    ),
+    Fault(
+        "somebody-else-s-address",
+        "an address within two inputs is taken for the first one's",
+        "kernels/launches.py",
+        "found = exactly[:1] or within\n",
+        "found = exactly[:1] or within[:1]\n",
+        ("test_recorded.py::test_an_address_in_two_inputs_is_nobody_s",),
+    ),
+    Fault(
+        "recordings-outlive-configurations",
+        "what was recorded under other configurations is repeated",
+        "kernels/launches.py",
+        "    forget_with(recordings.clear)\n",
+        "",
+        ("test_recorded.py::test_what_a_recording_was_derived_from_may_change",),
+    ),
+    Fault(
+        "repeated-memory-is-never-freed",
+        "workspaces of a repeated launcher stay until its end",
+        "kernels/launches.py",
+        "            self.steps.append(_Freed(number))\n",
+        "",
+        ("test_recorded.py::test_memory_is_taken_and_freed_as_the_launcher_does[large]",),
+    ),
+    Fault(
+        "small-workspaces-overlap",
+        "a small workspace begins before the one before it ends",
+        "kernels/launches.py",
+        "nbytes += -(-taken.nbytes // _ALIGNED) * _ALIGNED",
+        "nbytes += _ALIGNED",
+        ("test_recorded.py::test_small_workspaces_do_not_overlap",),
+    ),
+    Fault(
+        "pieces-as-long-as-ever",
+        "lists are cut into as long pieces however little there is to do",
+        "kernels/selected_by_block.py",
+        "min(config.CHUNK, max(least, 1 << round(math.log2(share))))",
+        "max(config.CHUNK, min(least, 1 << round(math.log2(share))))",
+        ("test_launches.py::test_pieces_are_short_beside_all_that_is_to_do[8-4096-16-128-256]",),
+    ),
+]
+
+_GRAPHS = [
+    Fault(
+        "replays-of-the-captured-batch",
+        "a replayed training step has the tokens of the captured one",
+        "titan/graphs.py",
+        "            self._batch[name].copy_(x)\n",
+        "            self._batch[name].clone().copy_(x)\n",
+        ("test_graphs.py::test_replays_leave_what_steps_leave[1]",),
+        layer="integration",
+    ),
+    Fault(
+        "replays-write-over-sums",
+        "gradients that are accumulated lie where the next replay writes",
+        "titan/graphs.py",
+        "gradient.clone() if self._accumulates else gradient",
+        "gradient",
+        ("test_graphs.py::test_replays_leave_what_steps_leave[3]",),
+        layer="integration",
+    ),
+    Fault(
+        "replays-of-another-size",
+        "a batch of another size is copied to where the captured one was",
+        "titan/graphs.py",
+        "if self._graph is None or not self._fits(batch):",
+        "if self._graph is None:",
+        ("test_graphs.py::test_replays_leave_what_steps_leave[1]",),
+        layer="integration",
+    ),
+]
+
 _EAGER = [
     Fault(
         "autocast-inside",
@@ -1800,6 +1889,8 @@ FAULTS = [
     *_OPERATORS,
     *_DATA,
     *_RUNS,
+    *_LAUNCHES,
+    *_GRAPHS,
     *_EAGER,
     *_COMPRESSION_KERNELS,
     *_ROPE_KERNEL,

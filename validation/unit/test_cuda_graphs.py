@@ -25,26 +25,27 @@ Function = Callable[[], Sequence[Tensor]]
 
 def check(function: Function, inputs: Sequence[Tensor]) -> None:
     """Replays against calls, with inputs that are written over."""
+    # Gradients are made on the stream of the forward pass; a capture cannot leave its own.
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = function()
-    before: list[Tensor] = []
-    for _ in range(4):
-        with torch.no_grad():
-            for x in inputs:
-                x.mul_(0.75)
-        expected = [x.clone() for x in function()]
-        assert not before or any(not torch.equal(x, y) for x, y in zip(before, expected, strict=True))
-        graph.replay()
-        for i, (x, y) in enumerate(zip(replayed, expected, strict=True)):
-            assert_equal(x, y, what=f"result {i} of a replay")
-        before = expected
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            replayed = function()
+        before: list[Tensor] = []
+        for _ in range(4):
+            with torch.no_grad():
+                for x in inputs:
+                    x.mul_(0.75)
+            expected = [x.clone() for x in function()]
+            assert not before or any(not torch.equal(x, y) for x, y in zip(before, expected, strict=True))
+            graph.replay()
+            for i, (x, y) in enumerate(zip(replayed, expected, strict=True)):
+                assert_equal(x, y, what=f"result {i} of a replay")
+            before = expected
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("stage", EVERY)

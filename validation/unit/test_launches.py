@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.cache import get_cache_manager
 
 from nsa import NSAConfig, kernels, nsa_attention
-from nsa.kernels import cache, configs
+from nsa.kernels import cache, configs, selected_by_block
 from nsa.kernels.configs import Entry, kernel_config, make_config, read_table, write_table
+from nsa.kernels.selected_by_block import shortened
 from nsa.ops import OPERATORS, sizes_of
 from nsa.varlen import tensors_of
 from validation.perf import tune
@@ -44,6 +46,27 @@ def on_hopper(monkeypatch):
 
 def window(group: int = 16, device: torch.device | None = None) -> Any:
     return kernel_config("window_forward", torch.bfloat16, 128, 128, group, device)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "pieces", "least", "expected"),
+    [
+        (4, 4096, 16, 128, 128),
+        (8, 4096, 16, 128, 256),
+        (8, 8192, 16, 128, 512),
+        (4, 65536, 16, 128, 1024),
+        (8, 4096, 8, 1024, 1024),
+        (4, 4096, 8, 512, 512),
+        (4, 32768, 8, 512, 1024),
+        (1, 1, 16, 128, 128),
+    ],
+)
+def test_pieces_are_short_beside_all_that_is_to_do(monkeypatch, heads, tokens, pieces, least, expected):
+    """On a GPU of 132 multiprocessors, with 16 blocks a query, the lengths that were measured to be best there."""
+    monkeypatch.setattr(selected_by_block, "multiprocessors", lambda device: 132)
+    config = make_config("selected_forward_key_major", num_warps=4, num_stages=2, BLOCK_M=64, CHUNK=1024)
+    found = shortened(config, heads * tokens * 16, pieces, least, torch.device("cuda"))
+    assert found == replace(config, CHUNK=expected)
 
 
 @pytest.mark.parametrize(("group", "rows"), [(1, 32), (4, 32), (6, 32), (8, 32), (9, 64), (12, 64), (16, 64), (64, 64)])

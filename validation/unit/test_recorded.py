@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -215,32 +216,60 @@ def test_a_launcher_that_does_something_else_is_called(launcher, function):
         assert (run.calls, run.repeated) == (i + 1, 0)
 
 
-def test_memory_is_freed_where_the_launcher_freed_it(launcher, monkeypatch):
-    def function(x: Tensor) -> Tensor:
-        out = x.new_zeros(x.shape)
-        for _ in range(3):
-            workspace = x.new_empty(x.shape)
-            add[(1,)](workspace, x, out, x.numel())
-            add[(1,)](out, workspace, x, x.numel())
-            del workspace
-        return out
+def uses_workspaces(x: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape)
+    for _ in range(3):
+        workspace = x.new_empty(x.shape)
+        add[(1,)](workspace, x, out, x.numel())
+        add[(1,)](out, workspace, x, x.numel())
+        del workspace
+    return out
 
-    run, x = launcher(function), torch.randn(4)
+
+@pytest.mark.parametrize(
+    ("small", "expected"),
+    [(15, {"empty_strided": (4, 2), "empty": (0, 0)}), (16, {"empty_strided": (1, 1), "empty": (1, 1)})],
+    ids=["large", "small"],
+)
+def test_memory_is_taken_and_freed_as_the_launcher_does(launcher, monkeypatch, small, expected):
+    """Number of times, and the most at a time; small workspaces are taken together instead."""
+    monkeypatch.setattr(launches, "_SMALL", small)
+    run, x = launcher(uses_workspaces), torch.randn(4)
     for _ in range(2):
         run(x)
-    alive: list[Any] = []
-    most, empty_strided = 0, torch.empty_strided
+    alive: dict[str, list[Any]] = {name: [] for name in expected}
+    most = dict.fromkeys(expected, 0)
 
-    def watched(*arguments: Any, **options: Any) -> Tensor:
-        nonlocal most
-        made = empty_strided(*arguments, **options)
-        alive.append(torch.multiprocessing.reductions.StorageWeakRef(made.untyped_storage()))
-        most = max(most, sum(not storage.expired() for storage in alive))
-        return made
+    def watch(name: str, take: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(*arguments: Any, **options: Any) -> Tensor:
+            made = take(*arguments, **options)
+            alive[name].append(StorageWeakRef(made.untyped_storage()))
+            most[name] = max(most[name], sum(not storage.expired() for storage in alive[name]))
+            return made
 
-    monkeypatch.setattr(torch, "empty_strided", watched)
+        return watched
+
+    for name in expected:
+        monkeypatch.setattr(torch, name, watch(name, getattr(torch, name)))
     torch.testing.assert_close(run(x), 6 * x)
-    assert (run.repeated, len(alive), most) == (1, 4, 2)
+    assert run.repeated == 1
+    assert {name: (len(alive[name]), most[name]) for name in expected} == expected
+
+
+def test_small_workspaces_do_not_overlap(launcher):
+    def function(x: Tensor) -> Tensor:
+        first, second, out = (x.new_empty(x.shape) for _ in range(3))
+        add[(1,)](first, x, x, x.numel())
+        add[(1,)](second, first, x, x.numel())
+        add[(1,)](out, first, second, x.numel())
+        return out
+
+    run = launcher(function)
+    for length in (3, 200):
+        for _ in range(3):
+            x = torch.randn(length)
+            torch.testing.assert_close(run(x), 5 * x)
+    assert run.repeated == 2
 
 
 def test_what_a_recording_was_derived_from_may_change(launcher):
