@@ -22,6 +22,8 @@ from torchtitan.tools.logging import logger
 
 from nsa.titan import runs
 from nsa.titan.data import CorpusLoader, tokenizer_name
+from nsa.titan.hugging_face import write_config
+from nsa.titan.refusals import JobError
 
 Result = TypeVar("Result")
 
@@ -37,7 +39,17 @@ SCHEDULE = "lr_scheduler.total_steps"
 # Fields without which a position in the data means nothing.
 _DATA = {"corpus", "tokenizer", "training.dataset", "training.dataset_path"}
 # Arguments of the model that another option stands for, or that change nothing but how it is computed.
-_ARGUMENTS_APART = ("_enforced", "nsa", "seed", "backend", "max_seq_len", "attention", "attn_mask_type", "attn_type")
+_ARGUMENTS_APART = (
+    "_enforced",
+    "nsa",
+    "seed",
+    "backend",
+    "max_seq_len",
+    "attention",
+    "attn_mask_type",
+    "attn_type",
+    "initial_gates",
+)
 
 
 def job_of(trainer: Any) -> dict[str, Any]:
@@ -46,7 +58,7 @@ def job_of(trainer: Any) -> dict[str, Any]:
     training = options.training
     job = {f"{s}.{name}": getattr(getattr(options, s), name) for s, names in OPTIONS.items() for name in names}
     job |= {f"model.{name}": value for name, value in arguments.items() if name not in _ARGUMENTS_APART}
-    job |= {f"nsa.{name}": arguments[name] for name in ("attention", "attn_mask_type")}
+    job |= {f"nsa.{name}": arguments[name] for name in ("attention", "attn_mask_type", "initial_gates")}
     job |= {f"nsa.{name}": value for name, value in arguments["nsa"].items()}
     if options.model.converters:
         job["quantize"] = asdict(options.quantize)
@@ -178,6 +190,7 @@ class Checkpoints(CheckpointManager):
         if found is None:
             # TorchTitan asks whether the folder exists where it means whether a checkpoint does: a first save that was
             # killed would keep it from the initial weights.
+            self._require_weights()
             folder = str(self.path)
             self.folder = str(self.path / "none")
             try:
@@ -188,6 +201,27 @@ class Checkpoints(CheckpointManager):
             loaded = super().load(found)
         self._start = self._trainer.step
         return loaded
+
+    def _require_weights(self) -> None:
+        """Looks at weights in Hugging Face's format, from which this run begins if it does.
+
+        Raises:
+            SystemExit: they do not fit the model, or there are none.
+        """
+        if not self.initial_load_in_hf:
+            return
+        adapter = self.sd_adapter
+        folder = Path(self.initial_load_path or (adapter and adapter.hf_assets_path) or "")
+
+        def look() -> None:
+            try:
+                misfits = adapter.read(folder)
+            except JobError as error:
+                raise runs.Refused(f"checkpoint.initial_load_in_hf: {error}") from error
+            runs.require_same_job(folder, {}, (), misfits[:5])
+
+        self._decide(look)
+        adapter.read(folder)  # on every rank
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and buffer in the model, of all ranks' parts together."""
@@ -228,10 +262,10 @@ class Checkpoints(CheckpointManager):
             logger.warning(
                 f"{self.folder} has saves that were not finished, of steps {unfinished}, and none to resume from"
             )
-        if not self.initial_load_path:
+        if self.initial_load_in_hf or not self.initial_load_path:
             return
         initial = Path(self.initial_load_path)
-        if not (self.initial_load_in_hf or runs.is_whole(initial)):
+        if not runs.is_whole(initial):
             raise runs.Refused(f"checkpoint.initial_load_path must be the folder of a checkpoint, got {str(initial)!r}")
         runs.require_same_job(initial, {}, (), self._misfits(initial, shapes))
 
@@ -322,6 +356,15 @@ class Checkpoints(CheckpointManager):
             self._failed(curr_step, error, last_step)
         else:
             self._saved = curr_step
+
+    def dcp_save(self, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        """TorchTitan's; beside weights in Hugging Face's format also writes what model they are of."""
+        result = super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+        if kwargs.get("to_hf") and dist.get_rank() == 0:
+            tokenizer = tokenizer_name(self._trainer.tokenizer)
+            shutil.rmtree(Path(checkpoint_id) / "sharded", ignore_errors=True)  # the same weights, in parts
+            write_config(Path(checkpoint_id), self._trainer.model_args, self.export_dtype, tokenizer)
+        return result
 
     def _record(self, step: int) -> None:
         """Records the job before its first save; a checkpoint that is there is not saved over."""

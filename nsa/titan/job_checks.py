@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -288,10 +289,16 @@ def _check_checkpoints(job_config: JobConfig, spec: TrainSpec) -> None:
     options = job_config.checkpoint
     for name in options.exclude_from_loading:
         require(name in LOADABLE, "checkpoint.exclude_from_loading", f"be among {LOADABLE}", name)
-    for name in ("last_save_in_hf", "initial_load_in_hf", "initial_load_in_hf_quantized"):
+    for name in ("last_save_in_hf", "initial_load_in_hf"):
         asked = options.enable and getattr(options, name)
         must = f"be false for model.name {job_config.model.name!r}, whose weights have no Hugging Face form"
         require(not asked or spec.state_dict_adapter is not None, f"checkpoint.{name}", must, True)
+        require(not asked or bool(find_spec("safetensors")), f"checkpoint.{name}", "be false without safetensors", True)
+    require(not options.initial_load_in_hf_quantized, "checkpoint.initial_load_in_hf_quantized", "be false", True)
+    for when in ("last_save", "initial_load"):
+        alone = not getattr(options, f"{when}_in_hf") or getattr(options, f"{when}_model_only")
+        must = f"be true for checkpoint.{when}_in_hf, which is of the model alone"
+        require(alone, f"checkpoint.{when}_model_only", must, False)
     if options.create_seed_checkpoint:
         require(options.enable, "checkpoint.enable", "be true for checkpoint.create_seed_checkpoint", options.enable)
         processes = number_of_processes(job_config)

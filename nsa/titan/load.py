@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
@@ -16,6 +17,7 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from nsa.config import NSAConfig
 from nsa.titan import runs
 from nsa.titan.data import ByteTokenizer, tokenizer_name
+from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config, weight_files
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
 
@@ -59,7 +61,7 @@ def load_model(
     """The model of a checkpoint, without gradients, and its tokenizer.
 
     Args:
-        folder: as `find_checkpoint` takes it.
+        folder: as `find_checkpoint` takes it, or one with `config.json` and weights in Hugging Face's format.
         device: a GPU where there is one, unless given.
         dtype: of the parameters; that in which they were trained unless given.
         hf_assets_path: folder of the tokenizer, unless tokens are bytes.
@@ -69,6 +71,8 @@ def load_model(
         JobError: no checkpoint, no record of what it is of, weights that are not those of the record, a tokenizer that
             is not at hand or another one, a device that is not there.
     """
+    if (folder / CONFIG_FILE).exists():
+        return _load_weights(folder, device, dtype, hf_assets_path, room_for)
     checkpoint = find_checkpoint(folder)
     record = checkpoint.parent / runs.JOB_FILE
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
@@ -81,18 +85,7 @@ def load_model(
         arguments, trained_in = model_args(job, max_seq_len=positions), getattr(torch, job["training.dtype"])
     except (KeyError, TypeError) as error:
         raise JobError(f"{str(record)!r} must be of this version of the code, and lacks something: {error}") from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise JobError(f"the device must be one that is here, got {target!r}: {error}") from error
-    with torch.device("meta"):
-        model = Transformer(arguments)
-    # The table of angles is complex, and no parameter.
-    _convert(model, trained_in)
-    model.to_empty(device=target)
-    with torch.device(target):
-        model.freqs_cis = model._precompute_freqs_cis()
+    model = _empty(arguments, trained_in, device)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         with warnings.catch_warnings():
@@ -101,11 +94,63 @@ def load_model(
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise JobError(f"{str(checkpoint)!r} must hold the weights that {record.name} tells of: {reason}") from error
+    return _finished(model, dtype), tokenizer
+
+
+def _load_weights(
+    folder: Path,
+    device: str | None,
+    dtype: torch.dtype | None,
+    assets: Path | None,
+    room_for: Callable[[Any], int] | None,
+) -> tuple[Transformer, Any]:
+    """`load_model` of weights in Hugging Face's format."""
+    arguments, config = read_config(folder)
+    if config.get("tokenizer") == "bytes":
+        tokenizer = _find_tokenizer("bytes", assets)
+    else:
+        assets = assets or folder
+        tokenizer = _find_tokenizer(config.get("tokenizer"), assets)
+    if room_for is not None:
+        arguments.max_seq_len = max(arguments.max_seq_len, room_for(tokenizer))
+    saved_in = getattr(torch, config.get("torch_dtype") or config.get("dtype") or "float32")
+    model = _empty(arguments, saved_in, device)
+    adapter = HuggingFaceAdapter(arguments, None)
+    if misfits := adapter.read(folder):
+        raise JobError(f"{str(folder)!r} must hold the weights that its {CONFIG_FILE} tells of: {misfits[0]}")
+    from safetensors.torch import load_file
+
+    theirs: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        theirs |= load_file(file)
+    adapter.to_hf(dict(model.named_parameters()))
+    with torch.no_grad():
+        for name, value in adapter.from_hf(theirs).items():
+            model.get_parameter(name).copy_(value)
+    return _finished(model, dtype), tokenizer
+
+
+def _empty(arguments: ModelArgs, dtype: torch.dtype, device: str | None) -> Transformer:
+    """A model without weights; raises `JobError` where there is no such device."""
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise JobError(f"the device must be one that is here, got {target!r}: {error}") from error
+    with torch.device("meta"):
+        model = Transformer(arguments)
+    # The table of angles is complex, and no parameter.
+    _convert(model, dtype)
+    model.to_empty(device=target)
+    with torch.device(target):
+        model.freqs_cis = model._precompute_freqs_cis()
+    return model
+
+
+def _finished(model: Transformer, dtype: torch.dtype | None) -> Transformer:
     if dtype is not None:
         _convert(model, dtype)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model, tokenizer
+    return model.requires_grad_(False)
 
 
 def _convert(model: Transformer, dtype: torch.dtype) -> None:
@@ -113,8 +158,12 @@ def _convert(model: Transformer, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _find_tokenizer(name: str, folder: Path | None) -> Any:
-    """The tokenizer of that name in a job; raises `JobError` where it is another one that is at hand, or none."""
+def _find_tokenizer(name: str | None, folder: Path | None) -> Any:
+    """The tokenizer of that name in a job, or any where it has none.
+
+    Raises:
+        JobError: another one is at hand, or none.
+    """
     if name == "bytes":
         if folder is not None:
             raise JobError(f"there must be no folder of a tokenizer where tokens are bytes, got {str(folder)!r}")
@@ -125,6 +174,6 @@ def _find_tokenizer(name: str, folder: Path | None) -> Any:
         tokenizer = HuggingFaceTokenizer(str(folder))
     except Exception as error:  # the library's own kinds
         raise JobError(f"{str(folder)!r} must hold the files of a tokenizer: {error}") from error
-    if tokenizer_name(tokenizer) != name:
+    if name is not None and tokenizer_name(tokenizer) != name:
         raise JobError(f"the tokenizer must be that of training, {name}, got {tokenizer_name(tokenizer)}")
     return tokenizer

@@ -59,7 +59,7 @@ def build_tokenizer(job_config: JobConfig) -> BaseTokenizer | ByteTokenizer:
 
 @dataclass
 class ModelArgs(TransformerModelArgs):
-    """llama3's arguments and what NSA adds; each field of the last four can be set from the job's `[nsa]` section.
+    """llama3's arguments and what NSA adds; each field of the last five can be set from the job's `[nsa]` section.
 
     Attributes:
         attention: kind of each layer, `"nsa"`, `"dense"` or a pattern of them repeated over the depth, such as
@@ -68,11 +68,14 @@ class ModelArgs(TransformerModelArgs):
             another.
         backend: implementation of the NSA layers, `"auto"`, `"eager"` or `"triton"`.
         nsa: block sizes and counts of the NSA layers.
+        initial_gates: what the gates of the compressed, the selected and the window branch begin with, three numbers
+            from 0 to 1 with commas between.
         vocab_size: 0 takes the tokenizer's, rounded up so that matrix products stay aligned.
         seed: of the initial weights.
 
     Raises:
-        ValueError: an unknown kind of attention, mask or backend; heads that do not divide one another or `dim`.
+        ValueError: an unknown kind of attention, mask or backend; heads that do not divide one another or `dim`;
+            gates that are not three numbers from 0 to 1.
     """
 
     vocab_size: int = 0
@@ -80,6 +83,7 @@ class ModelArgs(TransformerModelArgs):
     attention: str = "nsa"
     backend: BackendName = "auto"
     nsa: NSAConfig = PAPER
+    initial_gates: str = "0.5,0.5,0.5"
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, str):
@@ -88,6 +92,7 @@ class ModelArgs(TransformerModelArgs):
         if unknown:
             raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
         check_backend(self.backend)
+        self.gate_logits = _logits(self.initial_gates)
         if self.attn_mask_type not in MASK_KINDS:
             raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
         if self.dim % self.n_heads:
@@ -117,7 +122,7 @@ class ModelArgs(TransformerModelArgs):
         options = {k: v for k, v in vars(getattr(job_config, "nsa", object)).items() if v is not None}
         sizes = {field.name for field in fields(NSAConfig)}
         self.nsa = replace(self.nsa, **{k: v for k, v in options.items() if k in sizes})
-        for name in ("attention", "attn_mask_type", "backend"):
+        for name in ("attention", "attn_mask_type", "backend", "initial_gates"):
             setattr(self, name, options.get(name, getattr(self, name)))
         self.__post_init__()
 
@@ -140,6 +145,21 @@ class ModelArgs(TransformerModelArgs):
         keys = sum(seq_len if kind == "dense" else sparse for kind in self.layer_kinds)
         products = num_params - apart + once_a_block // config.compress_stride
         return num_params, 6 * products + 12 * self.dim * keys
+
+
+def _logits(gates: str) -> tuple[float, ...]:
+    """Logits of gates; those of 0 and 1 are finite, and round to them.
+
+    Raises:
+        ValueError: they are not three such numbers.
+    """
+    try:
+        values = [float(x) for x in gates.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 3 or not all(0 <= x <= 1 for x in values):
+        raise ValueError(f"initial_gates must be three numbers from 0 to 1 with commas between, got {gates!r}")
+    return tuple(max(-30.0, min(30.0, math.log(x) - math.log1p(-x))) if 0 < x < 1 else 60.0 * x - 30 for x in values)
 
 
 class NSAAttention(NativeSparseAttention):
@@ -310,6 +330,9 @@ class Transformer(LlamaTransformer):
                 parameter.register_post_accumulate_grad_hook(complete_gradient)
             if re.search(r"norm\.weight$", name):
                 local.fill_(1)
+            elif name.endswith("attention.wg.bias"):
+                rows = torch.arange(offset[0], offset[0] + len(local), device=local.device)
+                local.copy_(torch.tensor(self.model_args.gate_logits, device=local.device)[rows % 3])
             elif std := self._initial_std(name):
                 _draw(local, offset, parameter.shape, std, name, self.model_args.seed)
             else:

@@ -29,6 +29,7 @@ from torchtitan.tools.logging import logger
 from nsa.config import NSAConfig
 from nsa.titan.cpu import prepare_cpu
 from nsa.titan.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
+from nsa.titan.hugging_face import HuggingFaceAdapter
 from nsa.titan.job_checks import check_job
 from nsa.titan.metrics import build_metrics_processor
 from nsa.titan.model import ModelArgs, Transformer, build_tokenizer
@@ -73,6 +74,7 @@ _NSA_OPTIONS: dict[str, Any] = {
     "attention": str | list[str],
     "attn_mask_type": str,
     "backend": str,
+    "initial_gates": str,
     **{option.name: option.type for option in fields(NSAConfig)},
 }
 
@@ -259,5 +261,6 @@ register_train_spec(
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=Validator,
         build_metrics_processor_fn=build_metrics_processor,
+        state_dict_adapter=HuggingFaceAdapter,
     ),
 )

@@ -357,6 +357,54 @@ _GRAPHS = [
     ),
 ]
 
+_HUGGING_FACE = [
+    Fault(
+        "halves-as-neighbours",
+        "exported keys of dense layers stay in the order of another rotary layout",
+        "titan/hugging_face.py",
+        'heads = {"wq": self.model_args.n_heads, "wk": self.model_args.kv_heads}',
+        'heads = {"wq": self.model_args.n_heads}',
+        ("test_hugging_face.py::test_transformers_computes_what_a_dense_model_does",),
+        layer="integration",
+    ),
+    Fault(
+        "branches-before-heads",
+        "keys of a dense layer are given to the branches of an NSA layer in the order of other heads",
+        "titan/hugging_face.py",
+        "x.view(args.kv_heads, 1, -1, args.dim).expand(-1, branches, -1, -1)",
+        "x.view(1, args.kv_heads, -1, args.dim).expand(branches, -1, -1, -1)",
+        ("test_hugging_face.py::test_a_sparse_model_of_a_dense_one_computes_the_same[{}-nsa]",),
+        layer="integration",
+    ),
+    Fault(
+        "parts-of-a-head-permuted",
+        "what a process has of a parameter is permuted as if it were all of it",
+        "titan/hugging_face.py",
+        "return x.full_tensor() if isinstance(x, DTensor) else x",
+        "return x.to_local() if isinstance(x, DTensor) else x",
+        ("test_hugging_face.py::test_layouts_begin_with_the_same_and_export_the_same[fsdp2]",),
+        layer="integration",
+    ),
+    Fault(
+        "extra-weights-unseen",
+        "weights of layers that the model has not got are left out without a word",
+        "titan/hugging_face.py",
+        "extra = sorted(name for name in shapes.keys() - expected.keys() if not _NEVER_LOADED.fullmatch(name))",
+        "extra = sorted(name for name in shapes.keys() - expected.keys() if _NEVER_LOADED.fullmatch(name))",
+        ("test_hugging_face.py::test_what_does_not_fit_is_named[nsa-extra]",),
+        layer="integration",
+    ),
+    Fault(
+        "compressors-begin-with-a-sum",
+        "a compressor made from a dense layer begins with the sum of a block",
+        "titan/hugging_face.py",
+        "((_HIDDEN_SCALE if mlp else 1) / length)",
+        "(_HIDDEN_SCALE if mlp else 1)",
+        ("test_hugging_face.py::test_compressors_begin_with_the_mean[linear]",),
+        layer="integration",
+    ),
+]
+
 _EAGER = [
     Fault(
         "autocast-inside",
@@ -1891,6 +1939,7 @@ FAULTS = [
     *_RUNS,
     *_LAUNCHES,
     *_GRAPHS,
+    *_HUGGING_FACE,
     *_EAGER,
     *_COMPRESSION_KERNELS,
     *_ROPE_KERNEL,

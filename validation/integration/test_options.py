@@ -103,8 +103,16 @@ REFUSED = [
     ("--checkpoint.interval=0", "^checkpoint.interval must be at least 1, got 0"),
     ("--checkpoint.keep_latest_k=1", "^checkpoint.keep_latest_k must be at least 2, or 0 for all, got 1"),
     ("--checkpoint.exclude_from_loading=optimiser", "^checkpoint.exclude_from_loading must be among .*'optimizer'"),
-    ("--checkpoint.last_save_in_hf", "^checkpoint.last_save_in_hf must be false for model.name 'nsa'"),
-    ("--checkpoint.initial_load_in_hf", "^checkpoint.initial_load_in_hf must be false for model.name 'nsa'"),
+    (
+        "--checkpoint.last_save_in_hf --checkpoint.no-last-save-model-only",
+        "^checkpoint.last_save_model_only must be true for checkpoint.last_save_in_hf, which is of the model alone",
+    ),
+    (
+        "--checkpoint.initial_load_in_hf --checkpoint.no-initial-load-model-only",
+        "^checkpoint.initial_load_model_only must be true for checkpoint.initial_load_in_hf",
+    ),
+    ("--checkpoint.initial_load_in_hf_quantized", "^checkpoint.initial_load_in_hf_quantized must be false, got True"),
+    ("--nsa.initial_gates=1,2", "^nsa.initial_gates must be three numbers from 0 to 1 .* got '1,2'"),
     (
         "--checkpoint.create_seed_checkpoint --checkpoint.no-enable",
         "^checkpoint.enable must be true for checkpoint.create_seed_checkpoint, got False",
