@@ -1,7 +1,8 @@
 """Generation: `python -m nsa.generate --checkpoint DIR --prompt TEXT`, and `generate` for any model with a cache.
 
 A checkpoint is one that training saved, in any layout: a folder `step-N`, or the folder of a run, whose last one is
-taken; or a folder with safetensors and the `config.json` of a llama. The text goes to standard output as it comes, what is said about it to standard error.
+taken; or a folder with safetensors and the `config.json` of a llama. The text goes to standard output as it comes, what
+is said about it to standard error.
 """
 
 import argparse
