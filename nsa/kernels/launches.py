@@ -215,6 +215,7 @@ class _Recorder(TorchDispatchMode):
         self._alive: dict[int, StorageWeakRef] = {}
         self.taken: dict[int, _Taken] = {}
         self._filled = set[int]()
+        self._relations = set[tuple[int, int, int]]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._free()
@@ -274,7 +275,7 @@ class _Recorder(TorchDispatchMode):
                     steps.append(_take(step) if isinstance(step, _Taken) else _free(step.number))
             else:
                 steps.append(step)
-        return Recording(steps, len(self.taken), outputs, torch.cuda.current_device())
+        return Recording(steps, len(self.taken), outputs, torch.cuda.current_device(), tuple(self._relations))
 
     def launch(self, compiled: Any, grid: Any, values: Any) -> None:
         """Writes down that a kernel was started."""
@@ -305,13 +306,13 @@ class _Recorder(TorchDispatchMode):
             start, stop = self._spans[number]
             if start <= address < stop:
                 return _Place(number, address - start)
-        # Inputs may lie within one another, and need not the next time: an address must be one's alone.
-        exactly = [i for i in range(number_of_inputs) if self._spans[i][0] == address]
-        within = [i for i in range(number_of_inputs) if self._spans[i][0] <= address < self._spans[i][1]]
-        found = exactly[:1] or within
-        if len(found) != 1:
+        found = [i for i in range(number_of_inputs) if self._spans[i][0] <= address < self._spans[i][1]]
+        if not found:
             raise _Unknown
-        return _Place(found[0], address - self._spans[found[0]][0])
+        # It may be of any of these. Whose it is does not matter as long as they lie in the same way to one another.
+        first, *others = (self._spans[i][0] for i in found)
+        self._relations |= {(found[0], i, first - other) for i, other in zip(found[1:], others, strict=True)}
+        return _Place(found[0], address - first)
 
     def output(self, x: Tensor) -> _Output:
         """How to make a tensor that lies in memory that was taken."""
@@ -343,8 +344,20 @@ def _span(x: Tensor) -> int:
 class Recording:
     """What a launcher did with inputs of some kind, to be done again with others of the same kind."""
 
-    def __init__(self, steps: Sequence[Step], count: int, outputs: Any, device: int) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        count: int,
+        outputs: Any,
+        device: int,
+        relations: tuple[tuple[int, int, int], ...],
+    ) -> None:
         self._steps, self._count, self._outputs, self._device = steps, count, outputs, device
+        self._relations = relations
+
+    def fits(self, addresses: list[int]) -> bool:
+        """Whether inputs that lay within one another lie in the same way to one another."""
+        return all(addresses[i] - addresses[j] == distance for i, j, distance in self._relations)
 
     def __call__(self, addresses: list[int]) -> Any:
         """Does it with inputs at these addresses."""
@@ -453,7 +466,7 @@ def recorded(function: Function) -> Function:
             out, made = _record(function, inputs, tensors)
             recordings[kind] = made or function
             return out
-        if recording is function:
+        if recording is function or not recording.fits(addresses):
             return function(*inputs)
         return recording(addresses)
 

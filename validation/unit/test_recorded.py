@@ -171,29 +171,31 @@ def test_inputs_of_another_kind_are_not_taken_for_the_same(launcher, other):
     assert (run.calls, run.repeated) == (3, 1)
 
 
-def test_inputs_within_one_another_need_not_be_so_the_next_time(launcher):
-    run = launcher(sums)
-    for i in range(5):
-        whole = torch.randn(3, 8)
-        x, y = (whole[:, :4], whole[:, 4:]) if i < 2 else (torch.randn(3, 8)[:, :4], torch.randn(3, 8)[:, :4])
-        assert torch.equal(run(x, y)[0], x[0] + y[0])
-    assert run.repeated == 3
+def second_row_of_the_first(x: Tensor, y: Tensor) -> Tensor:
+    out = x.new_empty(2)
+    add[(1,)](out, x[1], y, 2)
+    return out
 
 
-def test_an_address_in_two_inputs_is_nobody_s(launcher):
-    """A view that may be of either: the launcher is called each time."""
+RELATED = {
+    "side_by_side": lambda whole: (whole[:, :4], whole[:, 4:]),
+    "one_in_the_other": lambda whole: (whole, whole[1:]),
+    "apart": lambda whole: (whole, torch.randn(3, 8)),
+    "slices_apart": lambda whole: (whole[:, :4], torch.randn(3, 8)[:, 4:]),
+}
 
-    def function(x: Tensor, y: Tensor) -> Tensor:
-        out = x.new_empty(2)
-        add[(1,)](out, x[1], y, 2)
-        return out
 
+@pytest.mark.parametrize("first", RELATED.values(), ids=RELATED)
+@pytest.mark.parametrize("then", RELATED.values(), ids=RELATED)
+@pytest.mark.parametrize("function", [sums, second_row_of_the_first])
+def test_inputs_that_lay_within_one_another_need_not_the_next_time(launcher, function, first, then):
+    """Where an address is in two inputs, a recording is of how these lie to one another."""
     run = launcher(function)
-    for _ in range(4):
-        whole = torch.randn(3, 8)
-        x, y = whole[:, :4], whole[:, 4:]
-        assert torch.equal(run(x, y), x[1, :2] + y[0, :2])
-    assert (run.calls, run.repeated) == (4, 0)
+    for i in range(6):
+        x, y = (first if i % 3 < 2 else then)(torch.randn(3, 8))
+        x, y = x[:2], y[:2]
+        assert torch.equal(run(x, y), function(x, y)), f"call {i}"
+    assert run.repeated
 
 
 UNKNOWN = {
