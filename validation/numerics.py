@@ -53,6 +53,9 @@ FLOAT64_BOUND = 1e-12
 TWIN_LOSS_RATIO = 1.03
 """A sparse model's loss over its dense twin's, at most: the price it may have."""
 
+CONVERTED_LOSS_RATIO = 1.02
+"""Loss of a sparse model that was made from a dense one, over the dense one's, at most: the design's 2%."""
+
 LEARNING_RATIO = 0.7
 """A loss over what it was at first, at most, after the few steps of a test: far from chance, and reached early."""
 

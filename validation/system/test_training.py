@@ -51,6 +51,21 @@ def test_loss_falls_and_twins_agree(tmp_path):
     assert sparse <= dense * numerics.TWIN_LOSS_RATIO, f"NSA ends at {sparse}, its dense twin at {dense}"
 
 
+def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path):
+    """Its validation loss is the dense model's from the first step on, and falls."""
+    options = (
+        *TINY, "--training.steps=40", "--training.local_batch_size=4", "--validation.enable", "--validation.freq=40",
+        "--validation.steps=8", "--validation.seq_len=256", "--optimizer.lr=1e-3",
+    )  # fmt: skip
+    exported = (*options, "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf")
+    dense = train((*exported, "--model.flavor=debug_dense"), tmp_path / "dense")[VALIDATION_LOSS]
+    weights = f"--checkpoint.initial_load_path={tmp_path / 'dense' / 'checkpoint' / 'step-40'}"
+    begin = ("--checkpoint.initial_load_in_hf", weights, "--nsa.initial_gates=.1,.8,.1")
+    sparse = train((*options, *begin, "--checkpoint.no-last-save-model-only"), tmp_path / "sparse")[VALIDATION_LOSS]
+    assert sparse[1] <= dense[40] * numerics.CONVERTED_LOSS_RATIO, f"dense {dense}, sparse {sparse}"
+    assert sparse[40] < sparse[1], f"it does not learn: {sparse}"
+
+
 def test_same_seed_gives_the_same_run(whole, tmp_path):
     assert exact(train(TINY, tmp_path)) == exact(read_metrics(whole))
 
