@@ -20,7 +20,7 @@ from nsa.functional import (
     selected_attention,
     sliding_window_attention,
 )
-from nsa.module import NativeSparseAttention, rope_table
+from nsa.module import NativeSparseAttention, RopeScaling, rope_table
 from nsa.varlen import PackedSequences
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "NSAConfig",
     "NativeSparseAttention",
     "PackedSequences",
+    "RopeScaling",
     "apply_rope",
     "cached_attention",
     "compress",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +31,47 @@ INIT_STD = 0.02
 """Standard deviation of freshly made projections, as is usual for transformers."""
 
 
-def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: torch.device | None = None) -> Tensor:
+class RopeScaling(NamedTuple):
+    """Scaling of rotary frequencies for contexts longer than those of pre-training, as llama 3.1 does it.
+
+    Wavelengths above `original_length / low_freq_factor` become `factor` times as long, those below
+    `original_length / high_freq_factor` stay, and frequencies between are interpolated.
+
+    Attributes:
+        factor: at least 1.
+        low_freq_factor, high_freq_factor: the second is above the first.
+        original_length: tokens of the contexts of pre-training.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+def rope_table(
+    length: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    *,
+    scaling: RopeScaling | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Cosines and sines of rotary position embedding (RoFormer, arXiv 2104.09864), for interleaved pairs.
 
     Args:
         length: number of positions.
         head_dim: `D`, even.
         theta: base of the frequencies.
+        scaling: of the frequencies; none unless given.
 
     Returns:
         float32 `[length, head_dim / 2, 2]`.
 
     Raises:
         TypeError: a length or head dim that is not an integer.
-        ValueError: a negative length, a `head_dim` that is odd or below 1, a `theta` that is not positive and finite.
+        ValueError: a negative length, a `head_dim` that is odd or below 1, a `theta` that is not positive and finite, a
+            `scaling` out of range.
     """
     if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
         raise TypeError(f"length must be an int, got {length!r} ({type(length).__name__})")
@@ -55,8 +82,22 @@ def rope_table(length: int, head_dim: int, theta: float = 10000.0, *, device: to
     if integer("head_dim", head_dim, 1) % 2:
         raise ValueError(f"head_dim must be even to be rotated in pairs, got {head_dim}")
     frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    if scaling is not None:
+        frequency = _scaled(frequency, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequency)
     return torch.stack((angle.cos(), angle.sin()), -1).float()
+
+
+def _scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    factor, low, high, original = scaling
+    if not (factor >= 1 and 0 < low < high and original > 0):
+        raise ValueError(
+            "scaling must have a factor of at least 1, factors of frequencies that rise from above 0, and a length "
+            f"above 0, got {scaling}"
+        )
+    periods = original * frequency / (2 * math.pi)
+    kept = ((periods - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def _split(x: Tensor, *sizes: int) -> Tensor:
@@ -112,7 +153,7 @@ class NativeSparseAttention(nn.Module):
     """Causal self-attention with three gated branches over their own keys and values (section 3.3.3).
 
     Parameters are head-major, so that a slice of the output features of every projection is a set of whole heads:
-    `wk` and `wv` give `[B, T, Hk, branches, D]`, the gate `wg` gives `[B, T, Hq, 3]`.
+    `wk` and `wv` give `[B, T, Hk, branches, D]`, the gate `wg` gives `[B, T, Hq, 3]`, or `[B, T, 1, 3]` for all heads.
 
     Args:
         dim: width of the model.
@@ -121,11 +162,15 @@ class NativeSparseAttention(nn.Module):
         head_dim: `D`; `dim / num_heads` unless given. Rotary embedding needs an even one.
         config: block sizes, counts and the kind of compression.
         backend: `"auto"`, `"eager"` or `"triton"`.
+        bias: whether the projections of queries, keys and values add one.
+        gate_activation: `"sigmoid"`, or `"softmax"` over the branches.
+        gate_per_head: whether each query head has gates of its own.
+        gate_hidden: hidden width of the gate's MLP (section 3.2; SiLU); 0 makes it a linear map.
 
     Raises:
         TypeError: a size or number of heads that is not an integer, a `config` of another type.
         ValueError: a size or number of heads below 1, heads that do not divide one another, a `dim` that `num_heads`
-            does not divide, an unknown backend.
+            does not divide, an unknown backend or activation.
     """
 
     def __init__(
@@ -137,6 +182,10 @@ class NativeSparseAttention(nn.Module):
         config: NSAConfig = PAPER,
         *,
         backend: BackendName = "auto",
+        bias: bool = False,
+        gate_activation: Literal["sigmoid", "softmax"] = "sigmoid",
+        gate_per_head: bool = True,
+        gate_hidden: int = 0,
     ):
         super().__init__()
         dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
@@ -153,18 +202,24 @@ class NativeSparseAttention(nn.Module):
         self.dim, self.head_dim = dim, integer("head_dim", head_dim, 1)
         self.branches = 1 if config.shared_kv else 3
 
-        self.wq = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.wk = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=False)
-        self.wv = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=False)
+        self.wq = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.wk = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=bias)
+        self.wv = nn.Linear(dim, num_kv_heads * self.branches * head_dim, bias=bias)
         self.wo = nn.Linear(num_heads * head_dim, dim, bias=False)
-        self.wg = nn.Linear(dim, num_heads * 3)
+        if gate_activation not in ("sigmoid", "softmax"):
+            raise ValueError(f"gate_activation must be 'sigmoid' or 'softmax', got {gate_activation!r}")
+        self.gate_activation = gate_activation
+        gates, hidden = 3 * (num_heads if gate_per_head else 1), integer("gate_hidden", gate_hidden, 0)
+        self.wg: nn.Module = nn.Linear(dim, gates)
+        if hidden:
+            self.wg = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates))
         self.compress_k = Compressor(num_kv_heads, head_dim, config)
         self.compress_v = Compressor(num_kv_heads, head_dim, config)
         self.reset_parameters()
 
     def initial_std(self) -> dict[str, float]:
-        """Standard deviation each parameter starts with, by name; 0 starts every gate half open."""
-        std = {name: 0.0 if name == "wg.bias" else INIT_STD for name, _ in self.named_parameters()}
+        """Standard deviation each parameter starts with, by name; biases of 0 start all gates alike."""
+        std = {name: 0.0 if name.endswith("bias") else INIT_STD for name, _ in self.named_parameters()}
         for name in ("compress_k", "compress_v"):
             compressor: Compressor = getattr(self, name)
             std |= {f"{name}.{key}": value for key, value in compressor.initial_std().items()}
@@ -233,8 +288,11 @@ class NativeSparseAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Queries, keys and values of the three branches, and gates of `x`."""
-        gates = _split(self.wg(x), 3).sigmoid()
-        return _split(self.wq(x), self.head_dim), self._branches(self.wk(x)), self._branches(self.wv(x)), gates
+        q, gates = _split(self.wq(x), self.head_dim), _split(self.wg(x), 3)
+        gates = gates.sigmoid() if self.gate_activation == "sigmoid" else gates.softmax(-1).to(gates.dtype)
+        if gates.shape[2] != q.shape[2]:
+            gates = gates.expand(-1, -1, q.shape[2], -1)
+        return q, self._branches(self.wk(x)), self._branches(self.wv(x)), gates
 
     def attend(
         self,

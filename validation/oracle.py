@@ -364,6 +364,7 @@ def native_sparse_attention(
     head_dim: int,
     rope: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
     """The whole layer (section 3): projections, RoPE, compression, gates, the three branches, output projection.
 
@@ -371,19 +372,20 @@ def native_sparse_attention(
         x: `[B, T, dim]`.
         weights: tensors named as in the module's `state_dict`.
         rope: cosines and sines `[L, D/2, 2]`.
+        gate_activation: `"sigmoid"` or `"softmax"`.
 
     Returns:
         `[B, T, dim]`.
     """
     x, weights = _work(x), {name: _work(weight) for name, weight in weights.items()}
     branches = 1 if config.shared_kv else 3
-    q = (x @ weights["wq.weight"].T).unflatten(-1, (num_heads, head_dim))
-    k = (x @ weights["wk.weight"].T).unflatten(-1, (num_kv_heads, branches, head_dim))
-    v = (x @ weights["wv.weight"].T).unflatten(-1, (num_kv_heads, branches, head_dim))
+    q, k, v = (x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0) for name in ("wq", "wk", "wv"))
+    q = q.unflatten(-1, (num_heads, head_dim))
+    k, v = (y.unflatten(-1, (num_kv_heads, branches, head_dim)) for y in (k, v))
     (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win) = (
         y.expand(-1, -1, -1, 3, -1).unbind(-2) if config.shared_kv else y.unbind(-2) for y in (k, v)
     )
-    gates = (x @ weights["wg.weight"].T + weights["wg.bias"]).unflatten(-1, (num_heads, 3)).sigmoid()
+    gates = _gates(x, weights, gate_activation).expand(-1, -1, num_heads, -1)
 
     k_cmp, v_cmp = (
         compress(y, _compression_params(weights, name, num_kv_heads), config, cu_seqlens=cu_seqlens)
@@ -399,6 +401,17 @@ def native_sparse_attention(
 
     out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, cu_seqlens_q=cu_seqlens)
     return out.flatten(-2) @ weights["wo.weight"].T
+
+
+def _gates(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> Tensor:
+    """`[B, T, Hq, 3]`, or `[B, T, 1, 3]`; by an MLP where there are two layers of weights."""
+    last = "wg"
+    if "wg.0.weight" in weights:
+        hidden = x @ weights["wg.0.weight"].T + weights["wg.0.bias"]
+        x, last = hidden / (1 + (-hidden).exp()), "wg.2"
+    logits = (x @ weights[f"{last}.weight"].T + weights[f"{last}.bias"]).unflatten(-1, (-1, 3))
+    powers = logits.exp()
+    return powers / (powers.sum(-1, keepdim=True) if activation == "softmax" else 1 + powers)
 
 
 def _compression_params(weights: Mapping[str, Tensor], name: str, num_kv_heads: int) -> SimpleNamespace:

@@ -1,5 +1,6 @@
 """The layer: against the whole-module oracle, its gradients, compilation, memory, and what it refuses."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nsa import NativeSparseAttention, NSAConfig, nsa_attention, rope_table
+from nsa import NativeSparseAttention, NSAConfig, RopeScaling, nsa_attention, rope_table
 from validation import oracle
 from validation.numerics import PEAK_MEMORY_BYTES, assert_equal, assert_matches, gradcheck
 from validation.unit.cases import cumulative
@@ -24,20 +25,57 @@ KINDS = [
 each_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.compression}{'-shared' * c.shared_kv}")
 
 
-def make(config, dtype=torch.float64, *, heads=6, kv_heads=2, head_dim=8, dim=24):
-    return NativeSparseAttention(dim, heads, kv_heads, head_dim, config).to(dtype)
+def make(config, dtype=torch.float64, *, heads=6, kv_heads=2, head_dim=8, dim=24, **options):
+    return NativeSparseAttention(dim, heads, kv_heads, head_dim, config, **options).to(dtype)
 
 
 def expected(layer, x, rope, cu_seqlens=None):
     sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
-    weights = dict(layer.named_parameters())
+    weights, sizes["gate_activation"] = dict(layer.named_parameters()), layer.gate_activation
     return oracle.native_sparse_attention(x, weights, layer.config, **sizes, rope=rope, cu_seqlens=cu_seqlens)
+
+
+PARTS = {
+    "bias": {"bias": True},
+    "softmax": {"gate_activation": "softmax"},
+    "gates_for_all_heads": {"gate_per_head": False},
+    "gates_by_an_mlp": {"gate_hidden": 10},
+    "all": {"bias": True, "gate_activation": "softmax", "gate_per_head": False, "gate_hidden": 10},
+}
+
+
+@pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
+def test_other_projections_and_gates_match_the_oracle(options):
+    layer = make(SMALL, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)  # biases as well
+    check_against_the_oracle(layer, None)
+
+
+@pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
+def test_other_projections_and_gates_go_on_from_a_cache(options):
+    layer, rope = make(SMALL, **options), rope_table(40, 8)
+    x, cache = torch.randn(2, 40, 24, dtype=torch.float64), layer.make_cache(2, 40)
+    parts = [layer(part, rope, cache=cache) for part in x.split((25, 1, 14), 1)]
+    assert_matches(torch.cat(parts, 1), layer(x, rope).detach(), what="output")
+
+
+def test_parameters_of_other_gates_start_as_they_should():
+    layer = make(SMALL, **PARTS["all"])
+    assert layer.wg[2].out_features == 3
+    assert_equal(layer.wg[2].bias.detach(), torch.zeros(3, dtype=torch.float64), what="gate bias")
+    assert_equal(layer.wk.bias.detach(), torch.zeros(48, dtype=torch.float64), what="bias of keys")
 
 
 @each_kind
 @pytest.mark.parametrize("lengths", [None, (30, 0, 7, 33)], ids=["whole", "packed"])
 def test_matches_the_oracle_with_all_gradients(config, lengths):
-    layer, rope = make(config), rope_table(70, 8)
+    check_against_the_oracle(make(config), lengths)
+
+
+def check_against_the_oracle(layer, lengths):
+    rope = rope_table(70, 8)
     x = torch.randn(1 if lengths else 2, 70, 24, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int() if lengths else None
     actual, oracles = layer(x, rope, cu_seqlens), expected(layer, x, rope, cu_seqlens)
@@ -71,6 +109,39 @@ def test_rope_follows_its_definition():
     table = rope_table(3, 4, theta=100.0).double()
     angles = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]], dtype=torch.float64)
     assert_equal(table, torch.stack((angles.cos(), angles.sin()), -1).float().double(), what="table")
+
+
+SCALINGS = {
+    "longer_contexts": RopeScaling(),
+    "narrow_band": RopeScaling(32.0, 1.0, 1.5, 64),
+    "none": RopeScaling(factor=1.0),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_scaled_frequencies_are_those_of_their_definition(scaling, theta):
+    """Wavelength by wavelength, as the release of llama 3.1 has it."""
+    table = rope_table(2, 64, theta, scaling=scaling, device="cpu").double()
+    for pair in range(32):
+        frequency = theta ** -(2 * pair / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength > scaling.original_length / scaling.low_freq_factor:
+            frequency /= scaling.factor
+        elif wavelength >= scaling.original_length / scaling.high_freq_factor:
+            part = scaling.original_length / wavelength - scaling.low_freq_factor
+            part /= scaling.high_freq_factor - scaling.low_freq_factor
+            frequency = (1 - part) * frequency / scaling.factor + part * frequency
+        expected = torch.tensor([math.cos(frequency), math.sin(frequency)], dtype=torch.float64)
+        assert_matches(table[1, pair], expected, what=f"pair {pair}", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"factor": 0.5}, {"low_freq_factor": 0.0}, {"high_freq_factor": 1.0}, {"original_length": 0}]
+)
+def test_scaling_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"^scaling must have a factor of at least 1"):
+        rope_table(2, 8, scaling=RopeScaling(**wrong))
 
 
 def test_gates_start_half_open_and_heads_are_their_own():
@@ -117,6 +188,12 @@ BAD_LAYERS = {
         ValueError,
         "dim must be a multiple of num_heads (5) without a head_dim, got 24",
     ),
+    "no_such_gates": (
+        {"gate_activation": "tanh"},
+        ValueError,
+        "gate_activation must be 'sigmoid' or 'softmax', got 'tanh'",
+    ),
+    "gates_less_than_none": ({"gate_hidden": -1}, ValueError, "gate_hidden must be at least 0, got -1"),
     "no_dim": ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
     "no_heads": ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
     "no_kv_heads": ({"num_kv_heads": 0}, ValueError, "num_kv_heads must be at least 1, got 0"),
