@@ -80,8 +80,8 @@ def generate(
     """Continues each prompt by at most `max_new_tokens` tokens.
 
     Args:
-        model: called as `model(tokens, cache=cache)` for logits `[B, T, V]`; `make_cache(batch, capacity, spare=s)`
-            gives its caches by layer.
+        model: called as `model(tokens, cache=cache, at=at)` for logits `[B, V]` of the tokens at `at [B]`;
+            `make_cache(batch, capacity, spare=s)` gives its caches by layer.
         prompts: token ids, at least one each; their lengths may differ.
         temperature, top_k, top_p: as `sample` takes them.
         seed: the same seed gives the same tokens for the same prompts; unless given, every call draws its own.
@@ -116,9 +116,8 @@ def generate(
     last = torch.tensor(lengths, device=device) - 1
     logits: Tensor | None = None
     for first in range(0, longest, chunk):
-        of_chunk = model(padded[:, first : first + chunk], cache=cache)
-        at = (last - first).clamp(0, of_chunk.shape[1] - 1)
-        found = of_chunk[torch.arange(len(prompts), device=device), at]
+        tokens = padded[:, first : first + chunk]
+        found = model(tokens, cache=cache, at=(last - first).clamp(0, tokens.shape[1] - 1))
         logits = found if logits is None else found.where((last >= first)[:, None], logits)
     for one in cache.values():
         one.truncate(lengths)
@@ -135,7 +134,7 @@ def generate(
                     on_token(row, token)
                 going[row] = token not in stop and len(outputs[row]) < max_new_tokens
         if any(going):
-            logits = model(tokens.unsqueeze(1), cache=cache)[:, -1]
+            logits = model(tokens.unsqueeze(1), cache=cache, at=torch.zeros_like(last))
     return outputs
 
 

@@ -347,6 +347,7 @@ class Transformer(LlamaTransformer):
         indices: Mapping[str, Tensor] | None = None,
         return_indices: bool = False,
         cache: Mapping[str, Any] | None = None,
+        at: Tensor | None = None,
     ) -> Any:
         """Logits `[B, T, vocabulary]` of `tokens [B, T]`; stages of a pipeline take or give hidden states.
 
@@ -357,14 +358,18 @@ class Transformer(LlamaTransformer):
             indices: int32 `[B, T, Hk, N]` by the name of an NSA layer in `layers`, replace its selection: blocks that
                 an earlier call recorded, for one.
             return_indices: also return the indices that each NSA layer used.
-            cache: from `make_cache`; tokens continue its sequences, and nothing else may be given.
+            cache: from `make_cache`; tokens continue its sequences, and of what is above nothing may be given.
+            at: int64 `[B]`, beside a cache: gives logits `[B, vocabulary]` of one of the tokens of each row.
 
         Raises:
             ValueError: `indices` of a layer that is not there or is dense; either argument under context parallelism;
-                masks, positions or indices beside a cache, or a cache without room, which then stays as it was.
+                masks, positions or indices beside a cache, or a cache without room, which then stays as it was; `at`
+                without a cache.
         """
         if cache is not None:
-            return self._continue(tokens, cache, (attention_masks, positions, indices, return_indices or None))
+            return self._continue(tokens, cache, at, (attention_masks, positions, indices, return_indices or None))
+        if at is not None:
+            raise ValueError("at must be None without a cache, got a tensor")
         if isinstance(attention_masks, VarlenMetadata):
             packed = pack_sequences(
                 attention_masks.cu_seq_q, self.model_args.nsa, num_tokens=tokens.shape[0] * tokens.shape[1]
@@ -381,7 +386,12 @@ class Transformer(LlamaTransformer):
         return (out, used) if return_indices else out
 
     def _through_layers(
-        self, tokens: Tensor, attention_masks: Any, positions: Tensor | None, options: Mapping[str, Mapping[str, Any]]
+        self,
+        tokens: Tensor,
+        attention_masks: Any,
+        positions: Tensor | None,
+        options: Mapping[str, Mapping[str, Any]],
+        at: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`forward` with options for the attention of layers by name; also the indices of those that return them."""
         used = {}
@@ -390,6 +400,8 @@ class Transformer(LlamaTransformer):
             h = layer(h, self.freqs_cis, attention_masks, positions, **options.get(name, {}))
             if isinstance(h, tuple):
                 h, used[name] = h
+        if at is not None:
+            h = h[torch.arange(len(h), device=h.device), at]
         h = self.norm(h) if self.norm is not None else h
         return self.output(h) if self.output is not None else h, used
 
@@ -405,12 +417,13 @@ class Transformer(LlamaTransformer):
         return {name: layer.attention.make_cache(batch, capacity, spare=spare) for name, layer in self.layers.items()}
 
     @torch.no_grad()
-    def _continue(self, tokens: Tensor, cache: Mapping[str, Any], others: Sequence[Any]) -> Tensor:
+    def _continue(self, tokens: Tensor, cache: Mapping[str, Any], at: Tensor | None, others: Sequence[Any]) -> Tensor:
         """`forward` of tokens that continue the sequences of a cache."""
         if any(x is not None for x in others):
             raise ValueError("nothing but tokens can be given beside a cache, got masks, positions or indices")
         self._check_cache(tokens, cache)
-        return self._through_layers(tokens, None, None, {name: {"cache": one} for name, one in cache.items()})[0]
+        options = {name: {"cache": one} for name, one in cache.items()}
+        return self._through_layers(tokens, None, None, options, at)[0]
 
     def _check_cache(self, tokens: Tensor, cache: Mapping[str, Any]) -> None:
         """Refuses a cache that not every layer can go on from, before any of them does."""

@@ -57,6 +57,16 @@ def test_chunks_give_the_logits_of_the_whole(attention, sizes):
     assert_matches(logits, model(tokens).detach(), what="logits", reduction=LONGEST_SUM)
 
 
+@pytest.mark.parametrize("attention", KINDS)
+def test_logits_of_some_tokens_are_those_of_all(attention):
+    model, tokens, at = make(attention), torch.randint(VOCABULARY, (2, 30)), torch.tensor([29, 7])
+    expected = model(tokens, cache=model.make_cache(2, 30))[torch.arange(2), at]
+    found = model(tokens, cache=model.make_cache(2, 30), at=at)
+    assert_matches(found, expected, what="logits", reduction=LONGEST_SUM)
+    with pytest.raises(ValueError, match=r"^at must be None without a cache, got a tensor$"):
+        model(tokens, at=at)
+
+
 def test_caches_are_refused_what_they_have_no_room_for_and_stay():
     model, tokens = make("dense,nsa"), torch.randint(VOCABULARY, (1, 30))
     cache = model.make_cache(1, 40)
