@@ -163,7 +163,7 @@ def _again(value: Any, addresses: list[int]) -> Any:
         copy = object.__new__(type(value))
         copy.__dict__.update(value.__dict__, base=_Address(_again(value.base, addresses)))
         return copy
-    return tuple(_again(x, addresses) for x in value)
+    return tuple(_again(x, addresses) for x in value) if isinstance(value, tuple) else value
 
 
 def _has_place(value: Any) -> bool:

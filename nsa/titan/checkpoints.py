@@ -215,10 +215,11 @@ class Checkpoints(CheckpointManager):
 
         def look() -> None:
             try:
-                misfits = adapter.read(folder)
+                misfits, changes = adapter.read(folder), adapter.differences(folder)
             except JobError as error:
                 raise runs.Refused(f"checkpoint.initial_load_in_hf: {error}") from error
-            runs.require_same_job(folder, {}, (), misfits[:5])
+            allowed = getattr(getattr(self._trainer.job_config, "nsa", None), "allow_changes", ())
+            runs.require_same_job(folder, changes, allowed, misfits[:5])
 
         self._decide(look)
         adapter.read(folder)  # on every rank
@@ -318,7 +319,11 @@ class Checkpoints(CheckpointManager):
             )
         saved = _metadata(checkpoint)
         if saved is None:
-            return
+            raise runs.Refused(
+                f"{str(checkpoint)!r} has weights in Hugging Face's format, which is too little to go on from: start "
+                f"another run with --job.dump_folder DIR --checkpoint.initial_load_in_hf "
+                f"--checkpoint.initial_load_path {checkpoint}"
+            )
         if f"{TRAIN_STATE}.step" not in saved:
             raise runs.Refused(
                 f"{str(checkpoint)!r} has the model alone (checkpoint.last_save_model_only), which is too little to go "
@@ -360,10 +365,18 @@ class Checkpoints(CheckpointManager):
     def dcp_save(self, state_dict: Any, checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         """TorchTitan's; beside weights in Hugging Face's format also writes what model they are of."""
         result = super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
-        if kwargs.get("to_hf") and dist.get_rank() == 0:
-            tokenizer = tokenizer_name(self._trainer.tokenizer)
-            shutil.rmtree(Path(checkpoint_id) / "sharded", ignore_errors=True)  # the same weights, in parts
-            write_config(Path(checkpoint_id), self._trainer.model_args, self.export_dtype, tokenizer)
+        if kwargs.get("to_hf"):
+            dtype = next(iter(state_dict.values())).dtype
+
+            def describe() -> None:
+                shutil.rmtree(Path(checkpoint_id) / "sharded", ignore_errors=True)  # the same weights, in parts
+                tokenizer = tokenizer_name(self._trainer.tokenizer)
+                try:
+                    write_config(Path(checkpoint_id), self._trainer.model_args, dtype, tokenizer)
+                except JobError as error:
+                    raise OSError(str(error)) from error
+
+            self._decide(describe)
         return result
 
     def _record(self, step: int) -> None:

@@ -31,6 +31,8 @@ def why_not(job_config: JobConfig, model_args: ModelArgs, processes: int) -> str
         return f"NSA layers run on the eager backend, {reason}"
     checkpointing, compiler = job_config.activation_checkpoint, job_config.compile
     compiled = compiler.enable and "model" in compiler.components
+    if compiler.enable and compiler.backend == "cudagraphs":
+        return "compile.backend captures graphs of its own"
     if checkpointing.mode != "none" and checkpointing.preserve_rng_state and not compiled:
         return "activation_checkpoint.preserve_rng_state reads the state of the random generator on the host"
     return None
@@ -108,7 +110,8 @@ class StepGraph:
                 self._loss = self._step(self._batch).detach()
         except RuntimeError as error:
             must = 'the training step cannot be captured; nsa.cuda_graphs must be "off"'
-            raise RuntimeError(f"{must}: {error}") from error
+            # The end of a capture that failed is an error itself.
+            raise RuntimeError(f"{must}: {error.__context__ or error}") from error
         self._gradients = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None

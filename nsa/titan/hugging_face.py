@@ -39,8 +39,8 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
     """TorchTitan's adapter for `Transformer`.
 
     Attributes:
-        from_dense: NSA layers that are made from dense ones, as `read` has found.
-        tied: whether the output's weights are those of the embeddings, as `read` has found.
+        from_dense: NSA layers that are made from dense ones by the next load, as `read` has found.
+        tied: whether the output's weights are those of the embeddings in the next load, as `read` has found.
     """
 
     model_args: ModelArgs
@@ -48,6 +48,8 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
     def __init__(self, model_args: ModelArgs, hf_assets_path: str | None):
         is_folder = hf_assets_path is not None and os.path.isdir(hf_assets_path)
         super().__init__(model_args, hf_assets_path if is_folder else None)
+        # Which file each weight was in over there says nothing of ours.
+        self.fqn_to_index_mapping = None
         self.from_dense: frozenset[int] = frozenset()
         self.tied = False
         self._native: dict[str, Any] = {}
@@ -72,6 +74,20 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
             if shapes.get(name) != shape
         ] + [f"{name} is of no layer of the model, and {list(shapes[name])} in the checkpoint" for name in extra]
 
+    def differences(self, folder: Path) -> dict[str, tuple[Any, Any]]:
+        """Fields of the model in which the weights of a folder are of another, theirs and ours; none without a config.
+
+        Raises:
+            JobError: as `read_config` does.
+        """
+        if not (folder / CONFIG_FILE).exists():
+            return {}
+        theirs, config = read_config(folder)
+        names = ["n_heads", "kv_heads", "norm_eps", "rope_theta", "rope_scaling_args"]
+        names += ["attention", "nsa"] if config["model_type"] == "nsa" else []
+        pairs = {f"model.{name}": (getattr(theirs, name), getattr(self.model_args, name)) for name in names}
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Names and layouts of Hugging Face; where `read` has found a dense layer, its tensors for a layer of NSA."""
         self._native = dict(state_dict)
@@ -82,12 +98,14 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
                 found |= self._dense_like(layer, part, value)
             elif layer in self._sparse:
                 found[f"model.layers.{layer}.self_attn.{part}"] = value
-            elif not (self.tied and name == "output.weight"):
+            elif self.tied and name == "output.weight":
+                found.setdefault("model.embed_tokens.weight", value)  # a stage of a pipeline may have no embeddings
+            else:
                 found[self._theirs(name)] = self._rotate(name, value, self._permute)
         return found
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The parameters that `to_hf` was given last, from tensors of those names."""
+        """The parameters that `to_hf` was given last, from tensors of those names; ends what `read` began."""
         found = {}
         for name, native in self._native.items():
             layer, part = _attention(name)
@@ -99,6 +117,7 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
                 found[name] = hf_state_dict["model.embed_tokens.weight"]
             else:
                 found[name] = self._rotate(name, hf_state_dict[self._theirs(name)], self._reverse_permute)
+        self.from_dense, self.tied, self._native = frozenset(), False, {}
         return found
 
     @property
@@ -263,6 +282,8 @@ def read_config(folder: Path, **changes: Any) -> tuple[ModelArgs, dict[str, Any]
         raise JobError(f"{str(file)!r} must say of what model the weights beside it are: {error}") from error
     kind = config.get("model_type")
     require(kind in ("llama", "nsa"), f"model_type in {str(file)!r}", 'be "llama" or "nsa"', kind)
+    activation = config.get("hidden_act", "silu")
+    require(activation == "silu", f"hidden_act in {str(file)!r}", 'be "silu"', activation)
     for name in ("attention_bias", "mlp_bias"):
         require(not config.get(name), f"{name} in {str(file)!r}", "be false: projections have no bias", True)
     try:
@@ -294,7 +315,7 @@ def read_config(folder: Path, **changes: Any) -> tuple[ModelArgs, dict[str, Any]
 
 def _scaling(config: Mapping[str, Any], file: Path) -> RoPEScalingArgs:
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", "default")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     require(kind in ("default", "llama3"), f"rope_type in {str(file)!r}", 'be "default" or "llama3"', kind)
     if kind == "default":
         return RoPEScalingArgs(scaling_factor=1.0)

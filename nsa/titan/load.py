@@ -71,9 +71,9 @@ def load_model(
         JobError: no checkpoint, no record of what it is of, weights that are not those of the record, a tokenizer that
             is not at hand or another one, a device that is not there.
     """
-    if (folder / CONFIG_FILE).exists():
-        return _load_weights(folder, device, dtype, hf_assets_path, room_for)
-    checkpoint = find_checkpoint(folder)
+    checkpoint = folder if (folder / CONFIG_FILE).exists() else find_checkpoint(folder)
+    if (checkpoint / CONFIG_FILE).exists():
+        return _load_weights(checkpoint, device, dtype, hf_assets_path, room_for)
     record = checkpoint.parent / runs.JOB_FILE
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     job = runs.job_of(checkpoint.parent, int(step[1])) if step is not None else None

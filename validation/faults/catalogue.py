@@ -395,6 +395,15 @@ _HUGGING_FACE = [
         layer="integration",
     ),
     Fault(
+        "exports-of-what-it-began-with",
+        "a model that began with dense weights is exported as if it were to be loaded from them",
+        "titan/hugging_face.py",
+        "        self.from_dense, self.tied, self._native = frozenset(), False, {}\n        return found\n",
+        "        return found\n",
+        ("test_hugging_face.py::test_what_a_model_began_with_does_not_matter_when_it_is_saved[nsa]",),
+        layer="integration",
+    ),
+    Fault(
         "compressors-begin-with-a-sum",
         "a compressor made from a dense layer begins with the sum of a block",
         "titan/hugging_face.py",

@@ -15,7 +15,8 @@ from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config,
 from nsa.titan.load import load_model
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
-from validation.integration.layouts import BY_NAME, ONE, assert_same, train
+from validation import runs
+from validation.integration.layouts import BY_NAME, ONE, STEPS, TRAINING, assert_same, train
 from validation.numerics import assert_equal, assert_matches, assert_same_parameters
 
 SMALL = NSAConfig(16, 8, 16, 4, window_size=20)
@@ -120,6 +121,56 @@ def test_a_sparse_model_of_a_dense_one_computes_the_same(tmp_path, attention, op
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("attention", ["nsa", "dense"])
+def test_what_a_model_began_with_does_not_matter_when_it_is_saved(tmp_path, attention):
+    """An adapter that has loaded dense or tied weights saves those of the model."""
+    save(make("dense"), tmp_path / "dense")
+    change(tmp_path / "dense", lm_head__weight=None)
+    model = make(attention)
+    adapter = HuggingFaceAdapter(model.model_args, None)
+    assert adapter.read(tmp_path / "dense") == []
+    parameters = dict(model.named_parameters())
+    adapter.to_hf(parameters)
+    adapter.from_hf(load_file(tmp_path / "dense" / WEIGHTS))
+    found, expected = adapter.to_hf(parameters), HuggingFaceAdapter(model.model_args, None).to_hf(parameters)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert_equal(found[name], x, what=name)
+
+
+@pytest.mark.smoke
+def test_a_stage_without_embeddings_has_tied_weights(tmp_path):
+    save(make("dense"), tmp_path / "dense")
+    change(tmp_path / "dense", lm_head__weight=None)
+    adapter = HuggingFaceAdapter(make("dense").model_args, None)
+    assert adapter.read(tmp_path / "dense") == []
+    held = load_file(tmp_path / "dense" / WEIGHTS)
+    room = adapter.to_hf({"output.weight": torch.zeros(320, 64)})
+    assert list(room) == ["model.embed_tokens.weight"]
+    loaded = adapter.from_hf({name: held[name] for name in room})
+    assert_equal(loaded["output.weight"], held["model.embed_tokens.weight"], what="output")
+
+
+def test_files_of_a_tokenizer_do_not_say_where_weights_go(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert HuggingFaceAdapter(make("nsa").model_args, str(tmp_path)).fqn_to_index_mapping is None
+
+
+OTHERS = {
+    "theta": ({"rope_theta": 5e5}, {"model.rope_theta": (5e5, 10000)}),
+    "heads": ({"num_attention_heads": 8, "head_dim": 8}, {"model.n_heads": (8, 4)}),
+    "same": ({}, {}),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), OTHERS.values(), ids=OTHERS)
+def test_weights_of_another_model_are_told_by_their_config(tmp_path, changes, expected):
+    save(make("dense"), tmp_path / "dense")
+    said(tmp_path / "dense", **changes)
+    assert HuggingFaceAdapter(make("nsa").model_args, None).differences(tmp_path / "dense") == expected
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
 def test_compressors_begin_with_the_mean(tmp_path, compression):
     save(make("dense"), tmp_path / "dense")
@@ -177,6 +228,8 @@ REFUSED = {
     "bias": (lambda f: said(f, attention_bias=True), "attention_bias in .* must be false"),
     "wide_heads": (lambda f: said(f, head_dim=32), "head_dim in .* must be hidden_size / 4, got 32"),
     "scaling": (lambda f: said(f, rope_scaling={"rope_type": "yarn"}), "rope_type in .* got .yarn."),
+    "old_scaling": (lambda f: said(f, rope_scaling={"type": "linear", "factor": 4.0}), "rope_type in .* got .linear."),
+    "activation": (lambda f: said(f, hidden_act="gelu"), 'hidden_act in .* must be "silu", got .gelu.'),
     "lacks": (lambda f: said(f, rms_norm_eps=...), "must describe a llama or NSA model"),
 }
 
@@ -222,6 +275,14 @@ def begin(folder: Path) -> tuple[str, ...]:
     return "--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={folder}", "--nsa.initial_gates=.1,.8,.2"
 
 
+def test_nothing_goes_on_from_an_export(tmp_path, dense_weights):
+    folder = tmp_path / "run"
+    shutil.copytree(dense_weights.parent.parent, folder)
+    options = (*TRAINING, *ONE.arguments, *EXPORT, "--nsa.attention=dense", f"--training.steps={STEPS + 1}")
+    with pytest.raises(RuntimeError, match="has weights in Hugging Face's format, which is too little to go on from"):
+        runs.train(options, folder)
+
+
 @pytest.mark.parametrize("name", ["fsdp2", "tp2", "fsdp2-tp2", "pp2-1f1b"])
 def test_layouts_begin_with_the_same_and_export_the_same(tmp_path, dense_weights, name):
     layout = BY_NAME[name]
@@ -231,12 +292,9 @@ def test_layouts_begin_with_the_same_and_export_the_same(tmp_path, dense_weights
     train(ONE, tmp_path / "one", *begin(dense_weights))
     train(layout, tmp_path / name, *begin(dense_weights))
     assert_same(tmp_path / name, tmp_path / "one")
+    trained = runs.read_parameters(tmp_path / "one", STEPS)
     for folder, one in ((tmp_path / "one", ONE), (tmp_path / name, layout)):
         shutil.rmtree(folder)
         train(one, folder, *begin(dense_weights), *EXPORT)
-    found, expected = (
-        {k: x for file in folder.glob("checkpoint/step-*/*.safetensors") for k, x in load_file(file).items()}
-        for folder in (tmp_path / name, tmp_path / "one")
-    )
-    assert found.keys() == expected.keys()
-    assert_same_parameters(found, expected)
+        model, _ = load_model(folder, device="cpu")
+        assert_same_parameters(dict(model.named_parameters()), trained)
