@@ -17,6 +17,8 @@ from nsa.titan.train_spec import JobConfig
 from nsa.train import parse
 from validation import runs
 
+pytestmark = pytest.mark.smoke
+
 CAUSES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str | None]] = {
     "none": ({}, 1, {}, None),
     "processes": ({}, 2, {}, "2 processes"),
