@@ -1,7 +1,6 @@
 """What else a training may be told to do is done alike by one process and by several."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -42,8 +41,9 @@ ROUGH = ("--optimizer.eps=1e-3",)
 VALIDATED = ("--validation.enable", "--validation.freq=5", "--validation.steps=2", f"--validation.seq_len={SEQ_LEN}")
 DECAYED = ("--lr_scheduler.decay_ratio=0.8", "--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0")
 SELECTIVE = ("--activation_checkpoint.mode=selective",)
-# These tests, which begin with short files: of some releases of Python the first is longer than all steps.
-SHORT = (f"--training.dataset_path={Path(__file__).parent}",)
+# A folder of short files, which is made for these tests: of the corpus, the first may be longer than all steps.
+FOLDER = "--training.dataset_path"
+SHORT = (FOLDER,)
 
 VARIANTS = (
     Variant("validation", VALIDATED, ("fsdp2", "tp2", "pp2-1f1b", "cp2-headtail"), metrics=(runs.VALIDATION_LOSS,)),
@@ -70,15 +70,33 @@ VARIANTS = (
 )
 
 
+@pytest.fixture(scope="module")
+def in_folder(tmp_path_factory):
+    """Completes options that name a folder of short files, the same whatever else changes."""
+    folder = tmp_path_factory.mktemp("short")
+    words = ("def", "return", "value", "for", "in", "range", "self", "import", "None", "yield")
+    for i in range(200):
+        chosen = (
+            words[(i * 31 + j * j * 7 + j) % len(words)] + str((i + j) * 7919 % 97) for j in range(5 + i * 13 % 50)
+        )
+        (folder / f"{i:03}.py").write_text(" ".join(chosen) + "\n")
+
+    def completed(options: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{option}={folder}" if option == FOLDER else option for option in options)
+
+    return completed
+
+
 @pytest.fixture
-def options_of(one_process):
+def options_of(one_process, in_folder):
     """Gives all options of a variant that one process has as well."""
 
     def options(variant: Variant) -> tuple[str, ...]:
+        given = in_folder(variant.options)
         if not variant.seeded:
-            return variant.options
+            return given
         saved = one_process("--checkpoint.create_seed_checkpoint", "--debug.seed=1")
-        return (*variant.options, f"--checkpoint.initial_load_path={saved / 'checkpoint' / 'step-0'}")
+        return (*given, f"--checkpoint.initial_load_path={saved / 'checkpoint' / 'step-0'}")
 
     return options
 
@@ -110,8 +128,9 @@ def test_a_variant_trains_as_in_one_process(variant, layout, one_process, option
         if variant.options or variant.seeded
     ],
 )
-def test_a_variant_is_not_the_training_without(variant, one_process, options_of):
+def test_a_variant_is_not_the_training_without(variant, one_process, options_of, in_folder):
     """Otherwise the comparison would show nothing."""
-    plain, varied = (runs.read_metrics(one_process(*options)) for options in (variant.beside, options_of(variant)))
+    beside = in_folder(variant.beside)
+    plain, varied = (runs.read_metrics(one_process(*options)) for options in (beside, options_of(variant)))
     names = variant.metrics or (runs.LOSS,)
     assert [varied[name] for name in names] != [plain[name] for name in names]
