@@ -124,6 +124,7 @@ def generate(
     assert logits is not None
 
     outputs: list[list[int]] = [[] for _ in prompts]
+    only = torch.zeros_like(last)
     going = [max_new_tokens > 0] * len(prompts)
     while any(going):
         tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)
@@ -134,7 +135,7 @@ def generate(
                     on_token(row, token)
                 going[row] = token not in stop and len(outputs[row]) < max_new_tokens
         if any(going):
-            logits = model(tokens.unsqueeze(1), cache=cache, at=torch.zeros_like(last))
+            logits = model(tokens.unsqueeze(1), cache=cache, at=only)
     return outputs
 
 

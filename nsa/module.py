@@ -210,9 +210,8 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"gate_activation must be 'sigmoid' or 'softmax', got {gate_activation!r}")
         self.gate_activation = gate_activation
         gates, hidden = 3 * (num_heads if gate_per_head else 1), integer("gate_hidden", gate_hidden, 0)
-        self.wg: nn.Module = nn.Linear(dim, gates)
-        if hidden:
-            self.wg = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates))
+        layers = [nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates)] if hidden else []
+        self.wg = nn.Sequential(*layers) if layers else nn.Linear(dim, gates)
         self.compress_k = Compressor(num_kv_heads, head_dim, config)
         self.compress_v = Compressor(num_kv_heads, head_dim, config)
         self.reset_parameters()

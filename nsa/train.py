@@ -30,7 +30,7 @@ from torchtitan.tools.logging import logger
 
 import nsa.titan.train_spec  # noqa: F401  (registers the spec)
 from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
-from nsa.titan.graphs import StepGraph, step_graph, why_not
+from nsa.titan.graphs import StepGraph, mode_of, step_graph, why_not
 from nsa.titan.job_checks import check_job, check_table
 from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
@@ -65,7 +65,7 @@ class Trainer(torchtitan.train.Trainer):
         super().__init__(job_config)
         if job_config.validation.enable:
             self.validator.stopped = self._all_interrupted
-        wanted = getattr(getattr(job_config, "nsa", None), "cuda_graphs", "off") != "off"
+        wanted = mode_of(job_config) != "off"
         if wanted and isinstance(self.model_args, ModelArgs) and torch.cuda.is_available():
             reason = why_not(job_config, self.model_args, self.parallel_dims.world_size)
             if reason is None:

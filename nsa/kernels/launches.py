@@ -1,4 +1,4 @@
-"""What a launcher does on the host, done once: its launches and its memory are written down and done again.
+"""Records what a launcher does on the host, its launches and its memory, and repeats it.
 
 A launcher looks up configurations, computes grids and strides, makes tensor descriptors and passes some 40 arguments
 through Triton's binder: 20 to 50 us a launch. All of that follows from the shapes, strides, types and alignment of its
@@ -158,7 +158,7 @@ def _free(number: int) -> Step:
 def _again(value: Any, addresses: list[int]) -> Any:
     """An argument of a kernel, with the addresses of this call for the places of the recorded one."""
     if isinstance(value, _Place):
-        return addresses[value.memory] + value.offset if value.memory >= 0 else 0
+        return addresses[value.memory] + value.offset
     if isinstance(value, TensorDescriptor):
         copy = object.__new__(type(value))
         copy.__dict__.update(value.__dict__, base=_Address(_again(value.base, addresses)))
@@ -174,8 +174,8 @@ def _launch(compiled: Any, grid: Sequence[int], values: list[Any]) -> Step:
     x, y, z = (*grid, 1, 1)[:3]
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     # Most arguments are addresses of tensors; descriptors and tuples take longer.
-    places = [(i, *value) for i, value in enumerate(values) if isinstance(value, _Place) and value.memory >= 0]
-    others = [(i, v) for i, v in enumerate(values) if _has_place(v) and (not isinstance(v, _Place) or v.memory < 0)]
+    places = [(i, *value) for i, value in enumerate(values) if isinstance(value, _Place)]
+    others = [(i, v) for i, v in enumerate(values) if _has_place(v) and not isinstance(v, _Place)]
 
     def step(addresses: list[int], tensors: list[Any], stream: int) -> None:
         arguments = values.copy()
@@ -288,7 +288,7 @@ class _Recorder(TorchDispatchMode):
     def _placed(self, value: Any) -> Any:
         """An argument of a kernel, with places for its addresses."""
         if isinstance(value, Tensor):
-            return self._place(value)
+            return self._place(value) if value.numel() else 0
         if isinstance(value, TensorDescriptor):
             copy = object.__new__(type(value))
             copy.__dict__.update(value.__dict__, base=self._place(value.base))
@@ -300,8 +300,6 @@ class _Recorder(TorchDispatchMode):
 
     def _place(self, x: Tensor) -> _Place:
         address, number_of_inputs = x.data_ptr(), len(self.inputs)
-        if not x.numel():
-            return _Place(-1, 0)
         for number in sorted(self._alive, reverse=True):
             start, stop = self._spans[number]
             if start <= address < stop:
@@ -342,7 +340,7 @@ def _span(x: Tensor) -> int:
 
 
 class Recording:
-    """What a launcher did with inputs of some kind, to be done again with others of the same kind."""
+    """Repeats what a launcher did with inputs of some kind, with other inputs of the same kind."""
 
     def __init__(
         self,

@@ -5,7 +5,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -171,6 +171,11 @@ class Checkpoints(CheckpointManager):
         """The folder of all checkpoints."""
         return Path(self.folder)
 
+    @property
+    def _allowed(self) -> Collection[str]:
+        """Fields of the job that may differ from those of what is loaded."""
+        return getattr(getattr(self._trainer.job_config, "nsa", None), "allow_changes", ())
+
     def _decide(self, decide: Callable[[], Result]) -> Result:
         return first_rank(decide, self._trainer.job_config)
 
@@ -213,16 +218,15 @@ class Checkpoints(CheckpointManager):
         adapter = self.sd_adapter
         folder = Path(self.initial_load_path or (adapter and adapter.hf_assets_path) or "")
 
-        def look() -> None:
+        def look() -> tuple[frozenset[int], bool]:
             try:
                 misfits, changes = adapter.read(folder), adapter.differences(folder)
             except JobError as error:
                 raise runs.Refused(f"checkpoint.initial_load_in_hf: {error}") from error
-            allowed = getattr(getattr(self._trainer.job_config, "nsa", None), "allow_changes", ())
-            runs.require_same_job(folder, changes, allowed, misfits[:5])
+            runs.require_same_job(folder, changes, self._allowed, misfits[:5])
+            return adapter.from_dense, adapter.tied
 
-        self._decide(look)
-        adapter.read(folder)  # on every rank
+        adapter.from_dense, adapter.tied = self._decide(look)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and buffer in the model, of all ranks' parts together."""
@@ -281,10 +285,7 @@ class Checkpoints(CheckpointManager):
         follows_steps = self._trainer.job_config.lr_scheduler.total_steps is None
         if SCHEDULE in changes and follows_steps:  # training on is ordinary
             self._warn_of_schedule(step, *changes.pop(SCHEDULE))
-        allowed = getattr(self._trainer.job_config, "nsa", None)
-        runs.require_same_job(
-            checkpoint, changes, getattr(allowed, "allow_changes", ()), self._misfits(checkpoint, shapes)
-        )
+        runs.require_same_job(checkpoint, changes, self._allowed, self._misfits(checkpoint, shapes))
         if changes:
             logger.warning(f"Going on from {checkpoint} with other settings, as nsa.allow_changes says: {changes}")
         return changes

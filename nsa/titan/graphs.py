@@ -17,8 +17,13 @@ from nsa.titan.model import ModelArgs
 _WARM_UP = 3
 
 
+def mode_of(job_config: JobConfig) -> str:
+    """The job's `nsa.cuda_graphs`: `"auto"`, `"on"` or `"off"`, as for jobs without that section."""
+    return getattr(getattr(job_config, "nsa", None), "cuda_graphs", "off")
+
+
 def why_not(job_config: JobConfig, model_args: ModelArgs, processes: int) -> str | None:
-    """What keeps the training step of a job from being captured, or None."""
+    """The reason why the training step of a job cannot be captured, or None."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     if processes > 1:
@@ -89,8 +94,7 @@ class StepGraph:
         return self._loss.clone()
 
     def _fits(self, batch: dict[str, Tensor]) -> bool:
-        shapes = ({name: (x.shape, x.dtype) for name, x in tensors.items()} for tensors in (batch, self._batch))
-        return next(shapes) == next(shapes)
+        return _shapes(batch) == _shapes(self._batch)
 
     def _on_stream(self, batch: dict[str, Tensor]) -> Tensor:
         # Gradients are accumulated on the stream of their first use, which a capture cannot leave.
@@ -127,6 +131,10 @@ class StepGraph:
         if older:
             sums, gradients = zip(*older, strict=True)
             torch._foreach_add_(sums, gradients)
+
+
+def _shapes(batch: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
 
 
 def step_graph(trainer: Any, step: Callable[..., Tensor]) -> StepGraph:

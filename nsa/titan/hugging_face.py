@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 _ATTENTION = re.compile(r"layers\.(\d+)\.attention\.(.+)")
 _NEVER_LOADED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HIDDEN_SCALE = 1 / 16
-"""Of what the hidden layer of a compressor begins with: SiLU is nearly half of its argument where that is small."""
+"""Scale of the mean in the hidden layer of a compressor: SiLU is nearly half of its argument where that is small."""
 
 
 class HuggingFaceAdapter(Llama3StateDictAdapter):
@@ -55,7 +55,7 @@ class HuggingFaceAdapter(Llama3StateDictAdapter):
         self._native: dict[str, Any] = {}
 
     def read(self, folder: Path) -> list[str]:
-        """What is missing, extra or misshapen among the weights in a folder, which are to be loaded next.
+        """Names what is missing, extra or misshapen among the weights in a folder, which are loaded next.
 
         Raises:
             JobError: there are none, or safetensors is not installed.

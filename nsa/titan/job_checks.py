@@ -197,7 +197,7 @@ def check_job(job_config: JobConfig) -> None:
     if isinstance(args, ModelArgs):
         _check_backend(args)
         check_layout(parallel_dims, job_config, args)
-        if getattr(getattr(job_config, "nsa", None), "cuda_graphs", "off") == "on":
+        if graphs.mode_of(job_config) == "on":
             reason = graphs.why_not(job_config, args, processes)
             require(reason is None, "nsa.cuda_graphs", f'be "auto" or "off", since {reason}', "on")
     else:

@@ -58,7 +58,7 @@ def test_who_gets_no_graph_hears_why(monkeypatch, options, processes, model, exp
     assert expected is None or expected in reason
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is refused without a GPU only")
 def test_a_graph_that_cannot_be_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
