@@ -45,8 +45,7 @@ class Gradient(NamedTuple):
     """How the gradient of an operator is made.
 
     Attributes:
-        operator: called as `operator(*douts, *tensors, *rest)`; returns a gradient for each differentiable input, and
-            a list of them for a list.
+        operator: called as `operator(*douts, *tensors, *rest)`; returns a gradient for each differentiable input.
         save: from the inputs and the tuple of outputs to `tensors` and `rest`.
         num_inputs: the first inputs, as many as these, are differentiable.
         num_outputs: likewise of the outputs; the gradient of a single one may be missing, those of several may not.
@@ -68,7 +67,7 @@ class Operator:
     Args:
         name: `namespace::name`.
         function: returns a tensor or a tuple of them, none of which shares memory with an input. Its annotations make
-            the schema. Its first input may be a list of tensors. It runs without a graph, gradients or not.
+            the schema, in which no input is a list of tensors. It runs without a graph, gradients or not.
         fake: the same for shapes alone.
         gradient: without one, a gradient that is asked for is an error.
         cheap: whether it takes less to compute the outputs again than to keep them.
@@ -103,18 +102,13 @@ class Operator:
             )
 
     def __call__(self, *inputs: Any) -> Any:
-        # `autograd.Function` sees no tensors inside of a list.
-        listed = len(inputs[0]) if isinstance(inputs[0], list) else 0
-        given = (*inputs[0], *inputs[1:]) if listed else inputs
-        if self.gradient is None and list in map(type, given):
-            given = tuple(y for x in given for y in (x if isinstance(x, list) else (x,)))
-        if _is_observed(given):
+        if _is_observed(inputs):
             return self.registered(*inputs)
         if torch.is_grad_enabled():
-            for x in given if self.gradient is None else given[: listed or self.gradient.num_inputs]:
+            for x in inputs if self.gradient is None else inputs[: self.gradient.num_inputs]:
                 if isinstance(x, Tensor) and x.requires_grad:
                     # Without a gradient, the dispatcher sees to it that none is asked for in vain.
-                    return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, listed, *given)
+                    return self.registered(*inputs) if self.gradient is None else _Direct.apply(self, *inputs)
         with torch.no_grad():
             return self.function(*inputs)
 
@@ -138,8 +132,7 @@ def _setup_context(gradient: Gradient, ctx: Any, inputs: tuple[Any, ...], output
     outputs = output if isinstance(output, tuple) else (output,)
     tensors, ctx.rest = gradient.save(inputs, outputs)
     ctx.save_for_backward(*tensors)
-    of_first = [None] * len(inputs[0]) if isinstance(inputs[0], list) else None
-    ctx.no_gradients = (of_first, *[None] * (len(inputs) - 1))
+    ctx.no_gradients = (None,) * len(inputs)
     ctx.mark_non_differentiable(*outputs[gradient.num_outputs :])
     # Else the gradients of outputs that have none come as zeros, as large as they are.
     ctx.set_materialize_grads(gradient.num_outputs > 1)
@@ -163,18 +156,16 @@ class _Direct(torch.autograd.Function):
     """Any operator's function and gradient, around the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, listed: int, *flat: Any) -> Any:
-        inputs = (list(flat[:listed]), *flat[listed:]) if listed else flat
+    def forward(ctx: Any, operator: Operator, *inputs: Any) -> Any:
         output = operator.function(*inputs)
         assert operator.gradient is not None
-        ctx.gradient, ctx.listed = operator.gradient, listed
+        ctx.gradient = operator.gradient
         _setup_context(operator.gradient, ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _differentiate(ctx.gradient, ctx, *douts)
-        return None, None, *((*found[0], *found[1:]) if ctx.listed else found)
+        return None, *_differentiate(ctx.gradient, ctx, *douts)
 
 
 def forward_operators() -> set[torch._ops.OpOverload]:

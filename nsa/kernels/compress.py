@@ -229,129 +229,169 @@ _mean = Operator(
 )
 
 
-# One or two layers that learn. Operators take a list, `x`, `position`, `weight` and, of two layers, `weight_out` of the
-# first of a pair, then of the second if there is one. The products are written into tensors made for them: those have
-# the dtype of the inputs, which autocast would change.
+# One or two layers that learn, of one tensor or of a pair, whose second half is None where there is none. Weights of a
+# pair are multiplied as one batch. Products are written into tensors made for them: those have the dtype of the inputs,
+# which autocast would change.
 
 
-def _by_kind(tensors: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
-    """The list as `x` of all, `position` of all and so on; nothing for the second layer where there is none."""
-    kinds = 2 + layers
-    return [tensors[kind::kinds] for kind in range(kinds)] + [[]] * (2 - layers)
+def _join(first: Tensor, second: Tensor | None) -> Tensor:
+    return first if second is None else torch.cat((first, second))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.bmm(a, b, out=a.new_empty(*a.shape[:2], b.shape[2]) if out is None else out)
 
 
 @recorded
 def _rows(
-    xs: Sequence[Tensor], positions: Sequence[Tensor], starts: Tensor | None, count: int, length: int, stride: int
+    x: Tensor,
+    position: Tensor,
+    y: Tensor | None,
+    y_position: Tensor | None,
+    starts: Tensor | None,
+    count: int,
+    length: int,
+    stride: int,
 ) -> Tensor:
-    """Blocks and their position embeddings as rows, `[1 or 2, H, B C, l D]`."""
-    x, y = rows_contiguous(xs[0]), rows_contiguous(xs[-1])
+    """Blocks and their position embeddings as rows, `[H or 2 H, B C, l D]`."""
+    x, position = rows_contiguous(x), position.contiguous()
+    other, other_position = x, position
+    if y is not None and y_position is not None:
+        other, other_position = rows_contiguous(y), y_position.contiguous()
+    number = 1 if y is None else 2
     batch, _, heads, dim = x.shape
-    rows = x.new_empty(len(xs), heads, batch * count, length * dim)
+    rows = x.new_empty(number * heads, batch * count, length * dim)
     if rows.numel():
-        of_x, of_y = positions[0].contiguous(), positions[-1].contiguous()
         width = next_power_of_2(dim)
         with torch.cuda.device_of(x):
-            _rows_kernel[(count * heads * batch * len(xs), 1, 1)](
-                x, y, of_x, of_y, starts, rows, count, batch, *x.stride()[:3], *y.stride()[:3], heads,
-                LENGTH=length, STRIDE=stride, DIM=dim, WIDTH=width, TOKENS=max(1, min(length, _ELEMENTS // width)),
-                ACC=accumulator(x.dtype), PACKED=starts is not None,
+            _rows_kernel[(count * heads * batch * number, 1, 1)](
+                x, other, position, other_position, starts, rows, count, batch, *x.stride()[:3], *other.stride()[:3],
+                heads, LENGTH=length, STRIDE=stride, DIM=dim, WIDTH=width,
+                TOKENS=max(1, min(length, _ELEMENTS // width)), ACC=accumulator(x.dtype), PACKED=starts is not None,
             )  # fmt: skip
     return rows
 
 
-def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`rows [1 or 2, H, B C, I]` under the weights `[H, I, O]` of each half of a pair."""
-    out = rows.new_empty(*rows.shape[:3], weights[0].shape[2])
-    for row, weight, product in zip(rows.unbind(), weights, out.unbind(), strict=True):
-        torch.bmm(row, weight, out=product)
-    return out
-
-
 def _forward(
-    tensors: Sequence[Tensor], starts: Tensor | None, layers: int, count: int, length: int, stride: int
+    x: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    weight_out: Tensor | None,
+    y: Tensor | None,
+    y_position: Tensor | None,
+    y_weight: Tensor | None,
+    y_weight_out: Tensor | None,
+    starts: Tensor | None,
+    count: int,
+    length: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks `[1 or 2, B, C, H, D]`, and the hidden layer `[1 or 2, H, B C, F]` where there is one."""
-    xs, positions, weights, second = _by_kind(tensors, layers)
-    batch, _, heads, dim = xs[0].shape
-    rows = _rows(xs, positions, starts, count, length, stride)
-    blocks, saved = _multiply(rows, weights), rows.new_empty(0)
-    if second:
-        blocks, saved = _multiply(F.silu(blocks), second), blocks
-    return blocks.view(len(xs), heads, batch, count, dim).permute(0, 2, 3, 1, 4), saved
+    """Blocks `[1 or 2, B, C, H, D]`, and the hidden layer `[H or 2 H, B C, F]` where there is one."""
+    batch, _, heads, dim = x.shape
+    rows = _rows(x, position, y, y_position, starts, count, length, stride)
+    blocks, hidden = _multiply(rows, _join(weight, y_weight)), rows.new_empty(0)
+    if weight_out is not None:
+        blocks, hidden = _multiply(F.silu(blocks), _join(weight_out, y_weight_out)), blocks
+    return blocks.view(-1, heads, batch, count, dim).permute(0, 2, 3, 1, 4), hidden
 
 
 def _fake(
-    tensors: Sequence[Tensor], starts: Tensor | None, layers: int, count: int, length: int, stride: int
+    x: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    weight_out: Tensor | None,
+    y: Tensor | None,
+    y_position: Tensor | None,
+    y_weight: Tensor | None,
+    y_weight_out: Tensor | None,
+    starts: Tensor | None,
+    count: int,
+    length: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:
-    xs, _, weights, second = _by_kind(tensors, layers)
-    batch, _, heads, dim = xs[0].shape
-    blocks = xs[0].new_empty(len(xs), heads, batch, count, dim).permute(0, 2, 3, 1, 4)
-    saved = xs[0].new_empty(len(xs), heads, batch * count, weights[0].shape[2]) if second else xs[0].new_empty(0)
-    return blocks, saved
+    number, (batch, _, heads, dim) = 1 if y is None else 2, x.shape
+    blocks = x.new_empty(number, heads, batch, count, dim).permute(0, 2, 3, 1, 4)
+    hidden = x.new_empty(0) if weight_out is None else x.new_empty(number * heads, batch * count, weight.shape[2])
+    return blocks, hidden
 
 
 def _backward(
     dout: Tensor,
-    hidden: Tensor,
+    x: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    weight_out: Tensor | None,
+    y: Tensor | None,
+    y_position: Tensor | None,
+    y_weight: Tensor | None,
+    y_weight_out: Tensor | None,
     starts: Tensor | None,
-    tensors: Sequence[Tensor],
-    layers: int,
+    hidden: Tensor,
     length: int,
     stride: int,
-) -> list[Tensor]:
-    xs, positions, weights, second = _by_kind(tensors, layers)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x` and of `y`, and of the three parameters of both, those of `y` behind those of `x`."""
     number, batch, count, heads, dim = dout.shape
     if starts is not None:
         dout = dout.masked_fill((starts < 0).view(-1, 1, 1), 0)
-    dhidden = dout.permute(0, 3, 1, 2, 4).reshape(number, heads, batch * count, dim)
-    gradients = [x.new_empty(x.shape) for x in tensors]
-    dxs, dpositions, dweights, dsecond = _by_kind(gradients, layers)
-    if second:
-        activated, dactivated = F.silu(hidden).mT.unbind(), hidden.new_empty(hidden.shape)
-        for i, (d, dactive) in enumerate(zip(dhidden.unbind(), dactivated.unbind(), strict=True)):
-            torch.bmm(activated[i], d, out=dsecond[i])
-            torch.bmm(d, second[i].mT, out=dactive)
+    dhidden = dout.permute(0, 3, 1, 2, 4).reshape(number * heads, batch * count, dim)
+    dweight_out = hidden.new_empty(0)
+    if weight_out is not None:
+        dweight_out = _multiply(F.silu(hidden).mT, dhidden)
+        dactivated = _multiply(dhidden, _join(weight_out, y_weight_out).mT)
         dhidden = torch.ops.aten.silu_backward(dactivated, hidden)
-    rows = _rows(xs, positions, starts, count, length, stride)
-    sums = dhidden.sum(2, keepdim=True, dtype=dhidden.dtype).unbind()
-    for i, (row, d) in enumerate(zip(rows.unbind(), dhidden.unbind(), strict=True)):
-        transposed = weights[i].mT
-        torch.bmm(row.mT, d, out=dweights[i])
-        torch.bmm(sums[i], transposed, out=dpositions[i].view(heads, 1, length * dim))
-        torch.bmm(d, transposed, out=row)  # which nobody needs again
+    transposed = _join(weight, y_weight).mT
+    dposition = _multiply(dhidden.sum(1, keepdim=True, dtype=dhidden.dtype), transposed)
+    rows = _rows(x, position, y, y_position, starts, count, length, stride)
+    dweight = _multiply(rows.mT, dhidden)
+    _multiply(dhidden, transposed, out=rows)  # which nobody needs again
+    dx, dy = x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
     of_batch, of_head = count * length * dim, batch * count * length * dim
     strides = (of_batch, length * dim, of_head, heads * of_head)
-    _add_up(rows, strides, count, dxs, starts, length, stride, False)
-    return gradients
+    _add_up(rows, strides, count, [dx, dy][:number], starts, length, stride, False)
+    return dx, dy, dposition.view(-1, length, dim), dweight, dweight_out
 
 
 def _fake_backward(
     dout: Tensor,
-    hidden: Tensor,
+    x: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    weight_out: Tensor | None,
+    y: Tensor | None,
+    y_position: Tensor | None,
+    y_weight: Tensor | None,
+    y_weight_out: Tensor | None,
     starts: Tensor | None,
-    tensors: Sequence[Tensor],
-    layers: int,
+    hidden: Tensor,
     length: int,
     stride: int,
-) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in tensors]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    number = dout.shape[0]
+    parameters = (
+        x.new_empty(0) if p is None else p.new_empty(number * p.shape[0], *p.shape[1:])
+        for p in (position, weight, weight_out)
+    )
+    return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape), *parameters
 
 
 _learned_backward = Operator("nsa_triton::compress_backward", _backward, _fake_backward)
 
 
-def _gradient(dout: Tensor, hidden: Tensor, starts: Tensor | None, *rest: Any) -> list[Tensor]:
-    *tensors, layers, length, stride = rest
-    return cast(list[Tensor], _learned_backward(dout, hidden, starts, tensors, layers, length, stride))
+def _gradient(dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    dx, dy, *parameters = cast(tuple[Tensor, ...], _learned_backward(dout, *saved))
+    if dout.shape[0] == 1:
+        return dx, *(p if p.numel() else None for p in parameters), *[None] * 4
+    halves = [p.chunk(2) if p.numel() else (None, None) for p in parameters]
+    return dx, *(half[0] for half in halves), dy, *(half[1] for half in halves)
 
 
 def _save(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    tensors, starts, layers, _, length, stride = inputs
-    return (outputs[1], starts, *tensors), (layers, length, stride)
+    *tensors, _, length, stride = inputs
+    return (*tensors, outputs[1]), (length, stride)
 
 
-_learned = Operator("nsa_triton::compress", _forward, _fake, Gradient(_gradient, _save, num_inputs=1))
+_learned = Operator("nsa_triton::compress", _forward, _fake, Gradient(_gradient, _save, num_inputs=8))
 
 
 def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blocks: Any) -> tuple[Tensor, ...]:
@@ -368,11 +408,11 @@ def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blo
     sizes = (count, config.compress_block_size, config.compress_stride)
     if params[0] is None:
         return tuple(_mean(x, starts, *sizes) for x in xs)
-    tensors = []
+    tensors: list[Tensor | None] = []
     for x, of_x in zip(xs, params, strict=True):
-        tensors += [x, *(p.to(x.dtype) for p in of_x if p is not None)]
-    layers = 1 if params[0].weight_out is None else 2
-    return cast(tuple[Tensor, Tensor], _learned(tensors, starts, layers, *sizes))[0].unbind()
+        tensors += [x, *(None if p is None else p.to(x.dtype) for p in of_x)]
+    tensors += [None] * (8 - len(tensors))
+    return cast(tuple[Tensor, Tensor], _learned(*tensors, starts, *sizes))[0].unbind()
 
 
 def _shapes(x: Tensor, params: Any) -> list[Any]:

@@ -6,7 +6,7 @@ last of the first keys, chunk by chunk, which is what every stage takes: no kern
 
 Compressed keys are made where their blocks begin. Blocks that reach into the next chunk need its first `l - d` tokens,
 which are all that is exchanged of uncompressed keys of that branch. Keys and values of the other branches are gathered
-for a few heads at a time.
+for a few heads at a time. What is gathered at one time is one exchange: each costs the host more than the GPU.
 
 Gathering sums the gradients of all processes, so keys and compressors get the same gradients as in one process.
 
@@ -15,12 +15,12 @@ Legend: `B` batch, `T` tokens of the whole sequence, `t` tokens of a process, `n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.attention.bias import causal_lower_right
 
 from nsa.backends import BackendName
@@ -29,6 +29,26 @@ from nsa.functional import nsa_attention
 
 GATHERED_BYTES = 1 << 30
 """Of the keys and values gathered at a time; heads wait for their turn beyond that."""
+
+
+class _AllGather(torch.autograd.Function):
+    """The tensors of all processes one behind another; the gradient is the sum of what all processes have for it.
+
+    The operators are those behind `torch.distributed`'s functional collectives, whose names differ between releases;
+    compilers know them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        collectives = torch.ops._c10d_functional
+        return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), size, group))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        collectives = torch.ops._c10d_functional
+        scattered = collectives.reduce_scatter_tensor(dout.contiguous(), "sum", ctx.size, ctx.group)
+        return collectives.wait_tensor(scattered), None, None
 
 
 @dataclass(frozen=True)
@@ -52,33 +72,44 @@ class ContextParallel:
         """Numbers of the chunks that process `rank` holds, in the order in which it holds them."""
         return (rank, self.num_chunks - 1 - rank) if self.balanced else (rank,)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The parts `[B, t, ...]` of all processes as whole sequences `[B, T, ...]`; gradients are summed."""
-        size = self.mesh.size()
-        ranks = DTensor.from_local(x.contiguous(), self.mesh, [Shard(0)], run_check=False)
-        # `full_tensor` is short for this, and does not compile in PyTorch 2.11.
-        parts = ranks.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]).chunk(size)
-        held = [chunk for rank in range(size) for chunk in self.chunks(rank)]
-        pieces = [piece for part in parts for piece in part.chunk(len(held) // size, 1)]
-        return torch.cat([pieces[held.index(chunk)] for chunk in range(self.num_chunks)], 1)
+    def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Whole sequences `[B, T, ...]` of one dtype from the parts `[B, t, ...]` of all processes, in one exchange.
 
-    def compress(self, compressor: Callable[[Tensor], Tensor], x: Tensor, config: NSAConfig) -> Tensor:
-        """Compressed blocks `[B, C, H, D]` of whole sequences, from the part `x [B, t, H, D]` of this process.
+        Gradients are summed.
+        """
+        rows = [part.flatten(2) for part in parts]
+        size = self.mesh.size()
+        ranks = _AllGather.apply(torch.cat(rows, 2), size, self.mesh.get_group().group_name).chunk(size)
+        held = [chunk for rank in range(size) for chunk in self.chunks(rank)]
+        pieces = [piece for rank in ranks for piece in rank.chunk(len(held) // size, 1)]
+        whole = torch.cat([pieces[held.index(chunk)] for chunk in range(self.num_chunks)], 1)
+        widths = [row.shape[2] for row in rows]
+        shapes = [part.shape[2:] for part in parts]
+        return tuple(x.unflatten(2, shape) for x, shape in zip(whole.split(widths, 2), shapes, strict=True))
+
+    def compress(
+        self, compressor: Callable[[Tensor, Tensor], tuple[Tensor, ...]], k: Tensor, v: Tensor, config: NSAConfig
+    ) -> tuple[Tensor, ...]:
+        """Compressed blocks `[B, C, H, D]` of whole sequences, from the parts `[B, t, H, D]` of this process.
 
         Chunks must be multiples of `d` and no shorter than `l - d`; `check_layout` asks for more.
         """
         mine = self.chunks(self.mesh.get_local_rank())
-        chunks = torch.stack(x.chunk(len(mine), 1))  # [chunks of this process, B, n, H, D]
+        both = [torch.stack(x.chunk(len(mine), 1)) for x in (k, v)]  # [chunks of this process, B, n, H, D]
         reach = config.compress_block_size - config.compress_stride
         if reach:
-            starts = self.gather(chunks[:, :, :reach].transpose(0, 1).flatten(1, 2))
-            # Nothing follows the last chunk: blocks that reach beyond it are none, and are cut off below.
-            starts = F.pad(starts.unflatten(1, (self.num_chunks, reach)), (0, 0, 0, 0, 0, 0, 0, 1))
-            following = torch.stack([starts[:, chunk + 1] for chunk in mine])
-            chunks = torch.cat((chunks, following), 2)
-        blocks = compressor(chunks.flatten(0, 1)).unflatten(0, (len(mine), -1))
-        whole = self.gather(blocks.transpose(0, 1).flatten(1, 2))
-        return whole[:, : config.num_compressed(x.shape[1] * self.mesh.size())]
+            starts = self.gather(*(chunks[:, :, :reach].transpose(0, 1).flatten(1, 2) for chunks in both))
+            both = [torch.cat((x, self._following(y, reach)), 2) for x, y in zip(both, starts, strict=True)]
+        blocks = compressor(*(chunks.flatten(0, 1) for chunks in both))
+        whole = self.gather(*(x.unflatten(0, (len(mine), -1)).transpose(0, 1).flatten(1, 2) for x in blocks))
+        count = config.num_compressed(k.shape[1] * self.mesh.size())
+        return tuple(x[:, :count] for x in whole)
+
+    def _following(self, starts: Tensor, reach: int) -> Tensor:
+        """First tokens of the chunks behind those of this process, from those `[B, chunks * reach, H, D]` of all."""
+        # Nothing follows the last chunk: blocks that reach beyond it are none, and are cut off afterwards.
+        starts = F.pad(starts.unflatten(1, (self.num_chunks, reach)), (0, 0, 0, 0, 0, 0, 0, 1))
+        return torch.stack([starts[:, chunk + 1] for chunk in self.chunks(self.mesh.get_local_rank())])
 
     def attend(
         self,
@@ -107,7 +138,7 @@ class ContextParallel:
             few_queries, few_keys, blocks = (
                 [x.chunk(turns, 2)[turn] for x in xs] for xs in (queries, keys, compressed)
             )
-            whole = [self.gather(x) for x in few_keys]
+            whole = self.gather(*few_keys)
             parts = zip(*(x.chunk(len(mine), 1) for x in few_queries), strict=True)
             ends = [(chunk + 1) * (whole[0].shape[1] // self.num_chunks) for chunk in mine]
             seen = ([x[:, :end] for x in whole] for end in ends)

@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -215,8 +214,7 @@ class NSAAttention(NativeSparseAttention):
     def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
         """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        k_cmp = context.compress(partial(self.compress_k, backend=self.backend), k_cmp, self.config)
-        v_cmp = context.compress(partial(self.compress_v, backend=self.backend), v_cmp, self.config)
+        k_cmp, v_cmp = context.compress(self._compress, k_cmp, v_cmp, self.config)
         q, k_cmp, k_slc, k_win = apply_rope(
             q, k_cmp, k_slc, k_win, rope, self.config, positions=positions, backend=self.backend
         )

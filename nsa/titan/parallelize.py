@@ -95,19 +95,10 @@ def check_layout(parallel_dims: ParallelDims, job_config: JobConfig, model_args:
         _check_pipeline(parallel_dims, job_config, model_args)
 
 
-def _require_uncompiled(job_config: JobConfig, where: str) -> None:
-    components = job_config.compile.components
-    compiled = job_config.compile.enable and "model" in components
-    require(not compiled, "compile.components", f'be without "model" under {where}', components)
-
-
 def _check_tensor_parallel(parallel_dims: ParallelDims, job_config: JobConfig, model_args: ModelArgs) -> None:
     option, degree = "parallelism.tensor_parallel_degree", parallel_dims.tp
     heads = model_args.kv_heads
     require(heads % degree == 0, option, f"divide the {heads} key/value heads of the model", degree)
-    if not parallel_dims.fsdp_enabled:
-        # Compiled blocks fail (seen in torch 2.13).
-        _require_uncompiled(job_config, "tensor parallelism without FSDP")
     asynchronous = job_config.parallelism.enable_async_tensor_parallel
     require(not asynchronous, "parallelism.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
     if FLOAT8 in job_config.model.converters:
@@ -127,7 +118,10 @@ def _check_context_parallel(
     require(mask == "causal", "nsa.attn_mask_type", 'be "causal" under context parallelism', mask)
     if "dense" in model_args.layer_kinds:
         # Their mask is a tensor of a kind that compilers do not know.
-        _require_uncompiled(job_config, "context parallelism with dense layers")
+        components = job_config.compile.components
+        compiled = job_config.compile.enable and "model" in components
+        must = 'be without "model" under context parallelism with dense layers'
+        require(not compiled, "compile.components", must, components)
     if "nsa" in model_args.layer_kinds:
         chunks, block = parallel_dims.cp * (2 if balancer else 1), model_args.nsa.select_block_size
         must = f"be a multiple of nsa.select_block_size in each of {chunks} chunks ({chunks * block})"

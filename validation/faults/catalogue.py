@@ -251,19 +251,11 @@ _OPERATORS = [
         ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",),
     ),
     Fault(
-        "lists-out-of-sight",
-        "tensors in a list that does not come first are not asked whether they want gradients",
+        "only-the-first-input-is-asked",
+        "an operator has no gradients unless its first tensor wants one",
         "ops.py",
-        "given = tuple(y for x in given for y in (x if isinstance(x, list) else (x,)))",
-        "pass",
-        ("test_compress.py::test_second_derivatives_are_refused_whatever_the_first_depend_on",),
-    ),
-    Fault(
-        "only-the-first-of-a-list-is-asked",
-        "an operator that takes a list has no gradients unless the first tensor wants one",
-        "ops.py",
-        "listed or self.gradient.num_inputs]",
-        "self.gradient.num_inputs]",
+        "inputs[: self.gradient.num_inputs]:",
+        "inputs[:1]:",
         ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[triton-compress_keys]",),
     ),
 ]
@@ -675,12 +667,47 @@ _COMPRESSION_KERNELS = [
         ("test_compress.py::test_a_pair_is_two_of_one[16-whole-mlp-triton]",),
     ),
     Fault(
+        "parameters-of-a-pair-swapped",
+        "compressed together, keys and values each have the gradients of the other's parameters",
+        "kernels/compress.py",
+        "return dx, *(half[0] for half in halves), dy, *(half[1] for half in halves)",
+        "return dx, *(half[1] for half in halves), dy, *(half[0] for half in halves)",
+        ("test_compress.py::test_a_pair_is_two_of_one[16-whole-mlp-triton]",),
+    ),
+    Fault(
         "blocks-of-no-tokens-have-gradients",
         "the room that packed sequences leave for blocks gives a gradient to position embeddings",
         "kernels/compress.py",
         "    if starts is not None:\n        dout = ",
         "    if False:\n        dout = ",
         (_oracle("packed", "compress_keys"),),
+    ),
+]
+
+_STREAMS = [
+    Fault(
+        "joined-without-waiting",
+        "a captured graph goes on before the kernels of a branch on another stream are done",
+        "kernels/streams.py",
+        "            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)\n",
+        "            pass\n",
+        ("test_streams.py::test_what_comes_after_the_join_waits_for_work_beside",),
+    ),
+    Fault(
+        "forked-without-waiting",
+        "a branch on another stream starts before what it reads is there",
+        "kernels/streams.py",
+        "        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))\n",
+        "",
+        ("test_streams.py::test_work_beside_waits_for_all_before_it",),
+    ),
+    Fault(
+        "memory-reused-beside",
+        "memory that another stream still reads is free for other tensors",
+        "kernels/streams.py",
+        "self._kept += tensors",
+        "pass",
+        ("test_streams.py::test_memory_that_is_kept_lives_until_the_join",),
     ),
 ]
 
@@ -1951,6 +1978,7 @@ FAULTS = [
     *_HUGGING_FACE,
     *_EAGER,
     *_COMPRESSION_KERNELS,
+    *_STREAMS,
     *_ROPE_KERNEL,
     *_SELECTION_KERNELS,
     *_CONTIGUOUS_KERNELS,

@@ -125,6 +125,7 @@ LAYOUTS = (
     Layout("fsdp4", "parameters sharded over four", fsdp=4),
     Layout("hsdp2x2", "two copies, each sharded over two", replicate=2, fsdp=2),
     Layout("tp2", "heads and hidden units split over two, rows of the norms as well", tp=2),
+    Layout("tp2-compile", "split layers, traced", tp=2, options=TRACE),
     Layout("tp4", "one key and value head in each of four", tp=4, size=DEEP),
     Layout("pp2-1f1b", "two stages, one forward and one backward in turn", pp=2, schedule="1F1B"),
     Layout("pp2-gpipe", "two stages, all forward, then all backward", pp=2, schedule="GPipe", models=("nsa",)),

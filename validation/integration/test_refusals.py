@@ -62,10 +62,6 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
             "parallelism.enable_async_tensor_parallel must be false .*, got True",
         ),
         (
-            {"degrees": {"tp": 2}, "compile": {"enable": True}},
-            'compile.components must be without "model" under tensor parallelism without FSDP, got',
-        ),
-        (
             {"degrees": {"tp": 2}, "model": {"converters": [FLOAT8]}},
             "quantize.linear.float8.recipe_name must be one of .*rowwise.* under tensor parallelism, got None",
         ),

@@ -259,13 +259,13 @@ def compress_learned(name: str, namespace: str, x: Tensors) -> tuple:
     sizes = (ALL_BLOCKS.num_compressed(CASE.num_keys), ALL_BLOCKS.compress_block_size, ALL_BLOCKS.compress_stride)
     learned = draw(replace(CASE, value_dim=16, config=replace(ALL_BLOCKS, compression="mlp")), x["k"].dtype)
     kinds = ("", "_position", "_weight", "_weight_out")
-    return ([learned[f"{name}{kind}"] for name in "kv" for kind in kinds], None, 2, *sizes)
+    return (*(learned[f"{name}{kind}"] for name in "kv" for kind in kinds), None, *sizes)
 
 
 def compress_learned_backward(name: str, namespace: str, x: Tensors) -> tuple:
-    tensors, starts, layers, count, *sizes = compress_learned(name, namespace, x)
-    out, hidden = torch.ops.nsa_triton.compress(tensors, starts, layers, count, *sizes)
-    return (torch.randn_like(out), hidden, starts, tensors, layers, *sizes)
+    *tensors, count, length, stride = compress_learned(name, namespace, x)
+    out, hidden = torch.ops.nsa_triton.compress(*tensors, count, length, stride)
+    return (torch.randn_like(out), *tensors, hidden, length, stride)
 
 
 def rope(name: str, namespace: str, x: Tensors) -> tuple:

@@ -228,8 +228,9 @@ def launch_compress(q, k, lse, indices, config):
     compress._mean_backward(out, None, k.shape[1], config.compress_block_size, config.compress_stride)
     position, weight = torch.zeros(1, 16, 16), torch.zeros(1, 16 * 16, 16)
     sizes = (config.compress_block_size, config.compress_stride)
-    out, hidden = compress._forward([k, position, weight], None, 1, 1, *sizes)
-    compress._backward(out, hidden, None, [k, position, weight], 1, *sizes)
+    tensors = (k, position, weight, *[None] * 6)
+    out, hidden = compress._forward(*tensors, 1, *sizes)
+    compress._backward(out, *tensors, hidden, *sizes)
 
 
 def launch_rope(q, k, lse, indices, config):
