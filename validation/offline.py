@@ -68,7 +68,6 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
     triton.knobs.compilation.always_compile = True  # what is in the cache tells nothing
     configs.architecture = lambda device: architecture  # type: ignore[assignment]
     torch.cuda.current_device = lambda: 0
-    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.device_of = nullcontext  # type: ignore[assignment,misc]
     kernels.INTERPRETED = True  # CPU tensors are good enough for that
     found: dict[str, int] = {}

@@ -30,7 +30,6 @@ from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import accumulator, cdiv, next_power_of_2, rows_contiguous
 from nsa.kernels.select import select_blocks
-from nsa.kernels.streams import SideStream
 from nsa.ops import Gradient, Operator, accumulation_dtype, config_of, sizes_of
 from nsa.varlen import Varlen, tensors_of, varlen_of
 
@@ -94,11 +93,9 @@ def _attend_forward(
     """
     config, num_keys = config_of(sizes), k_slc.shape[1]
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
-    window, side = PositionMap.sliding(config, num_keys), SideStream(q.device)
-    with side.fork():
-        out_win, lse_win = flash_forward.forward(window, q, k_win, v_win, varlen, num_keys, scale)
     out_slc, lse_slc = selected_attention.forward(q, k_slc, v_slc, indices, varlen, num_keys, config, scale)
-    side.join()
+    window = PositionMap.sliding(config, num_keys)
+    out_win, lse_win = flash_forward.forward(window, q, k_win, v_win, varlen, num_keys, scale)
     out = combine((out_cmp, out_slc, out_win), gates)
     return out, out_slc, lse_slc, out_win, lse_win
 
@@ -145,17 +142,16 @@ def _attend_backward(
         dout, outs, lses, by_branch, dgates.unbind(-1), head_major=(True, False, True)
     )
     compressed, window = PositionMap.compressed(config, num_keys), PositionMap.sliding(config, num_keys)
-    rest, side = (varlen, num_keys, scale), SideStream(q.device)
+    rest = (varlen, num_keys, scale)
     dq, dk_cmp, dv_cmp = flash_backward.backward(
-        compressed, dout, q, k_cmp, v_cmp, lse_cmp, rows_cmp, *rest, gate=by_branch[0], side=side
+        compressed, dout, q, k_cmp, v_cmp, lse_cmp, rows_cmp, *rest, gate=by_branch[0]
     )
     dq, dk_slc, dv_slc = selected_attention.gradients(
         dout, q, k_slc, v_slc, lse_slc, rows_slc, indices, varlen, num_keys, config, scale, gate=by_branch[1], dq=dq
     )
     dq, dk_win, dv_win = flash_backward.backward(
-        window, dout, q, k_win, v_win, lse_win, rows_win, *rest, gate=by_branch[2], dq=dq, side=side
+        window, dout, q, k_win, v_win, lse_win, rows_win, *rest, gate=by_branch[2], dq=dq
     )
-    side.join()
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
 
 

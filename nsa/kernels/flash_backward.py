@@ -14,8 +14,6 @@ a tile are split among several programs, which write partial sums to be added af
 What is not finite is treated as in the forward pass: a tile whose sums are not finite is computed again with CLEAN.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -53,7 +51,6 @@ from nsa.kernels.primitives import (
     without,
     zero_unless_finite,
 )
-from nsa.kernels.streams import SideStream
 from nsa.varlen import Varlen
 
 _MOST_SPLITS = 32
@@ -308,7 +305,6 @@ def backward(
     *,
     gate: Tensor | None = None,
     dq: Tensor | None = None,
-    side: SideStream | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients `dq`, `dk` and `dv` of one branch, contiguous; arguments as `flash_forward.forward` has them.
 
@@ -317,7 +313,6 @@ def backward(
         rows: head-major, weighted if there is a gate.
         gate: `[B, Tq, Hq]`, every third element of contiguous memory: what `dout` is to be multiplied by.
         dq: contiguous, added to.
-        side: where `dk` and `dv` are made; they are there once it is joined.
     """
     batch, num_queries, query_heads, _ = q.shape
     num_keys, heads = k.shape[1:3]
@@ -342,23 +337,20 @@ def backward(
             *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants,
         )  # fmt: skip
 
-        with side.fork() if side else nullcontext():
-            config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
-            tiles = count_tiles(num_keys, 1, config.BLOCK_N, offsets)
-            longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
-            most = min(_MOST_SPLITS, cdiv(longest, config.BLOCK_M))
-            num_splits = max(1, min(config.num_programs // (tiles * heads * batch), most))
-            dtype = k.dtype if num_splits == 1 else delta.dtype
-            # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
-            make = torch.empty if varlen is None or positions.window is not None else torch.zeros
-            dk, dv = (make(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
-            _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
-                q, k, v, *descriptors(q, config.BLOCK_M, config.TMA),
-                *descriptors(dout, config.BLOCK_M, config.TMA), dout, lse2, delta, dk, dv,
-                *(x.stride()[:3] for x in (q, k, v, dout)), row_strides, dk.stride()[:4], dv.stride()[:4],
-                *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
-            )  # fmt: skip
-            dk, dv = (dk[0], dv[0]) if num_splits == 1 else _sum_splits(dk, dv, k.dtype)
-        if side:
-            side.keep(dout, q, k, v, lse2, delta)
+        config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
+        tiles = count_tiles(num_keys, 1, config.BLOCK_N, offsets)
+        longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
+        most = min(_MOST_SPLITS, cdiv(longest, config.BLOCK_M))
+        num_splits = max(1, min(config.num_programs // (tiles * heads * batch), most))
+        dtype = k.dtype if num_splits == 1 else delta.dtype
+        # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
+        make = torch.empty if varlen is None or positions.window is not None else torch.zeros
+        dk, dv = (make(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
+            q, k, v, *descriptors(q, config.BLOCK_M, config.TMA),
+            *descriptors(dout, config.BLOCK_M, config.TMA), dout, lse2, delta, dk, dv,
+            *(x.stride()[:3] for x in (q, k, v, dout)), row_strides, dk.stride()[:4], dv.stride()[:4],
+            *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
+        )  # fmt: skip
+        dk, dv = (dk[0], dv[0]) if num_splits == 1 else _sum_splits(dk, dv, k.dtype)
     return dq, dk, dv

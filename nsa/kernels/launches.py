@@ -410,10 +410,8 @@ def _record(function: Callable[..., Any], inputs: tuple[Any, ...], tensors: list
 
 
 def _watched() -> bool:
-    """Whether something looks at operators or at launches; a graph that is captured takes time on the host anyway."""
+    """Whether something looks at operators or at launches."""
     runtime = triton.knobs.runtime
-    if torch.cuda.is_current_stream_capturing():
-        return True
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
     return torch._C._len_torch_dispatch_stack() > 0 or any(getattr(hook, "calls", hook) for hook in hooks)
 

@@ -684,33 +684,6 @@ _COMPRESSION_KERNELS = [
     ),
 ]
 
-_STREAMS = [
-    Fault(
-        "joined-without-waiting",
-        "a captured graph goes on before the kernels of a branch on another stream are done",
-        "kernels/streams.py",
-        "            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)\n",
-        "            pass\n",
-        ("test_streams.py::test_what_comes_after_the_join_waits_for_work_beside",),
-    ),
-    Fault(
-        "forked-without-waiting",
-        "a branch on another stream starts before what it reads is there",
-        "kernels/streams.py",
-        "        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))\n",
-        "",
-        ("test_streams.py::test_work_beside_waits_for_all_before_it",),
-    ),
-    Fault(
-        "memory-reused-beside",
-        "memory that another stream still reads is free for other tensors",
-        "kernels/streams.py",
-        "self._kept += tensors",
-        "pass",
-        ("test_streams.py::test_memory_that_is_kept_lives_until_the_join",),
-    ),
-]
-
 _ROPE_KERNEL = [
     Fault(
         "positions-taken-for-contiguous",
@@ -1978,7 +1951,6 @@ FAULTS = [
     *_HUGGING_FACE,
     *_EAGER,
     *_COMPRESSION_KERNELS,
-    *_STREAMS,
     *_ROPE_KERNEL,
     *_SELECTION_KERNELS,
     *_CONTIGUOUS_KERNELS,
