@@ -5,9 +5,9 @@
 is the only part that needs it installed.
 """
 
-from nsa.cache import CachedKeys, DenseCache, KVCache
+from nsa.cache import CachedKeys, DenseCache, KVCache, StepKeys
 from nsa.config import NSAConfig
-from nsa.decode import cached_attention
+from nsa.decode import cached_attention, decode_attention
 from nsa.functional import (
     CompressionParams,
     apply_rope,
@@ -32,11 +32,13 @@ __all__ = [
     "NativeSparseAttention",
     "PackedSequences",
     "RopeScaling",
+    "StepKeys",
     "apply_rope",
     "cached_attention",
     "compress",
     "compress_keys_and_values",
     "compressed_attention",
+    "decode_attention",
     "nsa_attention",
     "pack_sequences",
     "rope_table",

@@ -154,6 +154,29 @@ class Backend(Protocol):
             indices: int32 `[B, Tq, Hk, N]`, or `None` to select them.
         """
 
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        k_slc: Tensor,
+        v_slc: Tensor,
+        k_win: Tensor,
+        v_win: Tensor,
+        lengths: Tensor,
+        gates: Tensor,
+        config: NSAConfig,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`, without gradients.
+
+        Args:
+            q: `[B, Tq, Hq, Dk]`, the last tokens of each sequence.
+            k_cmp, v_cmp, k_slc, v_slc, k_win, v_win: all that a cache has room for; the window's are a ring.
+            lengths: int64 `[B]`, on the device.
+            gates: `[B, Tq, Hq, 3]`.
+        """
+
     def combine(self, branches: Sequence[Tensor], gates: Tensor) -> Tensor:
         """The gated sum `[B, Tq, Hq, Dv]`; a part of `nsa_attention`, which need not have gradients of its own.
 

@@ -19,7 +19,30 @@ Compress = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From keys and values `[b, t, Hk, D]`, not rotated, and the number of the block that starts at the first of them, to
 the compressed blocks `[b, c, Hk, D]` that lie in these tokens, keys rotated."""
 
+CompressAt = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From keys and values `[B, l, Hk, D]`, not rotated, of one block a sequence and the position of its first token, int64
+`[B]`, to the compressed blocks `[B, 1, Hk, D]`, keys rotated."""
+
 _Pair = tuple[Tensor, Tensor]
+
+
+class StepKeys(NamedTuple):
+    """The stores of a cache, which steps fill in place, and the lengths of its sequences.
+
+    Attributes:
+        k_cmp, v_cmp: `[B, C, Hk, D]`.
+        k_slc, v_slc: `[B, capacity, Hk, D]`.
+        k_win, v_win: `[B, R, Hk, D]`, a ring: the token at position `p` is in slot `p % R`.
+        lengths: int64 `[B]`, tokens so far, on the device.
+    """
+
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    lengths: Tensor
 
 
 class CachedKeys(NamedTuple):
@@ -78,6 +101,15 @@ class _Cache:
             )
             self._pairs[name] = keys, values
         self._lengths = [0] * self.batch
+        self._lengths_on_device = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self._known_on_device = True
+
+    def lengths_on_device(self) -> Tensor:
+        """Tokens of each sequence so far, int64 `[B]`; steps count on there."""
+        if not self._known_on_device:
+            self._lengths_on_device.copy_(torch.tensor(self._lengths))
+            self._known_on_device = True
+        return self._lengths_on_device
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -128,20 +160,24 @@ class _Cache:
 
     def _check_new(self, rows: slice, k: Sequence[Tensor], v: Sequence[Tensor]) -> int:
         """The length of the sequences `rows`, to which `k` and `v`, `[b, t, Hk, D]` each, must fit."""
-        length, own, tokens = self._lengths[rows.start], self._any(), k[0].shape[1]
+        length = self._lengths[rows.start]
         if any(other != length for other in self._lengths[rows]):
             raise ValueError(f"rows must be of one length, got {self._lengths[rows]}")
+        self._check_tensors(len(self._lengths[rows]), k[0].shape[1], k, v)
+        self._check_capacity(length, k[0].shape[1])
+        return length
+
+    def _check_tensors(self, rows: int, tokens: int, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        own = self._any()
         for name, tensors, width in (("k", k, self._widths[0]), ("v", v, self._widths[1])):
             for x in tensors:
-                expected = (len(self._lengths[rows]), tokens, own.shape[2], width)
+                expected = (rows, tokens, own.shape[2], width)
                 if tuple(x.shape) != expected:
                     raise ValueError(f"{name} must have shape [b, t, Hk, D] = {expected}, got {tuple(x.shape)}")
                 if x.dtype != own.dtype:
                     raise TypeError(f"{name} must have dtype {own.dtype}, like the cache, got {x.dtype}")
                 if x.device != own.device:
                     raise ValueError(f"{name} must be on {own.device}, like the cache, got {x.device}")
-        self._check_capacity(length, tokens)
-        return length
 
     def _put(self, name: str, rows: slice, first: int, *new: Tensor) -> _Pair:
         """Writes keys and values `[b, t, Hk, D]` from place `first` on, and gives all up to their end."""
@@ -153,6 +189,7 @@ class _Cache:
 
     def _set_lengths(self, rows: slice, length: int) -> None:
         self._lengths[rows] = [length] * len(self._lengths[rows])
+        self._known_on_device = False
 
     def _shortest(self, row: int) -> int:
         """The fewest tokens that a sequence can be cut to without being empty."""
@@ -184,6 +221,7 @@ class _Cache:
                 )
         for row, length in enumerate(wanted):
             self._lengths[row] = length
+        self._known_on_device = False
 
     def reset(self) -> None:
         """Forgets every token; memory is kept."""
@@ -204,6 +242,7 @@ class _Cache:
         new.batch = len(chosen)
         new._pairs = {name: (k.index_select(0, rows), v.index_select(0, rows)) for name, (k, v) in self._pairs.items()}
         new._lengths = [self._lengths[i] for i in chosen]
+        new._lengths_on_device, new._known_on_device = torch.zeros_like(rows), False
         return new
 
 
@@ -213,8 +252,8 @@ class KVCache(_Cache):
     With `C` the compressed blocks of `capacity` tokens it takes
 
         nbytes = batch Hk (Dk + Dv) itemsize (capacity + C + window + tail)
-        window = min(capacity, w - 1 + spare), or 0 with `shared_kv` or `w = 0`
-        tail   = min(capacity, l - 1 + spare)
+        window = min(capacity, w + spare), or 0 with `shared_kv` or `w = 0`
+        tail   = min(capacity, l + spare)
 
     Args:
         config: of the layer.
@@ -247,12 +286,12 @@ class KVCache(_Cache):
         if not isinstance(config, NSAConfig):
             raise TypeError(f"config must be an NSAConfig, got {type(config).__name__}")
         capacity, spare = integer("capacity", capacity, 1), integer("spare", spare, 0)
-        window = 0 if config.shared_kv or not config.window_size else config.window_size - 1 + spare
+        window = 0 if config.shared_kv or not config.window_size else config.window_size + spare
         lengths = {
             "selected": capacity,
             "compressed": config.num_compressed(capacity),
             "window": min(capacity, window),
-            "tail": min(capacity, config.compress_block_size - 1 + spare),
+            "tail": min(capacity, config.compress_block_size + spare),
         }
         super().__init__(batch, capacity, num_kv_heads, head_dim, value_dim, dtype, device, lengths)
         self.config, self.spare = config, spare
@@ -292,6 +331,62 @@ class KVCache(_Cache):
         self._write("tail", rows, length, k[0], v[0])
         self._set_lengths(rows, stop)
         return CachedKeys(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, stop)
+
+    @torch.no_grad()
+    def step(self, k: Sequence[Tensor], v: Sequence[Tensor], compress: CompressAt) -> StepKeys:
+        """Takes in one new token of every sequence, whatever their lengths.
+
+        Nothing waits for the device. What is started there depends on one thing only, `completes_block`; so two CUDA
+        graphs are enough for all steps. Who replays them calls `count_step` for each cache.
+
+        Args:
+            k: of the compressed branch, not rotated, of the selected and of the window branch, `[B, 1, Hk, Dk]` each.
+            v: likewise, `[B, 1, Hk, Dv]`.
+            compress: makes the block of the last `l` tokens of every sequence, for those that complete one.
+
+        Raises:
+            ValueError: tensors of other sizes than the cache, another device, no room.
+            TypeError: another dtype.
+        """
+        self._check_tensors(self.batch, 1, k, v)
+        self._check_capacity(max(self._lengths), 1)
+        config, lengths = self.config, self.lengths_on_device()
+        rows = torch.arange(self.batch, device=lengths.device)
+        for name, i in (("tail", 0), ("selected", 1), ("window", 2)):
+            for store, new in zip(self._pairs[name], (k[i], v[i]), strict=True):
+                if store.shape[1]:
+                    store.index_put_((rows, lengths % store.shape[1]), new[:, 0])
+        if self.completes_block():
+            first = lengths + 1 - config.compress_block_size
+            of_block = torch.arange(config.compress_block_size, device=lengths.device)
+            size = self._pairs["tail"][0].shape[1]
+            slots = (first[:, None] + of_block) % size
+            raw_keys, raw_values = (store[rows[:, None], slots] for store in self._pairs["tail"])
+            place = (first // config.compress_stride).clamp(min=0)
+            complete = ((first >= 0) & (first % config.compress_stride == 0))[:, None, None]
+            for store, new in zip(self._pairs["compressed"], compress(raw_keys, raw_values, first), strict=True):
+                store.index_put_((rows, place), torch.where(complete, new[:, 0], store[rows, place]))
+        lengths += 1
+        self.count_step()
+        window = self._pairs["selected" if config.shared_kv else "window"]
+        return StepKeys(*self._pairs["compressed"], *self._pairs["selected"], *window, lengths)
+
+    def completes_block(self) -> bool:
+        """Whether the next token of some sequence completes a compressed block."""
+        config = self.config
+        return any(config.num_compressed(n + 1) > config.num_compressed(n) for n in self._lengths)
+
+    def count_step(self) -> None:
+        """Counts on the host a token of every sequence that a replayed graph has taken in.
+
+        Raises:
+            ValueError: no room was left.
+        """
+        self._check_capacity(max(self._lengths), 1)
+        for row in range(self.batch):
+            self._lengths[row] += 1
+            for ring, held in self._held_from[row].items():
+                self._held_from[row][ring] = max(held, self._lengths[row] - self._pairs[ring][0].shape[1])
 
     def _read(self, ring: str, rows: slice, first: int, stop: int) -> _Pair:
         """Keys and values at positions `first` to `stop`, in order."""

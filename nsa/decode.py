@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.backends import BackendName
-from nsa.cache import CachedKeys
+from nsa.cache import CachedKeys, StepKeys
 from nsa.checks import check_tensor
 from nsa.config import NSAConfig
 from nsa.functional import (
@@ -57,3 +57,54 @@ def cached_attention(
             sliding_window_attention(q, keys.k_win, keys.v_win, config, **options),
         ]
         return load_backend(backend, config, q, keys.v_slc).combine(branches, gates), indices
+
+
+def decode_attention(
+    q: Tensor,
+    keys: StepKeys,
+    gates: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`nsa_attention` of the last `Tq` tokens of sequences of any lengths, which the device alone need know.
+
+    With the Triton backend neither shapes nor launches depend on the lengths, and nothing waits for the device: steps
+    can be captured in a CUDA graph. Nothing is differentiated.
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`, the last `Tq` tokens of each sequence, few: kernels read all keys once for each.
+        keys: what `KVCache.step` returned. `keys.lengths` are not looked at: what they say beyond the room there is for
+            tokens is taken for that room.
+        gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"`, `"eager"` or `"triton"`.
+
+    Returns:
+        `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`.
+
+    Raises:
+        TypeError: keys of another kind, tensors of several dtypes.
+        ValueError: tensors of other shapes or devices, a ring that is shorter than what the queries see, an unknown
+            backend or one that does not support the tensors.
+    """
+    if not isinstance(keys, StepKeys):
+        raise TypeError(f"keys must be StepKeys, from KVCache.step, got {type(keys).__name__}")
+    check_tensor("q", q, "[B, Tq, Hq, Dk]")
+    batch, heads = q.shape[0], keys.k_slc.shape[2]
+    if q.shape[2] % heads:
+        raise ValueError(f"q must have a multiple of the {heads} key/value heads, got {q.shape[2]}")
+    check_tensor("gates", gates, "[B, Tq, Hq, 3]", like=q, shape=(*q.shape[:3], 3), dtype=None)
+    check_tensor("lengths", keys.lengths, "[B]", like=q, shape=(batch,), dtype=torch.int64)
+    tokens = {"cmp": config.num_compressed(keys.k_slc.shape[1]), "slc": keys.k_slc.shape[1], "win": keys.k_win.shape[1]}
+    for kind, width in (("k", q.shape[3]), ("v", keys.v_slc.shape[3])):
+        for branch, length in tokens.items():
+            name, shape = f"{kind}_{branch}", (batch, length, heads, width)
+            check_tensor(name, getattr(keys, name), "[B, T, Hk, D]", like=q, shape=shape)
+    seen = min(tokens["slc"], q.shape[1] + config.window_size - 1) if config.window_size else 0
+    if tokens["win"] < seen:
+        raise ValueError(f"k_win must have room for the last {seen} tokens, got {tokens['win']}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        return load_backend(backend, config, q, keys.v_slc).decode_attention(q, *keys, gates, config, scale)

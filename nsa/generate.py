@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.decode_graphs import DecodeGraphs
+
 
 def sample(
     logits: Tensor,
@@ -77,7 +79,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     chunk: int = 1024,
 ) -> list[list[int]]:
-    """Continues each prompt by at most `max_new_tokens` tokens.
+    """Continues each prompt by at most `max_new_tokens` tokens; on a GPU steps are CUDA graphs where they can be.
 
     Args:
         model: called as `model(tokens, cache=cache, at=at)` for logits `[B, V]` of the tokens at `at [B]`;
@@ -124,7 +126,7 @@ def generate(
     assert logits is not None
 
     outputs: list[list[int]] = [[] for _ in prompts]
-    only = torch.zeros_like(last)
+    step = DecodeGraphs(model, cache)
     going = [max_new_tokens > 0] * len(prompts)
     while any(going):
         tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)
@@ -135,7 +137,7 @@ def generate(
                     on_token(row, token)
                 going[row] = token not in stop and len(outputs[row]) < max_new_tokens
         if any(going):
-            logits = model(tokens.unsqueeze(1), cache=cache, at=only)
+            logits = step(tokens)
     return outputs
 
 

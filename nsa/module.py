@@ -1,7 +1,7 @@
 """Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from nsa.blocks import CompressionParams
 from nsa.cache import KVCache, computed_dtype
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
-from nsa.decode import cached_attention
+from nsa.decode import cached_attention, decode_attention
 from nsa.eager.rope import rotate
 from nsa.functional import (
     apply_rope,
@@ -360,6 +360,9 @@ class NativeSparseAttention(nn.Module):
             check_rope(rope, q)
             check_rope_length(rope, max(cache.lengths) + x.shape[1])
 
+        if x.shape[1] == 1:
+            return self._step(q, keys, values, gates, rope, cache)
+
         def rotated(tensor: Tensor, first: int, step: int = 1) -> Tensor:
             return tensor if rope is None else rotate(tensor, rope[first : first + tensor.shape[1] * step : step])
 
@@ -377,6 +380,32 @@ class NativeSparseAttention(nn.Module):
             query = rotated(q[rows], first)
             parts.append(cached_attention(query, cached, gates[rows], self.config, backend=self.backend))
         out, used = (torch.cat(x) for x in zip(*parts, strict=True))
+        return out.flatten(2), used
+
+    def _step(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        gates: Tensor,
+        rope: Tensor | None,
+        cache: KVCache,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` of one token of every sequence of a cache."""
+
+        def rotated(tensor: Tensor, positions: Tensor) -> Tensor:
+            if rope is None:
+                return tensor
+            return rotate(tensor.transpose(0, 1), rope[positions]).transpose(0, 1)
+
+        def compressed(k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+            k_cmp, v_cmp = self._compress(k, v)
+            return rotated(k_cmp, first.clamp(min=0)), v_cmp
+
+        positions = cache.lengths_on_device()
+        query, k_slc, k_win = (rotated(tensor, positions) for tensor in (q, keys[1], keys[2]))
+        cached = cache.step((keys[0], k_slc, k_win), values, compressed)
+        out, used = decode_attention(query, cached, gates, self.config, backend=self.backend)
         return out.flatten(2), used
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ when they are returned.
 from nsa.eager.attention import nsa_attention
 from nsa.eager.compress import compress
 from nsa.eager.compressed import compressed_attention
+from nsa.eager.decode import decode_attention
 from nsa.eager.gates import combine
 from nsa.eager.rope import apply_rope
 from nsa.eager.select import select_blocks
@@ -27,6 +28,7 @@ __all__ = [
     "combine",
     "compress",
     "compressed_attention",
+    "decode_attention",
     "nsa_attention",
     "select_blocks",
     "selected_attention",

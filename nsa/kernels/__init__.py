@@ -11,6 +11,7 @@ from nsa.config import NSAConfig
 from nsa.kernels import cache
 from nsa.kernels.attention import combine, nsa_attention
 from nsa.kernels.compress import compress
+from nsa.kernels.decode import decode_attention
 from nsa.kernels.flash_attention import compressed_attention, sliding_window_attention
 from nsa.kernels.rope import apply_rope
 from nsa.kernels.select import select_blocks
@@ -44,6 +45,7 @@ __all__ = [
     "combine",
     "compress",
     "compressed_attention",
+    "decode_attention",
     "nsa_attention",
     "select_blocks",
     "selected_attention",

@@ -368,11 +368,11 @@ def _fake_backward(
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = dout.shape[0]
-    parameters = (
-        x.new_empty(0) if p is None else p.new_empty(number * p.shape[0], *p.shape[1:])
-        for p in (position, weight, weight_out)
-    )
-    return x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape), *parameters
+    dx, dy = x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
+    dposition, dweight = (p.new_empty(number * p.shape[0], *p.shape[1:]) for p in (position, weight))
+    if weight_out is None:
+        return dx, dy, dposition, dweight, hidden.new_empty(0)
+    return dx, dy, dposition, dweight, weight_out.new_empty(number * weight_out.shape[0], *weight_out.shape[1:])
 
 
 _learned_backward = Operator("nsa_triton::compress_backward", _backward, _fake_backward)

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -126,31 +127,20 @@ def _importance_kernel(
         )
 
 
-@recordable(do_not_specialize=_LENGTHS)
-def _best_kernel(
-    scores, indices, cu_queries, cu_tokens, num_sequences, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
-    WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def best_candidates(
+    score, block, own, WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
-    """The best `WANTED` candidates of `ROWS` queries, into indices that are -1 so far. `BITS` is an integer as wide as
-    a score, `FORCED` nearly its largest value: above the bits of every number."""
-    program = tl.program_id(0)
-    local_row = program * ROWS % (num_tiles * QUERIES)
-    head = program * ROWS // (num_tiles * QUERIES) % HEADS
-    batch = (program * ROWS // (num_tiles * QUERIES) // HEADS).to(tl.int64)
-    first, query_start, queries, tokens, _, _ = find_tile(
-        cu_queries, cu_queries, cu_tokens, cu_queries, num_sequences, num_queries, num_tokens, 0,
-        first_tile + local_row // QUERIES, 1, QUERIES, PACKED,
-    )  # fmt: skip
-    row = tl.arange(0, ROWS)
-    query = first + local_row % QUERIES + row
-    live = query < queries
-    own = tl.where(live, (query + tokens - queries + SIZE) // SIZE - 1, -1)[:, None]
-    block = tl.arange(0, CANDIDATES)[None, :]
+    """Which blocks `[1, N]` are among the best `WANTED` candidates of each query, and the place of each of them.
+
+    Args:
+        score: `[ROWS, N]`.
+        own: `[ROWS, 1]`, the block of each query, its last candidate; -1 where there is no query.
+        BITS: an integer as wide as a score. `FORCED`, nearly its largest value, is above the bits of every number.
+    """
     candidate = block <= own
-    scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
-    rank = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
-    rank = tl.maximum(rank.to(BITS, bitcast=True), 0)
+    rank = tl.maximum(score.to(BITS, bitcast=True), 0)
     rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
     rank = tl.where(candidate, rank, -1)
 
@@ -168,7 +158,33 @@ def _best_kernel(
     equal = (rank == low).to(tl.int32)
     spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
     chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
-    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    return chosen, tl.cumsum(chosen.to(tl.int32), 1) - 1
+
+
+@recordable(do_not_specialize=_LENGTHS)
+def _best_kernel(
+    scores, indices, cu_queries, cu_tokens, num_sequences, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
+    WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The best `WANTED` candidates of `ROWS` queries, into indices that are -1 so far."""
+    program = tl.program_id(0)
+    local_row = program * ROWS % (num_tiles * QUERIES)
+    head = program * ROWS // (num_tiles * QUERIES) % HEADS
+    batch = (program * ROWS // (num_tiles * QUERIES) // HEADS).to(tl.int64)
+    first, query_start, queries, tokens, _, _ = find_tile(
+        cu_queries, cu_queries, cu_tokens, cu_queries, num_sequences, num_queries, num_tokens, 0,
+        first_tile + local_row // QUERIES, 1, QUERIES, PACKED,
+    )  # fmt: skip
+    row = tl.arange(0, ROWS)
+    query = first + local_row % QUERIES + row
+    live = query < queries
+    own = tl.where(live, (query + tokens - queries + SIZE) // SIZE - 1, -1)[:, None]
+    block = tl.arange(0, CANDIDATES)[None, :]
+    candidate = block <= own
+    scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
+    score = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
+    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, ROWS, BITS, FORCED)
     indices += ((batch * num_queries + query_start + query.to(tl.int64)) * HEADS + head)[:, None] * WANTED
     tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
 

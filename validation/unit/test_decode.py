@@ -1,0 +1,292 @@
+"""Decoding: one token or a few of every sequence, over all that a cache has room for, whatever the lengths."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nsa import KVCache, NativeSparseAttention, NSAConfig, StepKeys, decode_attention, decode_graphs, rope_table
+from nsa.decode_graphs import DecodeGraphs, can_capture
+from validation.numerics import assert_equal, assert_matches
+from validation.unit.cases import config
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+PLAIN = config((16, 8, 16), 6, 24)
+CONFIGS = {
+    "plain": PLAIN,
+    "paper": NSAConfig(window_size=100),
+    "disjoint": config((16, 16, 32), 4, 40),
+    "large_blocks": config((32, 8, 64), 4, 20),
+    "nothing_selected": config((16, 8, 16), 0, 24, num_initial_blocks=0, num_local_blocks=0),
+    "no_window": config((16, 8, 16), 3, 0),
+}
+
+
+def make_keys(
+    settings: NSAConfig,
+    lengths: Sequence[int],
+    capacity: int,
+    heads: int = 2,
+    dims: tuple[int, int] = (16, 32),
+    dtype: torch.dtype = torch.float32,
+    unseen: float = 0.0,
+    queries: int = 1,
+) -> StepKeys:
+    """A cache with noise for the tokens of each sequence and `unseen` everywhere else."""
+    batch, ring = len(lengths), max(1, min(capacity, settings.window_size + queries - 1))
+    rooms = (settings.num_compressed(capacity), capacity, ring)
+    stores = [torch.full((batch, room, heads, dim), unseen, dtype=dtype) for room in rooms for dim in dims]
+    for row, length in enumerate(lengths):
+        for store, filled in zip(stores[:4], [settings.num_compressed(length)] * 2 + [length] * 2, strict=True):
+            store[row, :filled] = torch.randn(filled, heads, store.shape[3], dtype=dtype)
+        slots = torch.arange(max(0, length - ring), length) % ring
+        for store in stores[4:]:
+            store[row, slots] = torch.randn(len(slots), heads, store.shape[3], dtype=dtype)
+    return StepKeys(*stores, torch.tensor(lengths))
+
+
+def make_queries(keys: StepKeys, group: int = 4, queries: int = 1) -> tuple[Tensor, Tensor]:
+    batch, _, heads, dim = keys.k_slc.shape
+    q = torch.randn(batch, queries, heads * group, dim, dtype=keys.k_slc.dtype)
+    return q, torch.rand(batch, queries, heads * group, 3, dtype=q.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_give_what_eager_does(name: str, queries: int, dtype: torch.dtype) -> None:
+    settings, lengths = CONFIGS[name], (3, 17, 300, 131)
+    keys = make_keys(settings, lengths, 320, dtype=dtype, queries=queries)
+    q, gates = make_queries(keys, queries=queries)
+    out, indices = decode_attention(q, keys, gates, settings, backend="triton")
+    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    expected, chosen = decode_attention(q.double(), wide, gates.double(), settings, backend="eager")
+    baseline, _ = decode_attention(q, keys, gates, settings, backend="eager")
+    assert_equal(indices, chosen, what="selected blocks")
+    assert_matches(out, expected, what="output", baseline=baseline, reduction=max(lengths))
+
+
+@pytest.mark.parametrize("group", [1, 6, 16])
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)], ids=["64", "192-128"])
+def test_any_group_and_head_dim(dims: tuple[int, int], group: int) -> None:
+    keys = make_keys(PLAIN, (90, 41), 96, dims=dims)
+    q, gates = make_queries(keys, group)
+    out, _ = decode_attention(q, keys, gates, PLAIN, backend="triton")
+    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    expected, _ = decode_attention(q.double(), wide, gates.double(), PLAIN, backend="eager")
+    assert_matches(out, expected, what="output", reduction=96)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_what_no_query_sees_has_no_influence(backend: Any) -> None:
+    outs = []
+    for unseen in (0.0, float("nan")):
+        torch.manual_seed(0)
+        keys = make_keys(PLAIN, (5, 70, 33), 96, unseen=unseen)
+        q, gates = make_queries(keys)
+        outs.append(decode_attention(q, keys, gates, PLAIN, backend=backend)[0])
+    assert_equal(outs[1], outs[0], what="output")
+
+
+def test_lengths_beyond_the_room_are_taken_for_the_room() -> None:
+    keys = make_keys(PLAIN, (96, 96), 96)
+    q, gates = make_queries(keys)
+    beyond = keys._replace(lengths=torch.tensor([96, 1 << 20]))
+    found, expected = (decode_attention(q, x, gates, PLAIN, backend="triton")[0] for x in (beyond, keys))
+    assert_equal(found, expected, what="output")
+
+
+def test_a_long_context_is_shared_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compressed branch in several parts, as on a GPU with many multiprocessors."""
+    from nsa.kernels import decode
+
+    keys = make_keys(PLAIN, (2000, 700), 2048, heads=1)
+    q, gates = make_queries(keys)
+    monkeypatch.setattr(decode, "multiprocessors", lambda device: 5)
+    out, indices = decode_attention(q, keys, gates, PLAIN, backend="triton")
+    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    expected, chosen = decode_attention(q.double(), wide, gates.double(), PLAIN, backend="eager")
+    assert_equal(indices, chosen, what="selected blocks")
+    assert_matches(out, expected, what="output", reduction=2048)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keys": "keys"}, TypeError, "keys must be StepKeys, from KVCache.step, got str"),
+        ({"q": torch.zeros(2, 1, 8)}, ValueError, "q must have 4 dimensions"),
+        ({"q": torch.zeros(2, 1, 7, 16)}, ValueError, "q must have a multiple of the 2 key/value heads, got 7"),
+        ({"gates": torch.zeros(2, 1, 8, 2)}, ValueError, "gates must have shape"),
+        ({"lengths": torch.zeros(2, dtype=torch.int32)}, TypeError, "lengths must have dtype torch.int64"),
+        ({"lengths": torch.zeros(3, dtype=torch.int64)}, ValueError, "lengths must have shape"),
+        ({"k_cmp": torch.zeros(2, 3, 2, 16)}, ValueError, "k_cmp must have shape"),
+        ({"v_slc": torch.zeros(2, 90, 2, 32)}, ValueError, "v_slc must have shape"),
+        ({"q": torch.zeros(2, 2, 8, 16), "gates": torch.zeros(2, 2, 8, 3)}, ValueError, "k_win must have room for"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type, message: str) -> None:
+    keys = make_keys(PLAIN, (90, 41), 96)
+    q, gates = make_queries(keys)
+    moved = {name: x.to(q.device) if isinstance(x, Tensor) else x for name, x in changes.items()}
+    given = {"q": q, "gates": gates, "keys": keys}
+    given |= {name: x for name, x in moved.items() if name in given}
+    fields = {name: x for name, x in moved.items() if name not in given}
+    if fields:
+        given["keys"] = keys._replace(**fields)
+    with pytest.raises(error, match=f"^{message}"):
+        decode_attention(given["q"], given["keys"], given["gates"], PLAIN, backend="eager")
+
+
+def test_a_step_that_has_no_room_leaves_the_cache_as_it_was() -> None:
+    layer = NativeSparseAttention(32, 4, 1, 16, PLAIN, backend="eager")
+    cache = layer.make_cache(1, 20)
+    layer(torch.randn(1, 20, 32), cache=cache)
+    before = [x.clone() for pair in cache._pairs.values() for x in pair]
+    for act in (lambda: layer(torch.randn(1, 1, 32), cache=cache), cache.count_step):
+        with pytest.raises(ValueError, match=r"^cache must have room for 1 tokens after 20, got 20 in all$"):
+            act()
+    assert cache.lengths == (20,)
+    for x, y in zip(before, (x for pair in cache._pairs.values() for x in pair), strict=True):
+        assert_equal(y, x, what="cache")
+
+
+def test_the_device_knows_the_lengths() -> None:
+    layer = NativeSparseAttention(32, 4, 1, 16, PLAIN, backend="eager")
+    cache = layer.make_cache(2, 60, spare=30)
+    layer(torch.randn(2, 40, 32), cache=cache)
+    assert cache.lengths_on_device().tolist() == [40, 40]
+    cache.truncate((40, 21))
+    for number in range(3):
+        assert cache.lengths_on_device().tolist() == [40 + number, 21 + number] == list(cache.lengths)
+        layer(torch.randn(2, 1, 32), cache=cache)
+    assert cache.fork([1]).lengths_on_device().tolist() == [24]
+
+
+class Model(nn.Module):
+    """Two layers and an embedding, called as `generate` calls models."""
+
+    def __init__(self, settings: NSAConfig, backend: Any):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.layers = nn.ModuleList(NativeSparseAttention(64, 8, 2, 16, settings, backend=backend) for _ in range(2))
+        self.rope = rope_table(256, 16)
+
+    def forward(self, tokens: Tensor, cache: dict[str, KVCache], at: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for name, layer in enumerate(self.layers):
+            x = x + layer(x, self.rope, cache=cache[str(name)])
+        return (x @ self.embedding.weight.T)[torch.arange(len(x)), at]
+
+    def make_caches(self, batch: int) -> dict[str, KVCache]:
+        return {str(name): layer.make_cache(batch, 256, spare=64) for name, layer in enumerate(self.layers)}
+
+
+def steps_of(model: Model, captured: bool, count: int) -> list[Tensor]:
+    """Logits of greedy steps after two prompts of 70 and 47 tokens, some of which are taken back on the way."""
+    tokens = torch.arange(140).reshape(2, 70) % 50
+    cache = model.make_caches(2)
+    with torch.no_grad():
+        logits = model(tokens, cache=cache, at=torch.full((2,), 69))
+        for one in cache.values():
+            one.truncate((70, 47))
+        graphs = DecodeGraphs(model, cache)
+        graphs._captures = graphs._captures and captured
+        found = []
+        for number in range(count):
+            if number == 2 * count // 3:
+                for one in cache.values():
+                    one.truncate(tuple(length - 5 for length in one.lengths))
+            logits = graphs(logits.argmax(-1)).clone()
+            found.append(logits)
+    return found
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_replayed_steps_give_the_same_bits(shared: bool, dtype: torch.dtype) -> None:
+    model = Model(replace(PLAIN, shared_kv=shared), "triton").to(dtype)
+    assert can_capture(model, model.make_caches(1))
+    called, replayed = steps_of(model, False, 80), steps_of(model, True, 80)
+    for number, (x, y) in enumerate(zip(replayed, called, strict=True)):
+        assert_equal(x, y, what=f"logits of step {number}")
+
+
+@pytest.mark.needs_gpu
+def test_a_step_waits_for_nothing() -> None:
+    model = Model(PLAIN, "triton")
+    cache, tokens, at = model.make_caches(2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(24):
+            model(tokens, cache=cache, at=at)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(24):
+                model(tokens, cache=cache, at=at)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Counter:
+    """A cache that counts tokens on the host and on the device, and completes a block with every fourth."""
+
+    batch = 1
+
+    def __init__(self) -> None:
+        self.host = self.device = 0
+        self.captured: bool | None = None
+
+    def completes_block(self) -> bool:
+        return self.host % 4 == 3
+
+    def count_step(self) -> None:
+        self.host += 1
+
+    def lengths_on_device(self) -> None:
+        self.device = self.host
+
+
+def test_captured_steps_count_on_the_host_what_the_device_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With graphs that only say which step was captured, and which are replayed when."""
+    counter, replayed = Counter(), list[bool]()
+
+    class Graph:
+        def replay(self) -> None:
+            assert self.kind == (counter.device % 4 == 3)
+            replayed.append(self.kind)
+            counter.device += 1
+
+        def __enter__(self) -> None:
+            self.kind = counter.completes_block()
+            counter.captured = self.kind
+
+        def __exit__(self, *_: Any) -> None:
+            counter.captured = None
+
+    class Steps(nn.Linear):
+        def forward(self, tokens: Tensor, cache: dict[str, Counter], at: Tensor) -> Tensor:
+            cache["0"].host += 1
+            cache["0"].device += cache["0"].captured is None
+            return tokens
+
+    monkeypatch.setattr(decode_graphs, "can_capture", lambda model, cache: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    step = DecodeGraphs(Steps(1, 1), {"0": counter})
+    for number in range(20):
+        step(torch.zeros(1, dtype=torch.int64))
+        assert counter.host == counter.device == number + 1
+    assert replayed == [number % 4 == 3 for number in range(20) if number in (2, 4, 5, 6) or number >= 8]
+
+
+def test_eager_steps_are_not_captured() -> None:
+    model = Model(PLAIN, "eager")
+    assert not can_capture(model, model.make_caches(1))
+    steps = steps_of(model, True, 6)
+    assert all(torch.isfinite(x).all() for x in steps)
