@@ -4,10 +4,10 @@ A step reads little and computes less, so its time is that of reading, if enough
 the `G` query heads of a KV head, which share their keys, and a part of these:
 
 1. `_compressed_kernel`: compressed blocks in `num_splits` parts, each with its softmax; logits are kept in memory;
-2. `_importance_kernel`: from the logits and the log-sum-exp of all parts, the importance of the selection blocks;
-3. `_choose_kernel`: the best of them, as in `nsa.kernels.select`;
-4. `_attend_kernel`: a part is a selected block, or as many tokens of the window;
-5. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
+2. `_select_kernel`: from the logits and the log-sum-exps of all parts, the importance of the selection blocks and the
+   best of these, as in `nsa.kernels.select`;
+3. `_attend_kernel`: the selected blocks and the window, in parts of their own;
+4. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
 
 How long sequences are is read on the device, and grids follow from what there is room for in the cache. So launches are
 the same at every step, and a CUDA graph of them goes on from step to step.
@@ -42,7 +42,10 @@ from nsa.ops import accumulation_dtype
 _KEYS = 64
 """Keys that a program has at a time."""
 
-_MOST_SPLITS = 64
+_MOST_SPLITS = 32
+
+_PROGRAMS = 4
+"""A multiprocessor, of each of the kernels that read keys."""
 
 # Sizes that change from cache to cache and are no reason to compile again.
 _LENGTHS = (
@@ -159,146 +162,134 @@ def _load_lse2(partial_lse2, place, num_parts, rows, G: tl.constexpr, PARTS: tl.
 
 
 @recordable(do_not_specialize=_LENGTHS)
-def _importance_kernel(
-    logits, partial_lse2, lengths, scores, num_tokens, capacity, num_splits, num_parts, num_blocks, span, programs,
-    HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-    RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr,
+def _select_kernel(
+    logits, partial_lse2, lengths, scores, indices, num_tokens, capacity, num_splits, num_parts, num_blocks, HEADS,
+    NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, WANTED: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Importances of `span` selection blocks, `BLOCKS` at a time, to `scores [B, Tq, Hk, num_blocks]`."""
+    """The best `WANTED` blocks of a query, ascending, then -1; `scores [B, Tq, Hk, num_blocks]` are a workspace."""
     SIZE: tl.constexpr = RATIO * STRIDE
-    part, _, _, _, of_head, position = _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES)
+    _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
     count = _visible_blocks(position, capacity, LENGTH, STRIDE)
-    begin = part * span
-    end = tl.minimum(begin + span, tl.maximum(position + SIZE, 0) // SIZE)
+    own = tl.maximum(position + SIZE, 0) // SIZE - 1
     row = tl.arange(0, ROWS)
     lse2, largest = _load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC)
     total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
     lse2 = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     logits += of_head * G * capacity + row.to(tl.int64)[:, None] * capacity
+    scores += of_head * num_blocks
 
     share = tl.arange(0, RATIO) * STRIDE
     own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)
     next_weight = LENGTH // STRIDE - own_weight
-    for start in range(begin, end, BLOCKS):
-        importance = tl.zeros([BLOCKS], dtype=ACC)
-        # Compressed blocks that start in the selection block, then those that reach into it from the one before.
-        for back in tl.static_range(2 if LENGTH > STRIDE else 1):
-            block = (start - back) * RATIO + tl.arange(0, BLOCKS * RATIO)
-            seen = (block >= 0) & (block < count)
-            s = tl.load(logits + block[None, :], mask=(row < G)[:, None] & seen[None, :], other=float("-inf"))
-            p = tl.sum(tl.exp2(s - lse2[:, None]), 0)
-            p = tl.reshape(p, [BLOCKS, RATIO])
-            importance += tl.sum(p * (next_weight if back else own_weight)[None, :], 1)
-        chosen = start + tl.arange(0, BLOCKS)
-        tl.store(scores + of_head * num_blocks + chosen, importance, mask=chosen < end)
-
-
-@recordable(do_not_specialize=_LENGTHS)
-def _choose_kernel(
-    scores, lengths, indices, num_tokens, num_blocks, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr,
-    FORCED: tl.constexpr,
-):  # fmt: skip
-    """The best `WANTED` blocks of a query, ascending, then -1."""
-    _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
-    own = tl.zeros([1, 1], tl.int32) + tl.maximum(position + SIZE, 0) // SIZE - 1
-    block = tl.arange(0, CANDIDATES)[None, :]
-    score = tl.load(scores + of_head * num_blocks + block, mask=block <= own, other=0.0)
-    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, 1, BITS, FORCED)
-    slot = tl.arange(0, CANDIDATES)[None, :]
+    group = tl.arange(0, BLOCKS)
+    reaching = tl.zeros([], dtype=ACC)
+    for start in tl.range(0, own + 1, BLOCKS, num_stages=3):
+        block = start * RATIO + tl.arange(0, BLOCKS * RATIO)
+        s = tl.load(logits + block[None, :], mask=(row < G)[:, None] & (block < count)[None, :], other=float("-inf"))
+        p = tl.reshape(tl.sum(tl.exp2(s - lse2[:, None]), 0), [BLOCKS, RATIO])
+        # What reaches into the next selection block, moved there: that of the last block goes on to the next step.
+        beyond = tl.sum(p * next_weight[None, :], 1)
+        before = tl.where(group > 0, tl.gather(beyond, tl.maximum(group - 1, 0), 0), reaching)
+        reaching = tl.sum(tl.where(group == BLOCKS - 1, beyond, 0.0), 0)
+        importance = tl.sum(p * own_weight[None, :], 1) + before
+        tl.store(scores + start + group, importance, mask=start + group <= own)
+    tl.debug_barrier()  # other threads read them
+    candidate = tl.arange(0, CANDIDATES)[None, :]
+    score = tl.load(scores + candidate, mask=candidate <= own, other=0.0)
+    own = tl.zeros([1, 1], tl.int32) + own
+    chosen, place = best_candidates(score, candidate, own, WANTED, INITIAL, LOCAL, 1, BITS, FORCED)
     taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
     indices += of_head * WANTED
-    tl.store(indices + slot, tl.full([1, CANDIDATES], -1, tl.int32), mask=(slot >= taken) & (slot < WANTED))
-    tl.store(indices + place, block, mask=chosen)
+    nothing = tl.full([1, CANDIDATES], -1, tl.int32)
+    tl.store(indices + candidate, nothing, mask=(candidate >= taken) & (candidate < WANTED))
+    tl.store(indices + place, candidate, mask=chosen)
 
 
 @recordable(do_not_specialize=_LENGTHS)
 def _attend_kernel(
     q, k_slc, v_slc, k_win, v_win, lengths, indices, partial, partial_lse2, q_strides, k_slc_strides, v_slc_strides,
-    k_win_strides, v_win_strides, num_tokens, ring_size, window, num_splits, num_parts, scale_log2, HEADS,
-    NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+    k_win_strides, v_win_strides, num_tokens, ring_size, window, num_splits, num_selected, num_parts, scale_log2,
+    HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the selected or of the window branch: `KEYS` tokens, the window's in a ring."""
+    """One part of the selected branch, or of the window branch, whose keys are in a ring."""
     part, head, batch, query, of_head, position = _find(lengths, num_tokens, num_parts - num_splits, HEADS, NUM_QUERIES)
-    within = tl.arange(0, KEYS)
     PIECES: tl.constexpr = SIZE // KEYS
-    if part < WANTED * PIECES:
-        block = tl.load(indices + of_head * WANTED + part // PIECES)
-        token = block * SIZE + part % PIECES * KEYS + within
-        seen = (block >= 0) & (token <= position)
-        k0, k1 = load_chunks(
-            k_slc + batch * k_slc_strides[0] + head * k_slc_strides[2], token.to(tl.int64) * k_slc_strides[1], seen,
-            DK, K0, K1,
-        )  # fmt: skip
-        v0, v1 = load_chunks(
-            v_slc + batch * v_slc_strides[0] + head * v_slc_strides[2], token.to(tl.int64) * v_slc_strides[1], seen,
-            DV, V0, V1,
-        )  # fmt: skip
+    within = tl.arange(0, KEYS)
+    in_window = part >= num_selected
+    if in_window:
+        steps = tl.cdiv(tl.minimum(window, position + 1), KEYS)
+        span = tl.cdiv(steps, num_parts - num_splits - num_selected)
+        begin = (part - num_selected) * span
+        k = k_win + batch * k_win_strides[0] + head * k_win_strides[2]
+        v = v_win + batch * v_win_strides[0] + head * v_win_strides[2]
+        k_token = tl.cast(k_win_strides[1], tl.int64)
+        v_token = tl.cast(v_win_strides[1], tl.int64)
     else:
-        back = (part - WANTED * PIECES) * KEYS + within
-        token = position - back
-        seen = (back < window) & (token >= 0)
-        slot = (tl.maximum(token, 0) % ring_size).to(tl.int64)
-        k0, k1 = load_chunks(
-            k_win + batch * k_win_strides[0] + head * k_win_strides[2], slot * k_win_strides[1], seen, DK, K0, K1
-        )
-        v0, v1 = load_chunks(
-            v_win + batch * v_win_strides[0] + head * v_win_strides[2], slot * v_win_strides[1], seen, DV, V0, V1
-        )
+        steps = WANTED * PIECES
+        span = tl.cdiv(steps, num_selected)
+        begin = part * span
+        k = k_slc + batch * k_slc_strides[0] + head * k_slc_strides[2]
+        v = v_slc + batch * v_slc_strides[0] + head * v_slc_strides[2]
+        k_token = tl.cast(k_slc_strides[1], tl.int64)
+        v_token = tl.cast(v_slc_strides[1], tl.int64)
+    end = tl.minimum(begin + span, steps)
+    indices += of_head * WANTED
     q0, q1 = _load_queries(q, q_strides, batch, query, head, G, ROWS, DK, K0, K1)
-    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
-    s = tl.where(seen[None, :], s, float("-inf"))
     row_max = tl.full([ROWS], float("-inf"), dtype=ACC)
-    p, _, row_max = online_softmax_update(s, row_max, 1.0, True)
+    row_sum = tl.zeros([ROWS], dtype=ACC)
     acc0 = tl.zeros([ROWS, V0], dtype=ACC)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
-    acc0, acc1 = add_dot(p.to(v0.dtype), v0, v1, acc0, acc1, V1, ACC, PRECISION)
+    for step in range(begin, end):
+        block = tl.load(indices + step // PIECES, mask=part < num_selected, other=0)
+        back = step * KEYS + within
+        token = tl.where(in_window, position - back, block * SIZE + step % PIECES * KEYS + within)
+        seen = tl.where(in_window, (back < window) & (token >= 0), (block >= 0) & (token <= position))
+        slot = tl.where(in_window, tl.maximum(token, 0) % ring_size, token).to(tl.int64)
+        k0, k1 = load_chunks(k, slot * k_token, seen, DK, K0, K1)
+        v0, v1 = load_chunks(v, slot * v_token, seen, DV, V0, V1)
+        s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
+        s = tl.where(seen[None, :], s, float("-inf"))
+        p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc0 = acc0 * rescale[:, None]
+        if V1 > 0:
+            acc1 = acc1 * rescale[:, None]
+        acc0, acc1 = add_dot(p.to(v0.dtype), v0, v1, acc0, acc1, V1, ACC, PRECISION)
     place = of_head * num_parts + num_splits + part
-    _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, tl.sum(p, 1), G, ROWS, DV, V0, V1)
-
-
-@triton.jit
-def _merged(
-    partial, partial_lse2, place, num_parts, G: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The output `[WIDTH]` of one query head from `num_parts` parts, `G` rows from one to the next; 0 without any."""
-    part = tl.arange(0, PARTS)
-    column = tl.arange(0, WIDTH)
-    lse2 = tl.load(partial_lse2 + place + part * G, mask=part < num_parts, other=float("-inf")).to(ACC)
-    largest = tl.max(lse2, 0)
-    weight = tl.exp2(lse2 - tl.where(largest == float("-inf"), 0.0, largest))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total > 0, total, 1.0)
-    inside = (weight > 0)[:, None] & (column < DV)[None, :]
-    outs = tl.load(partial + (place + part * G)[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
-    return tl.sum(weight[:, None] * outs, 0)
+    _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
 
 
 @recordable(do_not_specialize=_LENGTHS)
 def _merge_kernel(
-    partial, partial_lse2, gates, out, gate_strides, num_splits, num_parts, HEADS, NUM_QUERIES: tl.constexpr,
-    G: tl.constexpr, SELECTED: tl.constexpr, SPLITS: tl.constexpr, SELECTED_PARTS: tl.constexpr,
-    WINDOW_PARTS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+    partial, partial_lse2, gates, out, gate_strides, num_splits, num_selected, num_parts, HEADS,
+    NUM_QUERIES: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The gated sum of the branches of one query head; parts come compressed, selected, window."""
     query_head = tl.program_id(0) % (HEADS * G)
     row = (tl.program_id(0) // (HEADS * G)).to(tl.int64)
+    part = tl.arange(0, PARTS)
     column = tl.arange(0, WIDTH)
+    place = ((row * HEADS + query_head // G) * num_parts + part) * G + query_head % G
+    exists = part < num_parts
+    lse2 = tl.load(partial_lse2 + place, mask=exists, other=float("-inf")).to(ACC)
+    inside = exists[:, None] & (column < DV)[None, :]
+    outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
     gates += row // NUM_QUERIES * gate_strides[0] + row % NUM_QUERIES * gate_strides[1] + query_head * gate_strides[2]
-    place = (row * HEADS + query_head // G) * num_parts * G + query_head % G
-    total = tl.load(gates).to(ACC) * _merged(partial, partial_lse2, place, num_splits, G, SPLITS, DV, WIDTH, ACC)
-    place += num_splits * G
-    gate = tl.load(gates + gate_strides[3]).to(ACC)
-    total += gate * _merged(partial, partial_lse2, place, SELECTED, G, SELECTED_PARTS, DV, WIDTH, ACC)
-    place += SELECTED * G
-    gate = tl.load(gates + 2 * gate_strides[3]).to(ACC)
-    rest = num_parts - num_splits - SELECTED
-    total += gate * _merged(partial, partial_lse2, place, rest, G, WINDOW_PARTS, DV, WIDTH, ACC)
+    branch = (part >= num_splits).to(tl.int32) + (part >= num_splits + num_selected).to(tl.int32)
+    weight = tl.zeros([PARTS], dtype=ACC)
+    for c in tl.static_range(3):
+        of_branch = tl.where(branch == c, lse2, float("-inf"))
+        largest = tl.max(of_branch, 0)
+        share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest))
+        total = tl.sum(share, 0)
+        weight += share * (tl.load(gates + c * gate_strides[3]).to(ACC) / tl.where(total == 0, 1.0, total))
     out += (row * HEADS * G + query_head) * DV
-    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < DV)
+    tl.store(out + column, tl.sum(weight[:, None] * outs, 0).to(out.dtype.element_ty), mask=column < DV)
 
 
 class _Parts(NamedTuple):
@@ -328,13 +319,13 @@ def decode_attention(
     kv_heads, group, rows = k_slc.shape[2], heads.group, batch * num_queries
     wanted, size, window = config.num_selected_blocks, config.select_block_size, config.window_size
     num_tokens, capacity = k_slc.shape[1], k_cmp.shape[1]
-    num_blocks = cdiv(num_tokens, size)
-    keys = min(_KEYS, size)
-    wave = cdiv(2 * multiprocessors(q.device), rows * kv_heads)
+    num_blocks, keys = cdiv(num_tokens, size), min(_KEYS, size)
+    # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
+    wave = cdiv(_PROGRAMS * multiprocessors(q.device), rows * kv_heads)
     parts = _Parts(
         compressed=max(1, min(wave, cdiv(capacity, keys), _MOST_SPLITS)),
-        selected=wanted * (size // keys),
-        window=cdiv(window, keys),
+        selected=min(wave, wanted * (size // keys)),
+        window=min(cdiv(wave, 2), cdiv(window, keys)),
     )
     num_parts = sum(parts)
     logits = q.new_empty(rows * query_heads * capacity, dtype=acc)
@@ -347,42 +338,34 @@ def decode_attention(
     of_group: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "ROWS": max(16, next_power_of_2(group))}
     constants = {**heads.constants(), **of_group, "KEYS": keys}
     of_blocks = {"LENGTH": config.compress_block_size, "STRIDE": config.compress_stride}
-    ratio = size // config.compress_stride
-    blocks = max(1, 256 // ratio)
-    spans = max(1, min(wave, cdiv(num_blocks, blocks)))
-    splits = next_power_of_2(parts.compressed)
-    bits = 8 * acc.itemsize
     strides = q.stride()[:3]
     with torch.cuda.device_of(q):
         _compressed_kernel[(parts.compressed * kv_heads * rows, 1, 1)](
             q, k_cmp, v_cmp, lengths, logits, partial, partial_lse2, strides, k_cmp.stride()[:3], v_cmp.stride()[:3],
-            num_tokens, capacity, parts.compressed, num_parts, scale * LOG2E.value, kv_heads, **constants, **of_blocks,
-            num_stages=3,
+            num_tokens, capacity, parts.compressed, num_parts, scale * LOG2E.value, kv_heads, **constants,
+            **of_blocks, num_stages=3,
         )  # fmt: skip
         if wanted:
-            _importance_kernel[(spans * kv_heads * rows, 1, 1)](
-                logits, partial_lse2, lengths, scores, num_tokens, capacity, parts.compressed, num_parts, num_blocks,
-                cdiv(cdiv(num_blocks, spans), blocks) * blocks, spans, kv_heads, **of_group, **of_blocks, SPLITS=splits,
-                BLOCKS=blocks, RATIO=ratio, ACC=constants["ACC"],
-            )  # fmt: skip
+            ratio, bits = size // config.compress_stride, 8 * acc.itemsize
             candidates = max(16, next_power_of_2(max(num_blocks, wanted)))
-            _choose_kernel[(kv_heads * rows, 1, 1)](
-                scores, lengths, indices, num_tokens, num_blocks, kv_heads, NUM_QUERIES=num_queries, WANTED=wanted,
-                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=size, CANDIDATES=candidates,
-                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2,
-                num_warps=min(16, max(1, candidates // 1024)),
+            blocks = max(1, min(512 // ratio, candidates))
+            _select_kernel[(kv_heads * rows, 1, 1)](
+                logits, partial_lse2, lengths, scores, indices, num_tokens, capacity, parts.compressed, num_parts,
+                num_blocks, kv_heads, **of_group, **of_blocks, SPLITS=next_power_of_2(parts.compressed),
+                BLOCKS=blocks, RATIO=ratio, WANTED=wanted, INITIAL=config.num_initial_blocks,
+                LOCAL=config.num_local_blocks, CANDIDATES=candidates, BITS=tl.int64 if bits == 64 else tl.int32,
+                FORCED=2 ** (bits - 1) - 2, ACC=constants["ACC"], num_warps=8 if blocks * ratio > 256 else 4,
             )  # fmt: skip
         if parts.selected + parts.window:
             _attend_kernel[((parts.selected + parts.window) * kv_heads * rows, 1, 1)](
                 q, k_slc, v_slc, k_win, v_win, lengths, indices, partial, partial_lse2, strides, k_slc.stride()[:3],
                 v_slc.stride()[:3], k_win.stride()[:3], v_win.stride()[:3], num_tokens, max(1, k_win.shape[1]), window,
-                parts.compressed, num_parts, scale * LOG2E.value, kv_heads, **constants, WANTED=wanted, SIZE=size,
+                parts.compressed, parts.selected, num_parts, scale * LOG2E.value, kv_heads, **constants,
+                WANTED=wanted, SIZE=size, num_stages=3,
             )  # fmt: skip
         _merge_kernel[(query_heads * rows, 1, 1)](
-            partial, partial_lse2, gates, out, gates.stride(), parts.compressed, num_parts, kv_heads,
-            NUM_QUERIES=num_queries, G=group, SELECTED=parts.selected, SPLITS=splits,
-            SELECTED_PARTS=next_power_of_2(max(1, parts.selected)),
-            WINDOW_PARTS=next_power_of_2(max(1, parts.window)), DV=v_slc.shape[3],
-            WIDTH=next_power_of_2(v_slc.shape[3]), ACC=constants["ACC"],
+            partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.selected, num_parts, kv_heads,
+            NUM_QUERIES=num_queries, G=group, PARTS=next_power_of_2(num_parts), DV=v_slc.shape[3],
+            WIDTH=next_power_of_2(v_slc.shape[3]), ACC=constants["ACC"], num_warps=8 if num_parts > 32 else 4,
         )  # fmt: skip
     return out, indices

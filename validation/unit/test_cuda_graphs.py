@@ -11,6 +11,7 @@ from nsa import NativeSparseAttention, NSAConfig, pack_sequences, rope_table
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.cases import EVERY, Case, draw, whole
+from validation.unit.synchronisation import no_synchronisation
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("on_device")]
 
@@ -74,3 +75,19 @@ def test_layers(kind: str, compression: str, packed: bool) -> None:
         return [out, *torch.autograd.grad(out, [x, *layer.parameters()], cotangent)]
 
     check(step, [x])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+def test_a_layer_waits_for_nothing(compression: str, packed: bool) -> None:
+    """Forward and backward pass, once the tables of packed sequences are made."""
+    config = NSAConfig(num_selected_blocks=4, window_size=128, compression=compression)
+    layer = NativeSparseAttention(128, 32, 2, 64, config, backend="triton").bfloat16()
+    x, rope = torch.randn(1, 1003, 128, dtype=torch.bfloat16, requires_grad=True), rope_table(1003, 64)
+    offsets = torch.tensor([0, 600, 601, 1003], dtype=torch.int32)
+    sequences = pack_sequences(offsets, config, num_tokens=1003) if packed else None
+    for _ in range(3):
+        layer(x, rope, sequences).sum().backward()
+    with no_synchronisation():
+        for _ in range(3):
+            layer(x, rope, sequences).sum().backward()

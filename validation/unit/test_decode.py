@@ -12,6 +12,7 @@ from nsa import KVCache, NativeSparseAttention, NSAConfig, StepKeys, decode_atte
 from nsa.decode_graphs import DecodeGraphs, can_capture
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import config
+from validation.unit.synchronisation import no_synchronisation
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -223,13 +224,9 @@ def test_a_step_waits_for_nothing() -> None:
     with torch.no_grad():
         for _ in range(24):
             model(tokens, cache=cache, at=at)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             for _ in range(24):
                 model(tokens, cache=cache, at=at)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 class Counter:
