@@ -292,7 +292,7 @@ def _forward(
     blocks, hidden = _multiply(rows, _join(weight, y_weight)), rows.new_empty(0)
     if weight_out is not None:
         blocks, hidden = _multiply(F.silu(blocks), _join(weight_out, y_weight_out)), blocks
-    return blocks.view(-1, heads, batch, count, dim).permute(0, 2, 3, 1, 4), hidden
+    return blocks.view(len(rows) // heads, heads, batch, count, dim).permute(0, 2, 3, 1, 4), hidden
 
 
 def _fake(

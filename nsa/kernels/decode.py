@@ -4,10 +4,10 @@ A step reads little and computes less, so its time is that of reading, if enough
 the `G` query heads of a KV head, which share their keys, and a part of these:
 
 1. `_compressed_kernel`: compressed blocks in `num_splits` parts, each with its softmax; logits are kept in memory;
-2. `_select_kernel`: from the logits and the log-sum-exps of all parts, the importance of the selection blocks and the
-   best of these, as in `nsa.kernels.select`;
-3. `_attend_kernel`: the selected blocks and the window, in parts of their own;
-4. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
+2. `_importance_kernel`: from the logits and the log-sum-exps of all parts, the importance of the selection blocks;
+3. `_choose_kernel`: the best of them, as in `nsa.kernels.select`;
+4. `_attend_kernel`: the selected blocks and the window, in parts of their own;
+5. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
 
 How long sequences are is read on the device, and grids follow from what there is room for in the cache. So launches are
 the same at every step, and a CUDA graph of them goes on from step to step.
@@ -162,49 +162,57 @@ def _load_lse2(partial_lse2, place, num_parts, rows, G: tl.constexpr, PARTS: tl.
 
 
 @recordable(do_not_specialize=_LENGTHS)
-def _select_kernel(
-    logits, partial_lse2, lengths, scores, indices, num_tokens, capacity, num_splits, num_parts, num_blocks, HEADS,
-    NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-    RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, WANTED: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, ACC: tl.constexpr,
+def _importance_kernel(
+    logits, partial_lse2, lengths, scores, num_tokens, capacity, num_splits, num_parts, num_blocks, span, programs,
+    HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
+    RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The best `WANTED` blocks of a query, ascending, then -1; `scores [B, Tq, Hk, num_blocks]` are a workspace."""
+    """Importances of `span` selection blocks, `BLOCKS` at a time, to `scores [B, Tq, Hk, num_blocks]`."""
     SIZE: tl.constexpr = RATIO * STRIDE
-    _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
+    part, _, _, _, of_head, position = _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES)
     count = _visible_blocks(position, capacity, LENGTH, STRIDE)
-    own = tl.maximum(position + SIZE, 0) // SIZE - 1
+    begin = part * span
+    end = tl.minimum(begin + span, tl.maximum(position + SIZE, 0) // SIZE)
     row = tl.arange(0, ROWS)
     lse2, largest = _load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC)
     total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
     lse2 = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     logits += of_head * G * capacity + row.to(tl.int64)[:, None] * capacity
-    scores += of_head * num_blocks
 
     share = tl.arange(0, RATIO) * STRIDE
     own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)
     next_weight = LENGTH // STRIDE - own_weight
-    group = tl.arange(0, BLOCKS)
-    reaching = tl.zeros([], dtype=ACC)
-    for start in tl.range(0, own + 1, BLOCKS, num_stages=3):
-        block = start * RATIO + tl.arange(0, BLOCKS * RATIO)
-        s = tl.load(logits + block[None, :], mask=(row < G)[:, None] & (block < count)[None, :], other=float("-inf"))
-        p = tl.reshape(tl.sum(tl.exp2(s - lse2[:, None]), 0), [BLOCKS, RATIO])
-        # What reaches into the next selection block, moved there: that of the last block goes on to the next step.
-        beyond = tl.sum(p * next_weight[None, :], 1)
-        before = tl.where(group > 0, tl.gather(beyond, tl.maximum(group - 1, 0), 0), reaching)
-        reaching = tl.sum(tl.where(group == BLOCKS - 1, beyond, 0.0), 0)
-        importance = tl.sum(p * own_weight[None, :], 1) + before
-        tl.store(scores + start + group, importance, mask=start + group <= own)
-    tl.debug_barrier()  # other threads read them
-    candidate = tl.arange(0, CANDIDATES)[None, :]
-    score = tl.load(scores + candidate, mask=candidate <= own, other=0.0)
-    own = tl.zeros([1, 1], tl.int32) + own
-    chosen, place = best_candidates(score, candidate, own, WANTED, INITIAL, LOCAL, 1, BITS, FORCED)
+    for start in range(begin, end, BLOCKS):
+        importance = tl.zeros([BLOCKS], dtype=ACC)
+        # Compressed blocks that start in the selection block, then those that reach into it from the one before.
+        for back in tl.static_range(2 if LENGTH > STRIDE else 1):
+            block = (start - back) * RATIO + tl.arange(0, BLOCKS * RATIO)
+            seen = (block >= 0) & (block < count)
+            s = tl.load(logits + block[None, :], mask=(row < G)[:, None] & seen[None, :], other=float("-inf"))
+            p = tl.sum(tl.exp2(s - lse2[:, None]), 0)
+            p = tl.reshape(p, [BLOCKS, RATIO])
+            importance += tl.sum(p * (next_weight if back else own_weight)[None, :], 1)
+        chosen = start + tl.arange(0, BLOCKS)
+        tl.store(scores + of_head * num_blocks + chosen, importance, mask=chosen < end)
+
+
+@recordable(do_not_specialize=_LENGTHS)
+def _choose_kernel(
+    scores, lengths, indices, num_tokens, num_blocks, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr,
+    FORCED: tl.constexpr,
+):  # fmt: skip
+    """The best `WANTED` blocks of a query, ascending, then -1."""
+    _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
+    own = tl.zeros([1, 1], tl.int32) + tl.maximum(position + SIZE, 0) // SIZE - 1
+    block = tl.arange(0, CANDIDATES)[None, :]
+    score = tl.load(scores + of_head * num_blocks + block, mask=block <= own, other=0.0)
+    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, 1, BITS, FORCED)
+    slot = tl.arange(0, CANDIDATES)[None, :]
     taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
     indices += of_head * WANTED
-    nothing = tl.full([1, CANDIDATES], -1, tl.int32)
-    tl.store(indices + candidate, nothing, mask=(candidate >= taken) & (candidate < WANTED))
-    tl.store(indices + place, candidate, mask=chosen)
+    tl.store(indices + slot, tl.full([1, CANDIDATES], -1, tl.int32), mask=(slot >= taken) & (slot < WANTED))
+    tl.store(indices + place, block, mask=chosen)
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -347,14 +355,18 @@ def decode_attention(
         )  # fmt: skip
         if wanted:
             ratio, bits = size // config.compress_stride, 8 * acc.itemsize
-            candidates = max(16, next_power_of_2(max(num_blocks, wanted)))
-            blocks = max(1, min(512 // ratio, candidates))
-            _select_kernel[(kv_heads * rows, 1, 1)](
-                logits, partial_lse2, lengths, scores, indices, num_tokens, capacity, parts.compressed, num_parts,
-                num_blocks, kv_heads, **of_group, **of_blocks, SPLITS=next_power_of_2(parts.compressed),
-                BLOCKS=blocks, RATIO=ratio, WANTED=wanted, INITIAL=config.num_initial_blocks,
-                LOCAL=config.num_local_blocks, CANDIDATES=candidates, BITS=tl.int64 if bits == 64 else tl.int32,
-                FORCED=2 ** (bits - 1) - 2, ACC=constants["ACC"], num_warps=8 if blocks * ratio > 256 else 4,
+            blocks, candidates = max(1, 256 // ratio), max(16, next_power_of_2(max(num_blocks, wanted)))
+            spans = min(wave, cdiv(num_blocks, blocks))
+            _importance_kernel[(spans * kv_heads * rows, 1, 1)](
+                logits, partial_lse2, lengths, scores, num_tokens, capacity, parts.compressed, num_parts, num_blocks,
+                cdiv(cdiv(num_blocks, spans), blocks) * blocks, spans, kv_heads, **of_group, **of_blocks,
+                SPLITS=next_power_of_2(parts.compressed), BLOCKS=blocks, RATIO=ratio, ACC=constants["ACC"],
+            )  # fmt: skip
+            _choose_kernel[(kv_heads * rows, 1, 1)](
+                scores, lengths, indices, num_tokens, num_blocks, kv_heads, NUM_QUERIES=num_queries, WANTED=wanted,
+                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=size, CANDIDATES=candidates,
+                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2,
+                num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
         if parts.selected + parts.window:
             _attend_kernel[((parts.selected + parts.window) * kv_heads * rows, 1, 1)](
