@@ -13,22 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa import NativeSparseAttention, rope_table
+from nsa import NativeSparseAttention, StepKeys, decode_attention, rope_table
+from nsa.backends import BackendName
 from validation.implementations import Implementation, load
 from validation.perf.precompile import OPTION, take_jobs
-from validation.perf.rivals import dense, flash, flex
+from validation.perf.rivals import decoders, dense, flash, flex
 from validation.perf.stages import STAGES, WHOLE
 from validation.perf.workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, Workload, chosen
 
 K = 1024
 DRAWS = 2
 """Draws of a benchmark's inputs, taken in turn: no round finds the data of the one before."""
+DECODE = "decode"
 LAYERS: int | None = None
 """Of the models that are trained; their own number unless given."""
 
@@ -92,6 +94,7 @@ class Plan:
         choices: compression and the whole op with other sizes and counts.
         module: the layer.
         steps: a training step of a model and of its dense twin.
+        decode: a new token of each of `batches` sequences, over caches of such lengths.
     """
 
     stages: dict[str, tuple[int, ...]]
@@ -103,6 +106,8 @@ class Plan:
     choices: dict[str, tuple[int, ...]]
     module: dict[str, tuple[int, ...]]
     steps: dict[str, tuple[int, ...]]
+    decode: dict[str, tuple[int, ...]]
+    batches: tuple[int, ...]
 
 
 ALL = (4 * K, 8 * K, 11 * K, 16 * K, 32 * K, 64 * K, 128 * K)
@@ -123,6 +128,8 @@ GPU = Plan(
     module={"W": (8 * K, 32 * K)},
     # Of shorter sequences the host would be measured, which starts thousands of kernels a step.
     steps={"100m": (64 * K,), "1b": (32 * K,)},
+    decode={"W": (8 * K, 16 * K, 32 * K, 64 * K)},
+    batches=(1, 16, 64),
 )
 CPU = Plan(
     stages={"tiny": (256, K)},
@@ -134,6 +141,8 @@ CPU = Plan(
     choices={"tiny": (K,)},
     module={"tiny": (K,)},
     steps={"debug": (256,)},
+    decode={"tiny": (K,)},
+    batches=(1, 2),
 )
 
 
@@ -191,8 +200,12 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
             found.append(Benchmark(flavor, length, "training", "step", ours.name, "ours", partial(step, flavor)))
             twin = partial(step, f"{flavor}_dense")
             found.append(Benchmark(flavor, length, "training", "step", "dense (twin)", "rival", twin))
+    if ours.name in ("eager", "triton"):
+        for name, lengths in plan.decode.items():
+            for length, batch in product(lengths, plan.batches):
+                found += _decoding(WORKLOADS[name], length, batch, ours.name)
     order = [*plan.whole, *plan.peers]
-    return sorted(found, key=lambda b: (b.stage in ("layer", "training"), _place(b.workload, order), b.length))
+    return sorted(found, key=lambda b: (b.stage in ("layer", "training", DECODE), _place(b.workload, order), b.length))
 
 
 def _place(name: str, order: list[str]) -> tuple[int, str]:
@@ -302,6 +315,56 @@ def _training_step(flavor: str, length: int) -> Calls:
     return Calls(call, call)
 
 
+def _decoding(workload: Workload, length: int, batch: int, backend: BackendName) -> Iterator[Benchmark]:
+    """Ours and dense attention; a number of sequences stands where other benchmarks have a direction."""
+    ours = partial(_decode, workload, length, batch, backend)
+    others = [(n, "rival", partial(_decode_dense, workload, length, batch, f)) for n, f in decoders().items()]
+    for subject, role, make in ((backend, "ours", ours), *others):
+        cost = workload.decode_cost(length, batch, dense=role == "rival")
+        yield Benchmark(workload.name, length, DECODE, f"batch {batch}", subject, role, make, cost, cost.floor)
+
+
+def _noise(workload: Workload, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=device(), dtype=workload.dtype)
+
+
+def _decode(workload: Workload, length: int, batch: int, backend: BackendName) -> Calls:
+    release()
+    w, config = workload, workload.config
+    rooms = (config.num_compressed(length), length, min(length, config.window_size))
+    stores = [_noise(w, batch, room, w.kv_heads, dim) for room in rooms for dim in (w.key_dim, w.value_dim)]
+    keys = StepKeys(*stores, torch.full((batch,), length, device=device()))
+    q, gates = _noise(w, batch, 1, w.query_heads, w.key_dim), _noise(w, batch, 1, w.query_heads, 3).sigmoid()
+    call = partial(decode_attention, q, keys, gates, config, backend=backend)
+    return Calls(captured(call), call)
+
+
+def _decode_dense(workload: Workload, length: int, batch: int, attend: Callable[..., torch.Tensor]) -> Calls:
+    release()
+    w = workload
+    k, v = (_noise(w, batch, length, w.kv_heads, dim) for dim in (w.key_dim, w.value_dim))
+    call = torch.no_grad()(partial(attend, _noise(w, batch, 1, w.query_heads, w.key_dim), k, v))
+    return Calls(captured(call), call)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph, as steps of generation are, where there is a GPU."""
+    if not torch.cuda.is_available():
+        return call
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[list[Benchmark]]:
     """What has to be called for every kernel to have been: of each kind the shortest and a long one.
 
@@ -319,7 +382,7 @@ def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[li
             kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
     # The number of candidates is a constant of the selection's kernel, and grows with the length.
     found = [
-        [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
+        [b for b in kind if b.stage in ("select_blocks", DECODE) or b.length in _ends(kind)]
         for kind in kinds.values()
         if not wanted or any(b.id in wanted for b in kind)
     ]

@@ -29,7 +29,7 @@ from validation import reports
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, curves, pictured
+from validation.perf.report import TITLES, Results, curves, decoded, pictured
 from validation.perf.stages import WHOLE
 from validation.perf.timing import machine_name
 from validation.perf.workloads import PARTS, WORKLOADS, Roofs
@@ -284,12 +284,38 @@ def memory(report: Report) -> Figure | None:
     return figure
 
 
+def decode(report: Report) -> Figure | None:
+    """A step of decoding against the tokens in the cache, a panel a batch."""
+    found = decoded(report)
+    places = sorted({(workload, batch) for workload, _, batch in found})
+    if not places:
+        return None
+    figure, panels = _panels(len(places), "Decoding: one new token of each sequence", report)
+    roofs = Roofs(**report["roofs"])
+    for axes, (workload, batch) in zip(panels, places, strict=False):
+        lengths = [length for w, length, b in sorted(found) if (w, b) == (workload, batch)]
+        ours = [found[workload, length, batch][0] for length in lengths]
+        axes.plot(lengths, [r["median"] for r in ours], label=ours[0]["subject"], **OURS)
+        dense = [min((r["median"] for r in found[workload, n, batch][1]), default=None) for n in lengths]
+        if None not in dense:
+            axes.plot(lengths, dense, label="dense, the fastest", **DENSE)
+        floors = [WORKLOADS[workload].decode_cost(n, batch).floor(roofs) for n in lengths]
+        axes.plot(lengths, floors, label="floor of NSA", **FLOOR)
+        _tokens(axes, lengths)
+        _log(axes, "ms")
+        axes.set_xlabel("tokens in the cache")
+        axes.set_title(f"{workload}, {batch} sequence{'s' if batch > 1 else ''}", fontsize=10)
+        axes.legend(fontsize=8)
+    return figure
+
+
 PICTURES: dict[str, Callable[[Report], Figure | None]] = {
     "time": time,
     "speedup": speedup,
     "stages": stages,
     "roofline": roofline,
     "memory": memory,
+    "decode": decode,
 }
 
 

@@ -22,6 +22,7 @@ from textwrap import fill
 from typing import Any
 
 from validation.perf import gates, records
+from validation.perf.records import Record
 from validation.perf.workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
 from validation.runs import ACTIVE_GIB, read_log
 
@@ -129,6 +130,13 @@ CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
 both passes, {workload}:"""
+DECODING = """## Decoding
+
+Attention of one new token of each sequence over a filled cache, as a CUDA graph; dense attention likewise, by whatever
+of PyTorch takes the least time. What must be read are the compressed keys and values, those of the selected blocks and
+those of the window, once each.
+
+![Time of a step against the tokens in the cache](img/perf-decode.png)"""
 ADVICE = """- `d`, the stride of compression, is the only one that costs the square of the length: a query sees up to
   `T / d` compressed keys, twice (once for its output, once for the importance of blocks). Halving it doubles both
   stages; take the largest one at which the right blocks are still found, and more so the longer the sequences.
@@ -170,7 +178,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results)]
     parts += [beside(each, first, number) for number, each in enumerate(reports.values())]
-    parts += [choosing(report, workloads), training(report)]
+    parts += [choosing(report, workloads), training(report), decoding(report)]
     if report["failures"]:
         parts.append("## What did not run")
         parts.append(
@@ -285,6 +293,35 @@ def choosing(report: dict[str, Any], workloads: Sequence[Workload]) -> str:
         heads = [f"{title}{what}" for title in ("compress", "whole op") for what in ("", ", paper's", ", ratio")]
         parts.append(table(("choice", "tokens", *heads), rows))
     return "\n\n".join(parts)
+
+
+def decoding(report: Mapping[str, Any]) -> str:
+    """A new token of each sequence over a cache, beside the fastest dense attention of the same batch."""
+    rows = []
+    for (workload, length, batch), (ours, dense) in decoded(report).items():
+        cost = WORKLOADS[workload].decode_cost(length, batch)
+        ms, floor = ours["median"], cost.floor(Roofs(**ours["roofs"]))
+        rival = min(dense, key=lambda r: r["median"], default=None)
+        rows.append((
+            workload, _tokens(length), batch, _ms(ms), f"{cost.bytes / 2**20:.1f}", _ms(floor), _over(ms, floor),
+            f"{_ms(rival['median'])} ({rival['subject']})" if rival else "",
+            f"**{_over(rival['median'], ms)}**" if rival else "",
+        ))  # fmt: skip
+    if not rows:
+        return ""
+    names = ("workload", "cached tokens", "batch", "ms", "must read, MiB", "floor", "ms / floor", "dense", "dense / ms")
+    return f"{DECODING}\n\n{table(names, rows)}"
+
+
+def decoded(report: Mapping[str, Any]) -> dict[tuple[str, int, int], tuple[Record, list[Record]]]:
+    """What decodes, by workload, length and batch: ours and dense attention."""
+    found: dict[tuple[str, int, int], tuple[list[Record], list[Record]]] = {}
+    for record in report["results"]:
+        if record["stage"] == "decode":
+            place = record["workload"], record["length"], int(record["direction"].removeprefix("batch "))
+            ours, dense = found.setdefault(place, ([], []))
+            (ours if record["role"] == "ours" else dense).append(record)
+    return {place: (ours[0], dense) for place, (ours, dense) in sorted(found.items()) if ours}
 
 
 def training(report: Mapping[str, Any]) -> str:

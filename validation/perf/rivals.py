@@ -1,6 +1,7 @@
 """What PyTorch itself has to offer, in the shape of an implementation, to be timed beside one."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ def dense() -> Implementation:
 def flash() -> Implementation:
     """The same by FlashAttention, as PyTorch brings it, on a GPU or on a CPU."""
     return _dense("flash", SDPBackend.FLASH_ATTENTION)
+
+
+def decoders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Dense attention of a new token of each sequence, `[B, 1, Hq, D]`, to all keys, `[B, T, Hk, D]`, by names."""
+    gpu = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    backends = gpu if torch.cuda.is_available() else {"math": SDPBackend.MATH}
+
+    def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+    return {f"dense ({name})": partial(attend, backend) for name, backend in backends.items()}
 
 
 def _dense(name: str, backend: SDPBackend) -> Implementation:

@@ -187,6 +187,19 @@ class Workload:
             costs["nsa_attention", direction] = Cost(sum(x.flops for x in parts), sum(x.bytes for x in parts))
         return costs
 
+    def decode_cost(self, length: int, batch: int, dense: bool = False) -> Cost:
+        """The cost of a new token of each of `batch` sequences over a cache of `length` tokens, or of dense attention.
+
+        A query head and a key make `2 (Dk + Dv)` operations; keys and values of a KV head are read once. With `C`
+        compressed blocks these are `C + n l' + w` keys (no more of each kind than there are), or all `length`.
+        """
+        config = self.config
+        selected = min(length, config.num_selected_blocks * config.select_block_size)
+        keys = length if dense else config.num_compressed(length) + selected + min(length, config.window_size)
+        width = self.key_dim + self.value_dim
+        elements = batch * (keys * self.kv_heads * width + self.query_heads * width)
+        return Cost(2 * batch * self.query_heads * keys * width, elements * self.dtype.itemsize)
+
     def floor(self, stage: str, direction: str, length: int, roofs: Roofs) -> float:
         """The least time, in ms, of a stage or of a whole op, whose stages follow one another."""
         costs = self.costs(length)

@@ -12,7 +12,23 @@ from matplotlib.colors import to_hex
 from validation.perf import plots, records, report
 
 PEERS = records.read(Path(__file__).parents[2] / "docs" / "runs" / "stages_h200.json")
-REPORT = records.read(records.BASELINES / "nvidia-h200.json")
+
+
+def decoding(length: int, batch: int, subject: str, ms: float) -> dict[str, Any]:
+    """A record of a decoding step."""
+    place = {"workload": "W", "length": length, "stage": "decode", "direction": f"batch {batch}"}
+    role = "rival" if subject.startswith("dense") else "ours"
+    return {**place, "subject": subject, "role": role, "median": ms, "lower": ms, "upper": ms, "rounds": 5, "memory": 1}
+
+
+STEPS = [
+    decoding(length, batch, subject, ms * batch * length / 8192)
+    for length in (8192, 65536)
+    for batch in (1, 16)
+    for subject, ms in (("triton", 0.02), ("dense (cuDNN)", 0.03), ("dense (flash)", 0.025))
+]
+SAVED = records.read(records.BASELINES / "nvidia-h200.json")
+REPORT = {**SAVED, "results": [*SAVED["results"], *STEPS]}
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +110,16 @@ def all_words_are_on(figure: Any) -> None:
             box = text.get_window_extent()
             assert page.x0 <= box.x0 <= box.x1 <= page.x1, text.get_text()
             assert page.y0 <= box.y0 <= box.y1 <= page.y1, text.get_text()
+
+
+def test_decoding_is_beside_the_fastest_dense_attention() -> None:
+    figure = plots.decode(REPORT)
+    assert figure is not None
+    panels = {axes.get_title(): axes for axes in shown(figure)}
+    assert set(panels) == {"W, 1 sequence", "W, 16 sequences"}
+    lines = {line.get_label(): [*line.get_ydata()] for line in panels["W, 16 sequences"].get_lines()}
+    assert lines["triton"] == pytest.approx([0.32, 2.56])
+    assert lines["dense, the fastest"] == pytest.approx([0.4, 3.2])
 
 
 def test_speed_is_relative_to_the_fastest_dense_attention() -> None:

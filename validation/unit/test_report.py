@@ -85,6 +85,18 @@ def test_the_page_compares_with_the_fastest_dense_attention_of_each_length():
 BASELINE = records.read(records.BASELINES / "nvidia-h200.json")
 
 
+def test_decoding_is_beside_the_fastest_dense_attention() -> None:
+    results = [
+        {**record(subject, "batch 16", ms, "decode"), "role": "rival" if subject.startswith("dense") else "ours"}
+        for subject, ms in (("ours", 0.02), ("dense (cuDNN)", 0.05), ("dense (flash)", 0.04))
+    ]
+    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
+    page = render({"run.json": {**report, "results": results}})
+    line = next(line for line in page.splitlines() if line.startswith("| W | 8k | 16 |"))
+    assert line == "| W | 8k | 16 | 0.020 | 64.5 | 0.017 | 1.18 | 0.040 (dense (flash)) | **2.00** |"
+    assert "## Decoding" not in render({"run.json": {**report, "results": [record("ours", "forward", 1.0)]}})
+
+
 def speeds(ratio: float) -> str:
     """The README's part on speed, NSA's time being that of dense attention over a ratio at every length."""
     results = [

@@ -61,6 +61,15 @@ def test_operations_at_64k_are_those_worked_out_by_hand(stage, flops):
     assert f"{WORKLOADS['W'].costs(65536)[stage, 'forward'].flops:.1e}" == flops
 
 
+def test_a_step_of_decoding_reads_what_was_worked_out_by_hand():
+    """4095 blocks, 16 times 64 tokens and 512 of the window, keys and values of 4 heads and 128 dims in 2 bytes."""
+    cost, dense = (WORKLOADS["W"].decode_cost(65536, 2, dense=dense) for dense in (False, True))
+    of_queries = 2 * 64 * 256 * 2
+    assert cost.bytes == 2 * (4095 + 16 * 64 + 512) * 4 * 256 * 2 + of_queries
+    assert dense.bytes == 2 * 65536 * 4 * 256 * 2 + of_queries
+    assert dense.flops == 2 * 2 * 64 * 65536 * 256
+
+
 def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
     roofs, work = Roofs(flops=1.0, bytes=1.0), WORKLOADS["W"]
     costs = work.costs(4096)
