@@ -46,6 +46,7 @@ class Backend(Protocol):
         config: NSAConfig,
         positions: Tensor | None,
         block_positions: Tensor | None,
+        interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors, rotated and contiguous.
 
@@ -56,6 +57,7 @@ class Backend(Protocol):
             rope: `[L, D / 2, 2]`, cosines and sines.
             positions: `[T]`, those of the tokens; `0` to `T - 1` unless given.
             block_positions: `[C]`, those of the blocks; `i d` unless given.
+            interleaved: whether neighbours make a pair, or elements of the two halves.
         """
 
     def compressed_attention(

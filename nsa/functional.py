@@ -158,6 +158,7 @@ def apply_rope(
     *,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | PackedSequences | None = None,
+    interleaved: bool = True,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotary position embedding of queries and of the keys of all branches (RoFormer, arXiv 2104.09864).
@@ -173,6 +174,7 @@ def apply_rope(
         positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
             must be below `L`, which is checked on a CPU; rows of others come out as NaN.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
+        interleaved: pairs are dimensions `2 i` and `2 i + 1`; else `i` and `i + D / 2`, as in `transformers`.
 
     Returns:
         The four rotated, contiguous, in their dtype.
@@ -198,7 +200,7 @@ def apply_rope(
         check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
     implementation = load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
-    return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions)
+    return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions, interleaved)
 
 
 def pack_sequences(

@@ -166,6 +166,7 @@ class NativeSparseAttention(nn.Module):
         gate_activation: `"sigmoid"`, or `"softmax"` over the branches.
         gate_per_head: whether each query head has gates of its own.
         gate_hidden: hidden width of the gate's MLP (section 3.2; SiLU); 0 makes it a linear map.
+        rope_interleaved: whether RoPE turns neighbouring dimensions, or else those of the two halves of a head.
 
     Raises:
         TypeError: a size or number of heads that is not an integer, a `config` of another type.
@@ -186,6 +187,7 @@ class NativeSparseAttention(nn.Module):
         gate_activation: Literal["sigmoid", "softmax"] = "sigmoid",
         gate_per_head: bool = True,
         gate_hidden: int = 0,
+        rope_interleaved: bool = True,
     ):
         super().__init__()
         dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
@@ -208,7 +210,7 @@ class NativeSparseAttention(nn.Module):
         self.wo = nn.Linear(num_heads * head_dim, dim, bias=False)
         if gate_activation not in ("sigmoid", "softmax"):
             raise ValueError(f"gate_activation must be 'sigmoid' or 'softmax', got {gate_activation!r}")
-        self.gate_activation = gate_activation
+        self.gate_activation, self.rope_interleaved = gate_activation, rope_interleaved
         gates, hidden = 3 * (num_heads if gate_per_head else 1), integer("gate_hidden", gate_hidden, 0)
         layers = [nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates)] if hidden else []
         self.wg = nn.Sequential(*layers) if layers else nn.Linear(dim, gates)
@@ -308,7 +310,8 @@ class NativeSparseAttention(nn.Module):
             if self.head_dim % 2:
                 raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
             tensors = (q, k_cmp, k_slc, k_win)
-            q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, cu_seqlens=packed, backend=self.backend)
+            kind: dict[str, Any] = {"interleaved": self.rope_interleaved, "backend": self.backend}
+            q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, cu_seqlens=packed, **kind)
         out, used = nsa_attention(
             q,
             k_cmp,
@@ -364,7 +367,9 @@ class NativeSparseAttention(nn.Module):
             return self._step(q, keys, values, gates, rope, cache)
 
         def rotated(tensor: Tensor, first: int, step: int = 1) -> Tensor:
-            return tensor if rope is None else rotate(tensor, rope[first : first + tensor.shape[1] * step : step])
+            if rope is None:
+                return tensor
+            return rotate(tensor, rope[first : first + tensor.shape[1] * step : step], self.rope_interleaved)
 
         def compressed(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
             k_cmp, v_cmp = self._compress(k, v)
@@ -396,7 +401,7 @@ class NativeSparseAttention(nn.Module):
         def rotated(tensor: Tensor, positions: Tensor) -> Tensor:
             if rope is None:
                 return tensor
-            return rotate(tensor.transpose(0, 1), rope[positions]).transpose(0, 1)
+            return rotate(tensor.transpose(0, 1), rope[positions], self.rope_interleaved).transpose(0, 1)
 
         def compressed(k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
             k_cmp, v_cmp = self._compress(k, v)

@@ -2,13 +2,14 @@
 
     python -m validation.offline sm86 float32 256     # architecture, dtype, head dim
 
-prints a JSON object: for each kernel of a forward and a backward pass of `nsa_attention`, in groups of 2 query heads,
-the most bytes of shared memory that one of its programs takes.
+prints a JSON object: for each kernel of forward and backward passes and of decoding, in groups of 2 query heads, the
+most bytes of shared memory that one of its programs takes. What the compiler refuses and the interpreter takes, fails.
 """
 
 import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nsa import NSAConfig, kernels, nsa_attention
+from nsa import (
+    NativeSparseAttention,
+    NSAConfig,
+    StepKeys,
+    apply_rope,
+    compress_keys_and_values,
+    decode_attention,
+    kernels,
+    nsa_attention,
+    rope_table,
+)
 from nsa.kernels import configs
 
 TOKENS = 1024  # lengths are no constants of a kernel
@@ -91,6 +102,18 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
     inputs = [draw(TOKENS, 2, head_dim), *blocks, *keys, draw(TOKENS, 2, 3)]
     out = nsa_attention(*inputs, config, backend="triton")  # type: ignore[arg-type]
     torch.autograd.grad(out, inputs, torch.zeros_like(out))
+    table = rope_table(TOKENS, head_dim)
+    for interleaved in (True, False):
+        kind: dict[str, Any] = {"interleaved": interleaved, "backend": "triton"}
+        rotated = apply_rope(*inputs[:2], *keys[:2], table, config, **kind)  # type: ignore[misc]
+        torch.autograd.grad(rotated, [*inputs[:2], *keys[:2]], [torch.zeros_like(x) for x in rotated])
+    layer = NativeSparseAttention(16, 2, 1, head_dim, config)
+    for compression, params in (("mean", None), ("mlp", layer.compress_k.params())):
+        settings: Any = replace(config, compression=compression)
+        pair = compress_keys_and_values(*keys[:2], params, params, settings, backend="triton")
+        torch.autograd.grad(pair, keys[:2], [torch.zeros_like(x) for x in pair])
+    steps = StepKeys(*(x.detach() for x in (*blocks, *keys)), torch.zeros(1, dtype=torch.int64))  # type: ignore[call-arg]
+    decode_attention(inputs[0][:, :1], steps, inputs[-1][:, :1], config, backend="triton")
     return found
 
 

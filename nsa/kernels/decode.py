@@ -40,7 +40,7 @@ from nsa.kernels.select import best_candidates
 from nsa.ops import accumulation_dtype
 
 _KEYS = 64
-"""Keys that a program has at a time."""
+"""Keys that a program has at a time, at most."""
 
 _MOST_SPLITS = 32
 
@@ -327,7 +327,10 @@ def decode_attention(
     kv_heads, group, rows = k_slc.shape[2], heads.group, batch * num_queries
     wanted, size, window = config.num_selected_blocks, config.select_block_size, config.window_size
     num_tokens, capacity = k_slc.shape[1], k_cmp.shape[1]
-    num_blocks, keys = cdiv(num_tokens, size), min(_KEYS, size)
+    num_blocks = cdiv(num_tokens, size)
+    # Wide rows come fewer at a time: three steps of keys and values lie in shared memory.
+    row_bytes = (q.shape[3] + v_slc.shape[3]) * q.element_size()
+    keys = min(size, max(16, _KEYS * 512 // next_power_of_2(max(512, row_bytes))))
     # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
     wave = cdiv(_PROGRAMS * multiprocessors(q.device), rows * kv_heads)
     parts = _Parts(

@@ -5,6 +5,8 @@ The pair of dimensions `2 i` and `2 i + 1` of a row at position `p` is turned by
     y[2 i]     = x[2 i] cos - x[2 i + 1] sin
     y[2 i + 1] = x[2 i] sin + x[2 i + 1] cos
 
+or, where pairs are not interleaved, that of dimensions `i` and `i + D / 2`.
+
 The inverse of a rotation is its transpose, so the gradient is the same with the angle negated.
 
 Each of the tensors `[B, T, H, D]` is read as rows, (token, head) pairs, in tiles of one batch row. Programs are
@@ -34,7 +36,7 @@ _LENGTHS = ("batch", "num_tokens", "num_blocks", "num_angles", "query_tiles", "b
 def _rotate_tile(
     program, tiles, x, out, table, positions, batch, num_tokens, num_angles, x_batch, x_token, x_head,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr, INVERSE: tl.constexpr,
+    ACC: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one tensor, if the program is one of its own: `tiles` for each of its batch rows."""
     if (program >= 0) & (program < tiles * batch):
@@ -46,19 +48,34 @@ def _rotate_tile(
             position = token * STRIDE
         else:
             position = tl.load(positions + token, mask=live, other=0).to(tl.int64)
-        column = tl.arange(0, WIDTH)
-        inside = live[:, None] & (column < DIM)[None, :]
-        pointers = x + batch_row * x_batch + (token * x_token + row % HEADS * x_head)[:, None] + column[None, :]
-        even, odd = tl.split(tl.load(pointers, mask=inside, other=0.0).to(ACC).reshape(ROWS, WIDTH // 2, 2))
         # A position without an angle is an error that nobody could report from here, so its row is NaN.
-        known = inside & ((position >= 0) & (position < num_angles))[:, None]
-        angles = tl.load(table + position[:, None] * DIM + column[None, :], mask=known, other=float("nan"))
-        cos, sin = tl.split(angles.to(ACC).reshape(ROWS, WIDTH // 2, 2))
+        known = live & (position >= 0) & (position < num_angles)
+        source = x + batch_row * x_batch + (token * x_token + row % HEADS * x_head)[:, None]
+        target = out + ((batch_row * num_tokens * HEADS + row) * DIM)[:, None]
+        angles = table + position[:, None] * DIM
+        if INTERLEAVED:
+            column = tl.arange(0, WIDTH)[None, :]
+            inside = live[:, None] & (column < DIM)
+            a, b = tl.split(tl.load(source + column, mask=inside, other=0.0).to(ACC).reshape(ROWS, WIDTH // 2, 2))
+            both = tl.load(angles + column, mask=inside & known[:, None], other=float("nan"))
+            cos, sin = tl.split(both.to(ACC).reshape(ROWS, WIDTH // 2, 2))
+        else:
+            column = tl.arange(0, WIDTH // 2)[None, :]
+            inside = live[:, None] & (column < DIM // 2)
+            a = tl.load(source + column, mask=inside, other=0.0).to(ACC)
+            b = tl.load(source + DIM // 2 + column, mask=inside, other=0.0).to(ACC)
+            cos = tl.load(angles + 2 * column, mask=inside & known[:, None], other=float("nan")).to(ACC)
+            sin = tl.load(angles + 2 * column + 1, mask=inside & known[:, None], other=float("nan")).to(ACC)
         if INVERSE:
             sin = -sin
-        rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(ROWS, WIDTH)
-        target = out + ((batch_row * num_tokens * HEADS + row) * DIM)[:, None] + column[None, :]
-        tl.store(target, rotated.to(out.dtype.element_ty), mask=inside)
+        first = a * cos - b * sin
+        second = a * sin + b * cos
+        if INTERLEAVED:
+            rotated = tl.join(first, second).reshape(ROWS, WIDTH)
+            tl.store(target + column, rotated.to(out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(target + column, first.to(out.dtype.element_ty), mask=inside)
+            tl.store(target + DIM // 2 + column, second.to(out.dtype.element_ty), mask=inside)
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -67,27 +84,27 @@ def _rope_kernel(
     num_blocks, num_angles, query_tiles, block_tiles, key_tiles, q_batch, q_token, q_head, cmp_batch, cmp_token,
     cmp_head, slc_batch, slc_token, slc_head, win_batch, win_token, win_head, STRIDE: tl.constexpr,
     QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    ACC: tl.constexpr, INVERSE: tl.constexpr,
+    ACC: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     _rotate_tile(
         program, query_tiles, q, q_out, table, positions, batch, num_tokens, num_angles, q_batch, q_token, q_head,
-        1, QUERY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE,
+        1, QUERY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE, INTERLEAVED,
     )  # fmt: skip
     program -= query_tiles * batch
     _rotate_tile(
         program, block_tiles, k_cmp, cmp_out, table, block_positions, batch, num_blocks, num_angles, cmp_batch,
-        cmp_token, cmp_head, STRIDE, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE,
+        cmp_token, cmp_head, STRIDE, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE, INTERLEAVED,
     )  # fmt: skip
     program -= block_tiles * batch
     _rotate_tile(
         program, key_tiles, k_slc, slc_out, table, positions, batch, num_tokens, num_angles, slc_batch, slc_token,
-        slc_head, 1, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE,
+        slc_head, 1, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE, INTERLEAVED,
     )  # fmt: skip
     program -= key_tiles * batch
     _rotate_tile(
         program, key_tiles, k_win, win_out, table, positions, batch, num_tokens, num_angles, win_batch, win_token,
-        win_head, 1, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE,
+        win_head, 1, KEY_HEADS, DIM, WIDTH, ROWS, ACC, INVERSE, INTERLEAVED,
     )  # fmt: skip
 
 
@@ -101,6 +118,7 @@ def _rotate(
     positions: Tensor | None,
     block_positions: Tensor | None,
     stride: int,
+    interleaved: bool,
     *,
     inverse: bool,
 ) -> Rotated:
@@ -125,7 +143,8 @@ def _rotate(
             _rope_kernel[(programs, 1, 1)](
                 q, k_cmp, k_slc, k_win, *outs, table.contiguous(), positions, block_positions, batch, q.shape[1],
                 k_cmp.shape[1], table.shape[0], *tiles, *strides, STRIDE=stride, QUERY_HEADS=query_heads,
-                KEY_HEADS=k_slc.shape[2], DIM=dim, WIDTH=width, ROWS=rows, ACC=acc, INVERSE=inverse, num_warps=4,
+                KEY_HEADS=k_slc.shape[2], DIM=dim, WIDTH=width, ROWS=rows, ACC=acc, INVERSE=inverse,
+                INTERLEAVED=interleaved, num_warps=4,
             )  # fmt: skip
     return outs
 
@@ -139,8 +158,9 @@ def _forward(
     positions: Tensor | None,
     block_positions: Tensor | None,
     stride: int,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _rotate((q, k_cmp, k_slc, k_win), table, positions, block_positions, stride, inverse=False)
+    return _rotate((q, k_cmp, k_slc, k_win), table, positions, block_positions, stride, interleaved, inverse=False)
 
 
 def _backward(
@@ -152,8 +172,9 @@ def _backward(
     positions: Tensor | None,
     block_positions: Tensor | None,
     stride: int,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _rotate((dq, dk_cmp, dk_slc, dk_win), table, positions, block_positions, stride, inverse=True)
+    return _rotate((dq, dk_cmp, dk_slc, dk_win), table, positions, block_positions, stride, interleaved, inverse=True)
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -182,6 +203,8 @@ def apply_rope(
     config: NSAConfig,
     positions: Tensor | None,
     block_positions: Tensor | None,
+    interleaved: bool,
 ) -> Rotated:
     """The four, rotated; see `nsa.functional.apply_rope`."""
-    return cast(Rotated, _rope(q, k_cmp, k_slc, k_win, rope, positions, block_positions, config.compress_stride))
+    rest = (positions, block_positions, config.compress_stride, interleaved)
+    return cast(Rotated, _rope(q, k_cmp, k_slc, k_win, rope, *rest))

@@ -686,6 +686,22 @@ _COMPRESSION_KERNELS = [
 
 _ROPE_KERNEL = [
     Fault(
+        "second-half-begins-at-a-power-of-two",
+        "RoPE of pairs of two halves takes the second half to begin in the middle of the padded row",
+        "kernels/rope.py",
+        "b = tl.load(source + DIM // 2 + column",
+        "b = tl.load(source + WIDTH // 2 + column",
+        ("test_rope.py::test_pairs_of_two_halves_are_neighbours_elsewhere[24-whole-triton]",),
+    ),
+    Fault(
+        "eager-halves-taken-for-neighbours",
+        "RoPE of pairs of two halves puts what it has turned beside one another",
+        "eager/rope.py",
+        "a * sin + b * cos), of_pair)",
+        "a * sin + b * cos), -1)",
+        ("test_rope.py::test_pairs_of_two_halves_are_neighbours_elsewhere[16-whole-eager]",),
+    ),
+    Fault(
         "positions-taken-for-contiguous",
         "RoPE reads positions one after the other in memory, whatever their strides",
         "kernels/rope.py",

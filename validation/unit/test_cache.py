@@ -30,8 +30,10 @@ KERNELS = config((16, 8, 16), 3, 12)
 each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
-def make(settings: NSAConfig, backend: str = "eager", dtype: torch.dtype = torch.float64) -> NativeSparseAttention:
-    layer = NativeSparseAttention(DIM, HEADS, KV_HEADS, HEAD_DIM, settings, backend=backend)
+def make(
+    settings: NSAConfig, backend: str = "eager", dtype: torch.dtype = torch.float64, **options: Any
+) -> NativeSparseAttention:
+    layer = NativeSparseAttention(DIM, HEADS, KV_HEADS, HEAD_DIM, settings, backend=backend, **options)
     return layer.to(dtype)
 
 
@@ -67,6 +69,14 @@ def test_piece_by_piece(size: int, name: str) -> None:
     layer, x = make(CONFIGS[name]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
     pieces = [size] * (TOKENS // size) + [1] * (TOKENS % size)
     check(layer, feed(layer, layer.make_cache(1, TOKENS), x, *pieces), x)
+
+
+def test_pieces_with_pairs_of_two_halves() -> None:
+    layer, x = make(CONFIGS["mlp"], rope_interleaved=False), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    found = feed(layer, layer.make_cache(1, TOKENS), x, 40, 1, 1, TOKENS - 42)
+    check(layer, found, x)
+    layer.rope_interleaved = True
+    assert not torch.equal(layer(x, rope_table(TOKENS, HEAD_DIM)), found[0])
 
 
 @pytest.mark.parametrize("sizes", [(61,), (40, 1, 1, 1, 18), (15, 2, 30, 14)])

@@ -270,7 +270,7 @@ def compress_learned_backward(name: str, namespace: str, x: Tensors) -> tuple:
 
 def rope(name: str, namespace: str, x: Tensors) -> tuple:
     table = rope_table(CASE.num_keys, CASE.key_dim, device=x["q"].device)
-    return (*(x[key] for key in ("q", "k_cmp", "k_slc", "k_win")), table, None, None, ALL_BLOCKS.compress_stride)
+    return (*(x[key] for key in ("q", "k_cmp", "k_slc", "k_win")), table, None, None, ALL_BLOCKS.compress_stride, True)
 
 
 BRANCHES = ("compressed_attention", "selected_attention", "sliding_window_attention")

@@ -124,7 +124,7 @@ def test_blocks_fit_into_shared_memory(architecture, kilobytes, dtype, head_dim)
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     shared = json.loads(done.stdout)
-    assert any(name.startswith("selected_by_block") for name in shared)
+    assert {"selected_by_block", "rope", "compress", "decode"} <= {name.partition(".")[0] for name in shared}
     assert {name: size for name, size in shared.items() if size > kilobytes * 1024} == {}
 
 
@@ -235,7 +235,7 @@ def launch_compress(q, k, lse, indices, config):
 
 def launch_rope(q, k, lse, indices, config):
     table = torch.zeros(16, 8, 2)
-    import_module("nsa.kernels.rope").apply_rope(q, k[:, :1], k[:, :1], k[:, :1], table, config, None, None)
+    import_module("nsa.kernels.rope").apply_rope(q, k[:, :1], k[:, :1], k[:, :1], table, config, None, None, True)
 
 
 def launch_combine(q, k, lse, indices, config):

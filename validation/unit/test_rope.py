@@ -64,6 +64,39 @@ def check(actual: Any, tensors: dict[str, Tensor], rope: Tensor, at: tuple[Tenso
 
 @each_backend
 @pytest.mark.parametrize("kind", ["whole", "part", "packed"])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: str, kind: str, dim: int) -> None:
+    """Rotating the halves is rotating neighbours in another order of the dimensions, to the bit, gradients too."""
+    order = torch.arange(dim).view(2, dim // 2).T.flatten()  # of halves, so that pairs are neighbours
+    given = expected_positions(kind)[0]
+    halves = {name: x.detach().requires_grad_() for name, x in draw(dim, torch.float32).items()}
+    neighbours = {name: x.detach()[..., order].requires_grad_() for name, x in halves.items()}
+    outs = []
+    for tensors, interleaved in ((halves, False), (neighbours, True)):
+        rotated = apply_rope(
+            *tensors.values(), rope_table(64, dim), CONFIG, **given, interleaved=interleaved, backend=backend
+        )
+        cotangents = [torch.linspace(-1, 1, x.numel()).view_as(x) for x in rotated]
+        cotangents = cotangents if not interleaved else [x[..., order] for x in cotangents]
+        outs.append([*rotated, *torch.autograd.grad(rotated, list(tensors.values()), cotangents)])
+    for x, y in zip(*outs, strict=True):
+        assert_equal(x[..., order], y, what="rotated, and gradients")
+
+
+@each_backend
+def test_pairs_of_two_halves_are_those_of_transformers(backend: str) -> None:
+    """`x cos + rotate_half(x) sin`, cosines and sines repeated, as models of `transformers` have it."""
+    tensors, angles = draw(16, torch.float32), torch.outer(torch.arange(64.0), 500.0 ** -(torch.arange(0, 16, 2) / 16))
+    cos, sin = (torch.cat((x, x), -1)[:TOKENS, None] for x in (angles.cos(), angles.sin()))
+    table = torch.stack((angles.cos(), angles.sin()), -1)
+    found = apply_rope(*tensors.values(), table, CONFIG, interleaved=False, backend=backend)[0]
+    first, second = tensors["q"].chunk(2, -1)
+    expected = tensors["q"] * cos + torch.cat((-second, first), -1) * sin
+    assert_matches(found, expected.double(), what="q")
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["whole", "part", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [16, 24])
 def test_matches_its_definition(backend: str, kind: str, dtype: torch.dtype, dim: int, monkeypatch) -> None:
@@ -82,7 +115,7 @@ def test_the_kernel_takes_any_even_head_dim(dim: int) -> None:
     tensors = {name: x.requires_grad_() for name, x in draw(dim, torch.float32, 2).items()}
     _, *at = expected_positions("whole")
     rope = rope_table(TOKENS, dim)
-    check(kernel.apply_rope(*tensors.values(), rope, CONFIG, None, None), tensors, rope, (at[0], at[1]))
+    check(kernel.apply_rope(*tensors.values(), rope, CONFIG, None, None, True), tensors, rope, (at[0], at[1]))
 
 
 @each_backend
@@ -148,7 +181,7 @@ def test_positions_without_angles_show(implementation: Any) -> None:
     """Where nobody can look at positions, nothing outside of the table is read."""
     tensors = draw(16, torch.float32)
     positions = torch.arange(TOKENS) - 1
-    outs = implementation.apply_rope(*tensors.values(), rope_table(40, 16), CONFIG, positions, None)
+    outs = implementation.apply_rope(*tensors.values(), rope_table(40, 16), CONFIG, positions, None, True)
     outside = (positions < 0) | (positions >= 40)
     for name, x in zip(NAMES, outs, strict=True):
         wanted = outside if name != "k_cmp" else torch.zeros(x.shape[1], dtype=torch.bool)
