@@ -1,5 +1,6 @@
 """Compressed blocks: the parameters that map a block to one vector, and where blocks start (section 3.3.1)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ class CompressionParams(NamedTuple):
     position: Tensor
     weight: Tensor
     weight_out: Tensor | None = None
+
+
+BlockFunction = Callable[[Tensor], Tensor]
+"""Any map of blocks to vectors, `[B, C, Hk, l, D] -> [B, C, Hk, D]`, phi of equation 7."""
 
 
 class BlockStarts(NamedTuple):
@@ -60,3 +65,20 @@ def block_starts(
     sequence = sequence.clamp(max=ends.shape[0] - 1)
     positions = (block - (ends - counts)[sequence]) * config.compress_stride * filled
     return BlockStarts((bounds[sequence] + positions) * filled, positions, filled)
+
+
+def compress_by(function: BlockFunction, x: Tensor, starts: BlockStarts, config: NSAConfig) -> Tensor:
+    """Vectors `[B, C, Hk, D]` of the blocks of `x [B, T, Hk, D]`; 0 for those that are not filled.
+
+    Raises:
+        ValueError: the function returns another shape.
+    """
+    tokens = starts.tokens[:, None] + torch.arange(config.compress_block_size, device=x.device)
+    blocks = x[:, tokens].transpose(2, 3)
+    if starts.filled is not None:
+        blocks = torch.where(starts.filled[:, None, None, None], blocks, 0)
+    out = function(blocks)
+    if out.shape[:-1] != blocks.shape[:3]:
+        expected = f"[B, C, Hk, D] = ({', '.join(map(str, blocks.shape[:3]))}, D)"
+        raise ValueError(f"params must be a function to shape {expected}, got one to {tuple(out.shape)}")
+    return out if starts.filled is None else torch.where(starts.filled[:, None, None], out, 0)

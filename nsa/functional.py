@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nsa import eager
 from nsa.backends import Backend, BackendName
-from nsa.blocks import CompressionParams, block_starts
+from nsa.blocks import BlockFunction, CompressionParams, block_starts, compress_by
 from nsa.checks import (
     check_attention,
     check_backend,
@@ -53,7 +53,7 @@ from nsa.varlen import PackedSequences, Varlen, make_tables
 
 def compress(
     x: Tensor,
-    params: CompressionParams | None,
+    params: CompressionParams | BlockFunction | None,
     config: NSAConfig,
     *,
     cu_seqlens: Tensor | PackedSequences | None = None,
@@ -66,7 +66,9 @@ def compress(
 
     Args:
         x: `[B, T, Hk, D]`, unrotated.
-        params: what `config.compression` calls for; cast to the dtype of `x`.
+        params: what `config.compression` calls for; cast to the dtype of `x`. Or any function of blocks,
+            `[B, C, Hk, l, D] -> [B, C, Hk, D]`, whatever `config.compression` is; the blocks take `l / d` times the
+            memory of `x`.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences.
 
     Returns:
@@ -78,8 +80,8 @@ def compress(
 def compress_keys_and_values(
     k: Tensor,
     v: Tensor,
-    k_params: CompressionParams | None,
-    v_params: CompressionParams | None,
+    k_params: CompressionParams | BlockFunction | None,
+    v_params: CompressionParams | BlockFunction | None,
     config: NSAConfig,
     *,
     cu_seqlens: Tensor | PackedSequences | None = None,
@@ -101,7 +103,7 @@ def compress_keys_and_values(
 
 def _compress(
     tensors: dict[str, Tensor],
-    params: list[CompressionParams | None],
+    params: list[CompressionParams | BlockFunction | None],
     config: NSAConfig,
     cu_seqlens: Tensor | PackedSequences | None,
     backend: BackendName,
@@ -112,12 +114,22 @@ def _compress(
         check_tensor(name, x, "[B, T, Hk, D]", like=xs[0])
         if x is not xs[0]:
             check_tensor(name, x, "[B, T, Hk, D]", shape=(*xs[0].shape[:3], x.shape[3]), dtype=xs[0].dtype)
-        check_params(learned, x, config)
+        if not callable(learned):
+            check_params(learned, x, config)
     packed = pack_tokens(xs[0], cu_seqlens, config, keys_alone=True)
+    if any(map(callable, params)):
+        starts = block_starts(xs[0].shape[1], config, device=xs[0].device) if packed is None else packed.blocks
+        return tuple(
+            compress_by(p, x, starts, config).to(x.dtype)
+            if callable(p)
+            else _compress({name: x}, [p], config, packed, backend)[0]
+            for (name, x), p in zip(tensors.items(), params, strict=True)
+        )
+    given = [p for p in params if p is None or isinstance(p, CompressionParams)]
     implementation = load_backend(backend, config, *xs)
     learned_tensors = {
         f"{'params' if len(xs) == 1 else f'{name}_params'}.{field}": p
-        for name, learned in zip(tensors, params, strict=True)
+        for name, learned in zip(tensors, given, strict=True)
         for field, p in (learned._asdict().items() if learned is not None else ())
         if p is not None
     }
@@ -125,7 +137,7 @@ def _compress(
     blocks = None if packed is None else packed.blocks
     if blocks is None and implementation is eager:
         blocks = block_starts(xs[0].shape[1], config, device=xs[0].device)
-    outs = implementation.compress(xs, params, config, blocks)
+    outs = implementation.compress(xs, given, config, blocks)
     # Under autocast products come in another dtype than the keys that they stand beside.
     return tuple(out.to(x.dtype) for out, x in zip(outs, xs, strict=True))
 

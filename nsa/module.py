@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa.backends import BackendName
-from nsa.blocks import CompressionParams
+from nsa.blocks import BlockFunction, CompressionParams
 from nsa.cache import KVCache, computed_dtype
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
@@ -149,6 +149,11 @@ class Compressor(nn.Module):
         return compress(x, self.params(), self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
+def _params(compressor: Compressor | BlockFunction) -> CompressionParams | BlockFunction | None:
+    """What `compress` takes."""
+    return compressor.params() if isinstance(compressor, Compressor) else compressor
+
+
 class NativeSparseAttention(nn.Module):
     """Causal self-attention with three gated branches over their own keys and values (section 3.3.3).
 
@@ -167,6 +172,9 @@ class NativeSparseAttention(nn.Module):
         gate_per_head: whether each query head has gates of its own.
         gate_hidden: hidden width of the gate's MLP (section 3.2; SiLU); 0 makes it a linear map.
         rope_interleaved: whether RoPE turns neighbouring dimensions, or else those of the two halves of a head.
+        phi: functions of blocks `[B, C, Hk, l, D] -> [B, C, Hk, D]` for keys and for values (equation 7), in place of
+            what `config.compression` says. The parameters of modules among them are the layer's; they start as they
+            are.
 
     Raises:
         TypeError: a size or number of heads that is not an integer, a `config` of another type.
@@ -188,6 +196,7 @@ class NativeSparseAttention(nn.Module):
         gate_per_head: bool = True,
         gate_hidden: int = 0,
         rope_interleaved: bool = True,
+        phi: tuple[BlockFunction, BlockFunction] | None = None,
     ):
         super().__init__()
         dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
@@ -214,16 +223,19 @@ class NativeSparseAttention(nn.Module):
         gates, hidden = 3 * (num_heads if gate_per_head else 1), integer("gate_hidden", gate_hidden, 0)
         layers = [nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates)] if hidden else []
         self.wg = nn.Sequential(*layers) if layers else nn.Linear(dim, gates)
-        self.compress_k = Compressor(num_kv_heads, head_dim, config)
-        self.compress_v = Compressor(num_kv_heads, head_dim, config)
+        if phi is None:
+            phi = Compressor(num_kv_heads, head_dim, config), Compressor(num_kv_heads, head_dim, config)
+        self.compress_k, self.compress_v = phi
         self.reset_parameters()
 
     def initial_std(self) -> dict[str, float]:
-        """Standard deviation each parameter starts with, by name; biases of 0 start all gates alike."""
-        std = {name: 0.0 if name.endswith("bias") else INIT_STD for name, _ in self.named_parameters()}
+        """Standard deviation that parameters start with, by name; biases of 0 start all gates alike."""
+        own = [name for name, _ in self.named_parameters() if not name.startswith("compress_")]
+        std = {name: 0.0 if name.endswith("bias") else INIT_STD for name in own}
         for name in ("compress_k", "compress_v"):
-            compressor: Compressor = getattr(self, name)
-            std |= {f"{name}.{key}": value for key, value in compressor.initial_std().items()}
+            compressor = getattr(self, name)
+            if isinstance(compressor, Compressor):
+                std |= {f"{name}.{key}": value for key, value in compressor.initial_std().items()}
         return std
 
     @torch.no_grad()
@@ -231,7 +243,8 @@ class NativeSparseAttention(nn.Module):
         """Draws every parameter anew from the global generator."""
         std = self.initial_std()
         for name, parameter in self.named_parameters():
-            parameter.normal_(std=std[name])
+            if name in std:
+                parameter.normal_(std=std[name])
 
     def forward(
         self,
@@ -330,7 +343,7 @@ class NativeSparseAttention(nn.Module):
         return out.flatten(2), used
 
     def _compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
-        params = self.compress_k.params(), self.compress_v.params()
+        params = _params(self.compress_k), _params(self.compress_v)
         return compress_keys_and_values(k, v, *params, self.config, cu_seqlens=packed, backend=self.backend)
 
     def make_cache(

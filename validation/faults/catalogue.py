@@ -203,8 +203,8 @@ _MODULE = [
         "values-compressed-like-keys",
         "values go through the compression of keys",
         "module.py",
-        "params = self.compress_k.params(), self.compress_v.params()",
-        "params = self.compress_k.params(), self.compress_k.params()",
+        "params = _params(self.compress_k), _params(self.compress_v)",
+        "params = _params(self.compress_k), _params(self.compress_k)",
         ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mlp]",),
     ),
 ]
@@ -626,6 +626,22 @@ _EAGER = [
 ]
 
 _COMPRESSION_KERNELS = [
+    Fault(
+        "functions-see-blocks-one-late",
+        "a function of blocks gets the tokens after those of each block",
+        "blocks.py",
+        "tokens = starts.tokens[:, None] + torch.arange(config.compress_block_size, device=x.device)",
+        "tokens = starts.tokens[:, None] + 1 + torch.arange(config.compress_block_size, device=x.device)",
+        ("test_compress.py::test_a_function_of_blocks_gives_what_the_kind_it_computes_does[packed]",),
+    ),
+    Fault(
+        "functions-fill-what-is-no-block",
+        "what a function makes of nothing stands for blocks of packed sequences that do not exist",
+        "blocks.py",
+        "return out if starts.filled is None else torch.where(starts.filled[:, None, None], out, 0)",
+        "return out",
+        ("test_compress.py::test_a_function_of_blocks_gives_what_the_kind_it_computes_does[packed]",),
+    ),
     Fault(
         "mean-gradient-misses-a-block",
         "a token has no gradient from the first of the blocks it belongs to",

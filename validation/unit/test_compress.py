@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nsa import CompressionParams, NSAConfig, compress, compress_keys_and_values, pack_sequences
+from nsa import (
+    CompressionParams,
+    NativeSparseAttention,
+    NSAConfig,
+    compress,
+    compress_keys_and_values,
+    pack_sequences,
+    rope_table,
+)
+from nsa.blocks import BlockFunction
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import Case, config, draw, draw_cotangent, whole
 from validation.unit.forced import Watched, fresh_memory_is_poisoned
@@ -128,3 +137,79 @@ def test_derivatives_by_parameters_are_refused_like_those_by_keys(backend: str) 
         blocks(forward_ad.make_dual(position, torch.ones_like(position)))
     with pytest.raises(ValueError, match=r"params\.position must be differentiated by torch\.autograd"):
         torch.func.grad(lambda p: blocks(p).sum())(position)
+
+
+# Compression by any function of blocks.
+
+
+def as_mlp(given: CompressionParams) -> BlockFunction:
+    """What the `"mlp"` kind computes, as a function of blocks `[B, C, Hk, l, D]`."""
+
+    def phi(blocks: Tensor) -> Tensor:
+        rows = (blocks + given.position).flatten(3)
+        assert given.weight_out is not None
+        hidden = torch.einsum("bchi,hif->bchf", rows, given.weight)
+        return torch.einsum("bchf,hfd->bchd", torch.nn.functional.silu(hidden), given.weight_out)
+
+    return phi
+
+
+@pytest.mark.parametrize("lengths", [whole(70), whole(20, 7, 0, 43)], ids=["whole", "packed"])
+def test_a_function_of_blocks_gives_what_the_kind_it_computes_does(lengths) -> None:
+    settings = config((16, 8, 16), 3, 12, compression="mlp")
+    case = Case("function", lengths, settings, key_dim=16, value_dim=16)
+    x = draw(case, torch.float64)
+    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": "eager"}
+    learned = params(x, "k")
+    assert learned is not None
+    leaves = [t.detach().requires_grad_() for t in (x["k"], *learned)]
+    found = []
+    for kind in (CompressionParams(*leaves[1:]), as_mlp(CompressionParams(*leaves[1:]))):
+        out = compress(leaves[0], kind, settings, **packing)
+        found.append([out, *torch.autograd.grad(out, leaves, draw_cotangent(case, out, out.dtype))])
+    for name, expected, actual in zip(("blocks", *KINDS), *found, strict=True):
+        assert_matches(actual, expected, what=name or "gradient of k", reduction=16 * 16)
+
+
+@each_backend
+def test_a_function_stands_beside_parameters(backend: str) -> None:
+    settings = config((16, 8, 16), 3, 12, compression="mlp")
+    case = Case("beside", whole(40), settings, key_dim=16, value_dim=16)
+    x = draw(case, torch.float32)
+    k_cmp, v_cmp = compress_keys_and_values(
+        x["k"], x["v"], lambda blocks: blocks.amax(3), params(x, "v"), settings, backend=backend
+    )
+    expected = torch.stack([x["k"][:, start : start + 16].amax(1) for start in range(0, 32, 8)], 1)
+    assert_equal(k_cmp, expected, what="keys")
+    assert_equal(v_cmp, compress(x["v"], params(x, "v"), settings, backend=backend), what="values")
+
+
+def test_a_function_to_another_shape_is_refused() -> None:
+    message = r"^params must be a function to shape \[B, C, Hk, D\] = \(1, 4, 2, D\), got one to \(1, 4, 2\)$"
+    with pytest.raises(ValueError, match=message):
+        compress(torch.randn(1, 40, 2, 16), lambda blocks: blocks.sum((3, 4)), config((16, 8, 16), 3, 12))
+
+
+class Weighted(torch.nn.Module):
+    """A learned mean over the tokens of a block."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, length))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return torch.einsum("bchld,l->bchd", blocks, self.weight.softmax(0))
+
+
+def test_a_layer_takes_functions_of_blocks() -> None:
+    """Its parameters are the layer's and keep their values, and pieces over a cache give what the whole does."""
+    settings = config((16, 8, 16), 6, 12)
+    layer = NativeSparseAttention(32, 4, 2, 16, settings, backend="eager", phi=(Weighted(16), Weighted(16))).double()
+    assert_equal(layer.compress_k.weight.detach(), Weighted(16).weight.detach().double(), what="weight")
+    x, rope = torch.randn(1, 90, 32, dtype=torch.float64), rope_table(90, 16)
+    out = layer(x, rope)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    cache = layer.make_cache(1, 90)
+    pieces = torch.cat([layer(piece, rope, cache=cache) for piece in x.split((50, 1, 1, 38), 1)], 1)
+    assert_matches(pieces, out.detach(), what="output over a cache", reduction=90)
