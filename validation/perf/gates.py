@@ -37,7 +37,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Promise:
-    """A line of the table: `kind` is one of `KINDS`, its figures are those of a whole op, both passes."""
+    """A line of the table; `kind` is one of `KINDS`."""
 
     kind: str
     workload: str
@@ -53,8 +53,21 @@ class Promise:
         return not (figure >= self.promise if KINDS[self.kind] else figure <= self.promise)  # NaN keeps none
 
 
-KINDS = {"times as fast as dense": True, "times the memory of dense": False}
-"""What can be promised, and whether more is better."""
+KINDS = {
+    "times as fast as dense": True,
+    "times the memory of dense": False,
+    "ms of the host, forward": False,
+    "ms of the host, backward": False,
+    "device operations, forward": False,
+    "device operations, backward": False,
+    "times as fast as dense, decoding 1": True,
+    "times as fast as dense, decoding 16": True,
+    "times as fast as dense, decoding 64": True,
+    "times as fast as the dense twin, training": True,
+}
+"""What can be promised, and whether more is better: of the whole op, both passes unless one is named, against dense
+attention by cuDNN; of its launches, sustained; of a step of decoding so many sequences, against the fastest dense
+attention; of a training step."""
 
 
 @dataclass(frozen=True)
@@ -157,17 +170,31 @@ def promised(run: Sequence[Record], promises: Sequence[Promise], partial: bool) 
 
 def measured(run: Sequence[Record], promise: Promise) -> float | None:
     """The figure that a promise is about."""
-    found: dict[tuple[bool, str], Record] = {}
-    for r in run:
-        there = (r.get("workload"), r.get("length"), r.get("stage")) == (promise.workload, promise.length, WHOLE)
-        if there and (r["role"] == "ours" or r["subject"] == DENSE):
-            found[r["role"] == "ours", r["direction"]] = r
-    if len(found) < 4:
+    kind, _, detail = promise.kind.partition(", ")
+    stage = {"decoding": "decode", "training": "training"}.get(detail.partition(" ")[0], WHOLE)
+    place = promise.workload, promise.length, stage
+    records = [r for r in run if (r.get("workload"), r.get("length"), r.get("stage")) == place]
+    if kind in OF_LAUNCHES:
+        found = [r.get(OF_LAUNCHES[kind]) for r in records if r["role"] == "ours" and r["direction"] == detail]
+        return found[0] if found else None
+    if stage == "decode":
+        records = [r for r in records if r["direction"] == f"batch {detail.partition(' ')[2]}"]
+    directions = ("forward", "backward") if stage == WHOLE else sorted({r["direction"] for r in records})
+    ours = [r for r in records if r["role"] == "ours"]
+    dense = [r for r in records if r["role"] == "rival" and (stage != WHOLE or r["subject"] == DENSE)]
+    if any(not [r for r in side if r["direction"] == d] for side in (ours, dense) for d in directions or ("",)):
         return None
     if promise.kind == "times the memory of dense":
-        return found[True, "backward"]["memory"] / found[False, "backward"]["memory"]
-    dense, ours = (sum(found[side, d]["median"] for d in ("forward", "backward")) for side in (False, True))
-    return dense / ours if ours else math.nan
+        of_ours, of_dense = (next(r for r in side if r["direction"] == "backward") for side in (ours, dense))
+        return of_ours["memory"] / of_dense["memory"]
+    took, would = (
+        sum(min(r["median"] for r in side if r["direction"] == d) for d in directions) for side in (ours, dense)
+    )
+    return would / took if took else math.nan
+
+
+OF_LAUNCHES = {"ms of the host": "host_sustained", "device operations": "device_ops"}
+"""Fields of a record, by the kinds of promises about one pass of the whole op."""
 
 
 @dataclass(frozen=True)
