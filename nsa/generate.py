@@ -147,25 +147,40 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {name: round(1e3 * x, 3) for name, x in zip(("p50", "p90", "p99"), found.tolist(), strict=True)}
 
 
-def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int) -> dict[str, Any]:
+def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int, batch: int = 1) -> dict[str, Any]:
     """Latencies of taking in a prompt and of each step after it, in milliseconds; steps are greedy.
 
+    Args:
+        repeats: generations that are timed, after one that is not.
+        batch: sequences that are continued at a time, all from the same prompt.
+
     Raises:
-        ValueError: fewer than 2 new tokens, of which the first comes with the prompt; as `generate` does.
+        ValueError: fewer than 2 new tokens, of which the first comes with the prompt, or a batch below 1; as `generate`
+            does.
     """
     if new_tokens < 2:
         raise ValueError(f"a benchmark must be of at least 2 new tokens, got {new_tokens}")
+    if batch < 1:
+        raise ValueError(f"a benchmark must be of at least 1 sequence, got {batch}")
+    prompts = [prompt] * batch
+    generate(model, prompts, new_tokens)
     prefill, steps = [], []
     for _ in range(repeats):
         times = [time.perf_counter()]
-        generate(model, [prompt], new_tokens, on_token=lambda *_, times=times: times.append(time.perf_counter()))
+
+        def note(row: int, token: int, times: list[float] = times) -> None:
+            if row == 0:
+                times.append(time.perf_counter())
+
+        generate(model, prompts, new_tokens, on_token=note)
         prefill.append(times[1] - times[0])
         steps += [after - before for before, after in pairwise(times[1:])]
     return {
         "prompt_tokens": len(prompt),
+        "batch": batch,
         "prefill_ms": _percentiles(prefill),
         "decode_ms": _percentiles(steps),
-        "decode_tokens_per_second": round(1 / statistics.median(steps), 1),
+        "decode_tokens_per_second": round(batch / statistics.median(steps), 1),
     }
 
 
@@ -190,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
     parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, where it is not bytes")
     parser.add_argument("--benchmark", action="store_true", help="print latencies as JSON instead of text")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="sequences at a time of --benchmark; default 1"
+    )
     given = parser.parse_args(arguments)
     from nsa.titan.load import load_model
     from nsa.titan.refusals import JobError
@@ -205,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         prompt = _encode(tokenizer, text)
         if given.benchmark:
-            print(json.dumps(benchmark(model, prompt, given.max_new_tokens, repeats=5)))
+            print(json.dumps(benchmark(model, prompt, given.max_new_tokens, 5, given.batch)))
             return
         _print_tokens(model, tokenizer, prompt, given)
     except (JobError, ValueError) as error:

@@ -302,3 +302,11 @@ def test_characters_are_printed_once_they_are_whole(capsys):
 def test_a_benchmark_of_one_token_is_refused():
     with pytest.raises(ValueError, match=r"^a benchmark must be of at least 2 new tokens, got 1"):
         benchmark(make(), [1], 1, repeats=1)
+    with pytest.raises(ValueError, match=r"^a benchmark must be of at least 1 sequence, got 0"):
+        benchmark(make(), [1], 2, repeats=1, batch=0)
+
+
+def test_a_benchmark_counts_the_tokens_of_all_sequences():
+    found = benchmark(make(), [1, 2], 5, repeats=1, batch=3)
+    assert (found["batch"], found["prompt_tokens"]) == (3, 2)
+    assert found["decode_tokens_per_second"] == pytest.approx(3e3 / found["decode_ms"]["p50"], rel=1e-2)
