@@ -76,7 +76,8 @@ def compress_by(function: BlockFunction, x: Tensor, starts: BlockStarts, config:
     tokens = starts.tokens[:, None] + torch.arange(config.compress_block_size, device=x.device)
     blocks = x[:, tokens].transpose(2, 3)
     if starts.filled is not None:
-        blocks = torch.where(starts.filled[:, None, None, None], blocks, 0)
+        # Not 0, of which a function may have no derivative.
+        blocks = torch.where(starts.filled[:, None, None, None], blocks, 1)
     out = function(blocks)
     if out.shape[:-1] != blocks.shape[:3]:
         expected = f"[B, C, Hk, D] = ({', '.join(map(str, blocks.shape[:3]))}, D)"

@@ -318,7 +318,9 @@ class KVCache(_Cache):
         if after > blocks:
             waiting = self._read("tail", rows, blocks * config.compress_stride, length)
             raw_keys, raw_values = (torch.cat((x, y), 1) for x, y in zip(waiting, (k[0], v[0]), strict=True))
-            self._put("compressed", rows, blocks, *compress(raw_keys, raw_values, blocks))
+            new = compress(raw_keys, raw_values, blocks)
+            self._check_blocks(new, (raw_keys.shape[0], after - blocks))
+            self._put("compressed", rows, blocks, *new)
         k_cmp, v_cmp = (x[rows, :after] for x in self._pairs["compressed"])
         k_slc, v_slc = self._put("selected", rows, length, k[1], v[1])
         begin = max(0, length - max(config.window_size - 1, 0))
@@ -337,7 +339,7 @@ class KVCache(_Cache):
         """Takes in one new token of every sequence, whatever their lengths.
 
         Nothing waits for the device. What is started there depends on one thing only, `completes_block`; so two CUDA
-        graphs are enough for all steps. Who replays them calls `count_step` for each cache.
+        graphs are enough for all steps of a cache. Before one is replayed, `count_step` counts the step.
 
         Args:
             k: of the compressed branch, not rotated, of the selected and of the window branch, `[B, 1, Hk, Dk]` each.
@@ -345,27 +347,33 @@ class KVCache(_Cache):
             compress: makes the block of the last `l` tokens of every sequence, for those that complete one.
 
         Raises:
-            ValueError: tensors of other sizes than the cache, another device, no room.
+            ValueError: tensors of other sizes than the cache, another device, no room; the cache stays as it was.
             TypeError: another dtype.
+
+        Returns:
+            The stores and the lengths themselves, which the next step changes.
         """
         self._check_tensors(self.batch, 1, k, v)
         self._check_capacity(max(self._lengths), 1)
         config, lengths = self.config, self.lengths_on_device()
         rows = torch.arange(self.batch, device=lengths.device)
-        for name, i in (("tail", 0), ("selected", 1), ("window", 2)):
-            for store, new in zip(self._pairs[name], (k[i], v[i]), strict=True):
-                if store.shape[1]:
-                    store.index_put_((rows, lengths % store.shape[1]), new[:, 0])
+        first, new = lengths + 1 - config.compress_block_size, None
         if self.completes_block():
-            first = lengths + 1 - config.compress_block_size
-            of_block = torch.arange(config.compress_block_size, device=lengths.device)
-            size = self._pairs["tail"][0].shape[1]
-            slots = (first[:, None] + of_block) % size
-            raw_keys, raw_values = (store[rows[:, None], slots] for store in self._pairs["tail"])
+            of_block = torch.arange(config.compress_block_size - 1, device=lengths.device)
+            slots = (first[:, None] + of_block) % self._pairs["tail"][0].shape[1]
+            earlier = (store[rows[:, None], slots] for store in self._pairs["tail"])
+            raw_keys, raw_values = (torch.cat((x, y), 1) for x, y in zip(earlier, (k[0], v[0]), strict=True))
+            new = compress(raw_keys, raw_values, first)
+            self._check_blocks(new, (self.batch, 1))
+        for name, i in (("tail", 0), ("selected", 1), ("window", 2)):
+            for store, x in zip(self._pairs[name], (k[i], v[i]), strict=True):
+                if store.shape[1]:
+                    store.index_put_((rows, lengths % store.shape[1]), x[:, 0])
+        if new is not None:
             place = (first // config.compress_stride).clamp(min=0)
             complete = ((first >= 0) & (first % config.compress_stride == 0))[:, None, None]
-            for store, new in zip(self._pairs["compressed"], compress(raw_keys, raw_values, first), strict=True):
-                store.index_put_((rows, place), torch.where(complete, new[:, 0], store[rows, place]))
+            for store, x in zip(self._pairs["compressed"], new, strict=True):
+                store.index_put_((rows, place), torch.where(complete, x[:, 0], store[rows, place]))
         lengths += 1
         self.count_step()
         window = self._pairs["selected" if config.shared_kv else "window"]
@@ -377,16 +385,33 @@ class KVCache(_Cache):
         return any(config.num_compressed(n + 1) > config.num_compressed(n) for n in self._lengths)
 
     def count_step(self) -> None:
-        """Counts on the host a token of every sequence that a replayed graph has taken in.
+        """Counts on the host a token of every sequence that a replayed graph takes in.
 
         Raises:
-            ValueError: no room was left.
+            ValueError: no room is left.
         """
         self._check_capacity(max(self._lengths), 1)
+        self.lengths_on_device()  # a graph goes on from what the device knows
         for row in range(self.batch):
             self._lengths[row] += 1
             for ring, held in self._held_from[row].items():
                 self._held_from[row][ring] = max(held, self._lengths[row] - self._pairs[ring][0].shape[1])
+
+    def counted(self) -> Any:
+        """What the host has counted so far, for `count_again`."""
+        return [*self._lengths], copy.deepcopy(self._held_from)
+
+    def count_again(self, counted: Any) -> None:
+        """Goes back to what was counted before steps that the device has not taken in."""
+        self._lengths, self._held_from = counted
+        self._known_on_device = False
+
+    def _check_blocks(self, new: _Pair, sizes: tuple[int, int]) -> None:
+        """Refuses compressed blocks that do not have their `sizes`, rows and blocks, or those of heads of the cache."""
+        for name, x, store in zip(("k_cmp", "v_cmp"), new, self._pairs["compressed"], strict=True):
+            if x.shape != (*sizes, *store.shape[2:]):
+                expected = (*sizes, *store.shape[2:])
+                raise ValueError(f"{name} must have shape [b, c, Hk, D] = {expected}, got {tuple(x.shape)}")
 
     def _read(self, ring: str, rows: slice, first: int, stop: int) -> _Pair:
         """Keys and values at positions `first` to `stop`, in order."""

@@ -75,7 +75,7 @@ def decode_attention(
 
     Args:
         q: `[B, Tq, Hq, Dk]`, the last `Tq` tokens of each sequence, few: kernels read all keys once for each.
-        keys: what `KVCache.step` returned. `keys.lengths` are not looked at: what they say beyond the room there is for
+        keys: what `KVCache.step` returned. The host does not look at `keys.lengths`: one beyond the room there is for
             tokens is taken for that room.
         gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
         scale: of the logits; `Dk ** -0.5` unless given.

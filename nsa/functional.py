@@ -118,6 +118,7 @@ def _compress(
             check_params(learned, x, config)
     packed = pack_tokens(xs[0], cu_seqlens, config, keys_alone=True)
     if any(map(callable, params)):
+        check_backend(backend)
         starts = block_starts(xs[0].shape[1], config, device=xs[0].device) if packed is None else packed.blocks
         return tuple(
             compress_by(p, x, starts, config).to(x.dtype)

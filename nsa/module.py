@@ -177,7 +177,7 @@ class NativeSparseAttention(nn.Module):
             are.
 
     Raises:
-        TypeError: a size or number of heads that is not an integer, a `config` of another type.
+        TypeError: a size or number of heads that is not an integer, a `config` or `phi` of another type.
         ValueError: a size or number of heads below 1, heads that do not divide one another, a `dim` that `num_heads`
             does not divide, an unknown backend or activation.
     """
@@ -223,6 +223,8 @@ class NativeSparseAttention(nn.Module):
         gates, hidden = 3 * (num_heads if gate_per_head else 1), integer("gate_hidden", gate_hidden, 0)
         layers = [nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, gates)] if hidden else []
         self.wg = nn.Sequential(*layers) if layers else nn.Linear(dim, gates)
+        if phi is not None and (len(phi) != 2 or not all(map(callable, phi))):
+            raise TypeError(f"phi must be two functions, for keys and for values, got {phi!r}")
         if phi is None:
             phi = Compressor(num_kv_heads, head_dim, config), Compressor(num_kv_heads, head_dim, config)
         self.compress_k, self.compress_v = phi
@@ -240,7 +242,7 @@ class NativeSparseAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every parameter anew from the global generator."""
+        """Draws every parameter, but for those of `phi`, anew from the global generator."""
         std = self.initial_std()
         for name, parameter in self.named_parameters():
             if name in std:

@@ -26,7 +26,7 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.decode.decode_attention`."""
     outs, used, rest = [], [], (None, scale)
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths.clamp(max=k_slc.shape[1]).tolist()):
         one = slice(row, row + 1)
         query, blocks, size = q[one], config.num_compressed(length), max(1, k_win.shape[1])
         compressed, lse = compressed_attention(query, k_cmp[one, :blocks], v_cmp[one, :blocks], config, length, *rest)
@@ -41,4 +41,7 @@ def decode_attention(
         window, _ = sliding_window_attention(query, k, v, config, *rest)
         outs.append(combine((compressed, selected, window), gates[one]))
         used.append(indices)
+    if not outs:
+        shape = *q.shape[:2], k_slc.shape[2], config.num_selected_blocks
+        return q.new_empty(*q.shape[:3], v_slc.shape[3]), q.new_empty(shape, dtype=torch.int32)
     return torch.cat(outs), torch.cat(used)

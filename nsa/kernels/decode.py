@@ -42,7 +42,8 @@ from nsa.ops import accumulation_dtype
 _KEYS = 64
 """Keys that a program has at a time, at most."""
 
-_MOST_SPLITS = 32
+_MOST_PARTS = 32
+"""Of a branch: those of all branches are merged as one tile."""
 
 _PROGRAMS = 4
 """A multiprocessor, of each of the kernels that read keys."""
@@ -70,8 +71,7 @@ def _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES: tl.constexpr):
     part, head, row = find_program(tl.program_id(0), programs, HEADS)
     batch = row // NUM_QUERIES
     query = row % NUM_QUERIES
-    position = tl.load(lengths + batch).to(tl.int32) - NUM_QUERIES + query
-    position = tl.minimum(position, num_tokens - 1)
+    position = tl.minimum(tl.load(lengths + batch), num_tokens).to(tl.int32) - NUM_QUERIES + query
     return part, head.to(tl.int64), batch.to(tl.int64), query, row.to(tl.int64) * HEADS + head, position
 
 
@@ -323,28 +323,31 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` and the indices used; see `nsa.decode.decode_attention`."""
     heads, (batch, num_queries, query_heads, _) = Heads.of(q, k_slc, v_slc), q.shape
-    q, acc = rows_contiguous(q), accumulation_dtype(q.dtype)
+    acc = accumulation_dtype(q.dtype)
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(rows_contiguous, (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
     kv_heads, group, rows = k_slc.shape[2], heads.group, batch * num_queries
     wanted, size, window = config.num_selected_blocks, config.select_block_size, config.window_size
     num_tokens, capacity = k_slc.shape[1], k_cmp.shape[1]
     num_blocks = cdiv(num_tokens, size)
+    indices = q.new_empty(batch, num_queries, kv_heads, wanted, dtype=torch.int32)
+    out = q.new_empty(batch, num_queries, query_heads, v_slc.shape[3])
+    if not rows:
+        return out, indices
     # Wide rows come fewer at a time: three steps of keys and values lie in shared memory.
     row_bytes = (q.shape[3] + v_slc.shape[3]) * q.element_size()
     keys = min(size, max(16, _KEYS * 512 // next_power_of_2(max(512, row_bytes))))
     # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
     wave = cdiv(_PROGRAMS * multiprocessors(q.device), rows * kv_heads)
     parts = _Parts(
-        compressed=max(1, min(wave, cdiv(capacity, keys), _MOST_SPLITS)),
-        selected=min(wave, wanted * (size // keys)),
-        window=min(cdiv(wave, 2), cdiv(window, keys)),
+        compressed=max(1, min(wave, cdiv(capacity, keys), _MOST_PARTS)),
+        selected=min(wave, wanted * (size // keys), _MOST_PARTS),
+        window=min(cdiv(wave, 2), cdiv(window, keys), _MOST_PARTS),
     )
     num_parts = sum(parts)
     logits = q.new_empty(rows * query_heads * capacity, dtype=acc)
     partial = q.new_empty(rows * query_heads * num_parts, v_slc.shape[3], dtype=acc)
     partial_lse2 = q.new_empty(rows * query_heads * num_parts, dtype=acc)
     scores = q.new_empty(rows * kv_heads * num_blocks, dtype=acc)
-    indices = q.new_empty(batch, num_queries, kv_heads, wanted, dtype=torch.int32)
-    out = q.new_empty(batch, num_queries, query_heads, v_slc.shape[3])
 
     of_group: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "ROWS": max(16, next_power_of_2(group))}
     constants = {**heads.constants(), **of_group, "KEYS": keys}

@@ -215,11 +215,11 @@ class NSAAttention(NativeSparseAttention):
         """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
         k_cmp, v_cmp = context.compress(self._compress, k_cmp, v_cmp, self.config)
-        q, k_cmp, k_slc, k_win = apply_rope(
-            q, k_cmp, k_slc, k_win, rope, self.config, positions=positions, backend=self.backend
-        )
-        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        return nsa_attention_over(context, *tensors, self.config, backend=self.backend).flatten(2)
+        kind: dict[str, Any] = {"interleaved": self.rope_interleaved, "backend": self.backend}
+        tensors = (q, k_cmp, k_slc, k_win)
+        q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, positions=positions, **kind)
+        inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        return nsa_attention_over(context, *inputs, self.config, backend=self.backend).flatten(2)
 
 
 class Block(LlamaBlock):

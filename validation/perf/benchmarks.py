@@ -336,7 +336,7 @@ def _decode(workload: Workload, length: int, batch: int, backend: BackendName) -
     keys = StepKeys(*stores, torch.full((batch,), length, device=device()))
     q, gates = _noise(w, batch, 1, w.query_heads, w.key_dim), _noise(w, batch, 1, w.query_heads, 3).sigmoid()
     call = partial(decode_attention, q, keys, gates, config, backend=backend)
-    return Calls(captured(call), call)
+    return Calls(captured(call) if backend == "triton" else call, call)
 
 
 def _decode_dense(workload: Workload, length: int, batch: int, attend: Callable[..., torch.Tensor]) -> Calls:

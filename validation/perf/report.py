@@ -74,8 +74,8 @@ Times are medians in ms by {clock}, each call with a cold second-level cache and
 floor is what the stage cannot get below at the {flops:.0f} TFLOP/s of bfloat16 products and {bytes:.2f} TB/s of copying
 that this machine reached in the same run, each operation and each byte counted once
 ([`workloads.py`](../validation/perf/workloads.py) has the formulas); TFLOP/s and TB/s are by the same count. Memory is
-the peak of forward and backward pass beyond the inputs and the gradient from above. All workloads have batch 1 and are
-in bfloat16:
+the peak of forward and backward pass beyond the inputs and the gradient from above. All workloads have batch 1, but for
+decoding, and are in bfloat16:
 
 | workload | query heads | KV heads | head dims of keys, values | `l`, `d`, `l'` | `n` | `w` | compression |
 |---|---|---|---|---|---|---|---|
@@ -99,9 +99,9 @@ marked and the most of it named. Two cards of a kind may differ: below each comm
 reached."""
 PROMISES = """## What is promised
 
-From [`promises.toml`](../validation/perf/promises.toml), for the whole op, forward and backward, against dense
-attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where a promise is broken. A target is what
-the design asks for; nothing fails where it is not reached."""
+From [`promises.toml`](../validation/perf/promises.toml); unless something else is named, for the whole op, forward and
+backward, against dense attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where a promise is
+broken. A target is what the design asks for; nothing fails where it is not reached."""
 BESIDE = """## Beside {peers}
 
 In ms, all in one run, of {date}: a few rounds each, without waiting until the clock of a GPU at

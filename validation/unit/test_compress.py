@@ -190,6 +190,32 @@ def test_a_function_to_another_shape_is_refused() -> None:
         compress(torch.randn(1, 40, 2, 16), lambda blocks: blocks.sum((3, 4)), config((16, 8, 16), 3, 12))
 
 
+def test_blocks_that_do_not_exist_leave_the_gradients_of_a_function_alone() -> None:
+    """Of a function that has no derivative at 0, too."""
+    weight = torch.ones(16, requires_grad=True)
+
+    def normalised(blocks: Tensor) -> Tensor:
+        out = blocks.mean(3) * weight
+        return out / out.norm(dim=-1, keepdim=True)
+
+    offsets = torch.tensor([0, 20, 41, 60], dtype=torch.int32)
+    out = compress(torch.randn(1, 60, 2, 16), normalised, config((16, 8, 16), 3, 12), cu_seqlens=offsets)
+    assert torch.isfinite(out).all()
+    (gradient,) = torch.autograd.grad(out, weight, torch.randn_like(out))
+    assert torch.isfinite(gradient).all()
+
+
+def test_an_unknown_backend_is_refused_beside_a_function_too() -> None:
+    with pytest.raises(ValueError, match=r"^backend must be one of"):
+        compress(torch.randn(1, 40, 2, 16), lambda x: x.amax(3), config((16, 8, 16), 3, 12), backend="bogus")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("phi", [(torch.sum,), (torch.sum, None)])
+def test_what_is_no_pair_of_functions_is_refused(phi: tuple) -> None:
+    with pytest.raises(TypeError, match=r"^phi must be two functions, for keys and for values, got"):
+        NativeSparseAttention(32, 4, 2, 16, config((16, 8, 16), 6, 12), phi=phi)
+
+
 class Weighted(torch.nn.Module):
     """A learned mean over the tokens of a block."""
 

@@ -1,6 +1,7 @@
 """Decoding: one token or a few of every sequence, over all that a cache has room for, whatever the lengths."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -93,11 +94,31 @@ def test_what_no_query_sees_has_no_influence(backend: Any) -> None:
     assert_equal(outs[1], outs[0], what="output")
 
 
-def test_lengths_beyond_the_room_are_taken_for_the_room() -> None:
-    keys = make_keys(PLAIN, (96, 96), 96)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_lengths_beyond_the_room_are_taken_for_the_room(backend: Any, queries: int) -> None:
+    keys = make_keys(PLAIN, (96, 96), 96, queries=queries)
+    q, gates = make_queries(keys, queries=queries)
+    beyond = keys._replace(lengths=torch.tensor([97, 1 << 20]))
+    found, expected = (decode_attention(q, x, gates, PLAIN, backend=backend)[0] for x in (beyond, keys))
+    assert_equal(found, expected, what="output")
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(("batch", "queries"), [(0, 1), (2, 0)])
+def test_no_queries_give_nothing(backend: Any, batch: int, queries: int) -> None:
+    keys = make_keys(PLAIN, (96,) * batch, 96)
+    q, gates = make_queries(keys, queries=queries)
+    keys = keys._replace(lengths=keys.lengths.long())
+    out, indices = decode_attention(q, keys, gates, PLAIN, backend=backend)
+    assert (out.shape, indices.shape) == ((batch, queries, 8, 32), (batch, queries, 2, 6))
+
+
+def test_stores_may_have_any_strides() -> None:
+    keys = make_keys(PLAIN, (90, 41), 96)
     q, gates = make_queries(keys)
-    beyond = keys._replace(lengths=torch.tensor([96, 1 << 20]))
-    found, expected = (decode_attention(q, x, gates, PLAIN, backend="triton")[0] for x in (beyond, keys))
+    strided = StepKeys(*(x.mT.contiguous().mT for x in keys[:-1]), keys.lengths)
+    found, expected = (decode_attention(q, x, gates, PLAIN, backend="triton")[0] for x in (strided, keys))
     assert_equal(found, expected, what="output")
 
 
@@ -153,6 +174,34 @@ def test_a_step_that_has_no_room_leaves_the_cache_as_it_was() -> None:
     assert cache.lengths == (20,)
     for x, y in zip(before, (x for pair in cache._pairs.values() for x in pair), strict=True):
         assert_equal(y, x, what="cache")
+
+
+class Breaking:
+    """The largest of each block, until it raises or gives blocks that would be spread over the cache's width."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.broken = how, False
+
+    def __call__(self, blocks: Tensor) -> Tensor:
+        if self.broken and self.how == "raises":
+            raise RuntimeError("no")
+        return blocks.amax(3)[..., : 1 if self.broken else None]
+
+
+@pytest.mark.parametrize("how", ["raises", "another width"])
+def test_a_step_that_fails_leaves_the_cache_as_it_was(how: str) -> None:
+    phi = Breaking(how)
+    layer = NativeSparseAttention(32, 4, 1, 16, PLAIN, backend="eager", phi=(phi, phi)).double()
+    cache, x = layer.make_cache(1, 40), torch.randn(1, 24, 32, dtype=torch.float64)
+    for token in x[:, :23].split(1, 1):
+        layer(token, cache=cache)
+    before = [y.clone() for pair in cache._pairs.values() for y in pair]
+    phi.broken = True
+    with pytest.raises((RuntimeError, ValueError), match=r"^(no|k_cmp must have shape)"):
+        layer(x[:, 23:], cache=cache)
+    for y, z in zip(before, (y for pair in cache._pairs.values() for y in pair), strict=True):
+        assert_equal(z, y, what="cache")
+    assert (cache.lengths, cache.lengths_on_device().tolist()) == ((23,), [23])
 
 
 def test_the_device_knows_the_lengths() -> None:
@@ -236,20 +285,43 @@ class Counter:
 
     def __init__(self) -> None:
         self.host = self.device = 0
-        self.captured: bool | None = None
+        self.captured = False
 
     def completes_block(self) -> bool:
         return self.host % 4 == 3
 
+    def check_room(self, batch: int, tokens: int) -> None:
+        assert (batch, tokens) == (1, 1)
+
     def count_step(self) -> None:
         self.host += 1
+
+    def counted(self) -> int:
+        return self.host
+
+    def count_again(self, counted: int) -> None:
+        self.host = counted
 
     def lengths_on_device(self) -> None:
         self.device = self.host
 
 
-def test_captured_steps_count_on_the_host_what_the_device_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With graphs that only say which step was captured, and which are replayed when."""
+class Steps(nn.Linear):
+    """A model that counts, on the device too unless a graph is captured."""
+
+    fails = False
+
+    def forward(self, tokens: Tensor, cache: dict[str, Counter], at: Tensor) -> Tensor:
+        cache["0"].host += 1
+        cache["0"].device += not cache["0"].captured
+        if self.fails and cache["0"].captured:
+            raise RuntimeError("it asks for a number")
+        return tokens
+
+
+@pytest.fixture
+def counted_graphs(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter, list[bool]]:
+    """A cache, and which kinds of graphs are replayed, of graphs that only count."""
     counter, replayed = Counter(), list[bool]()
 
     class Graph:
@@ -260,26 +332,42 @@ def test_captured_steps_count_on_the_host_what_the_device_takes_in(monkeypatch: 
 
         def __enter__(self) -> None:
             self.kind = counter.completes_block()
-            counter.captured = self.kind
+            counter.captured = True
 
         def __exit__(self, *_: Any) -> None:
-            counter.captured = None
-
-    class Steps(nn.Linear):
-        def forward(self, tokens: Tensor, cache: dict[str, Counter], at: Tensor) -> Tensor:
-            cache["0"].host += 1
-            cache["0"].device += cache["0"].captured is None
-            return tokens
+            counter.captured = False
 
     monkeypatch.setattr(decode_graphs, "can_capture", lambda model, cache: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
+    return counter, replayed
+
+
+def test_captured_steps_count_on_the_host_what_the_device_takes_in(counted_graphs: tuple[Counter, list[bool]]) -> None:
+    counter, replayed = counted_graphs
     step = DecodeGraphs(Steps(1, 1), {"0": counter})
     for number in range(20):
         step(torch.zeros(1, dtype=torch.int64))
         assert counter.host == counter.device == number + 1
     assert replayed == [number % 4 == 3 for number in range(20) if number in (2, 4, 5, 6) or number >= 8]
+
+
+def test_a_step_that_cannot_be_captured_is_called(counted_graphs: tuple[Counter, list[bool]]) -> None:
+    counter, replayed = counted_graphs
+    model = Steps(1, 1)
+    model.fails = True
+    step = DecodeGraphs(model, {"0": counter})
+    for number in range(12):
+        if number == 2:
+            with pytest.warns(UserWarning, match="^steps are not captured as CUDA graphs: it asks for a number$"):
+                step(torch.zeros(1, dtype=torch.int64))
+        else:
+            step(torch.zeros(1, dtype=torch.int64))
+        assert counter.host == counter.device == number + 1
+    assert not replayed
 
 
 def test_eager_steps_are_not_captured() -> None:
