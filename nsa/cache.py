@@ -398,7 +398,7 @@ class KVCache(_Cache):
                 self._held_from[row][ring] = max(held, self._lengths[row] - self._pairs[ring][0].shape[1])
 
     def counted(self) -> Any:
-        """What the host has counted so far, for `count_again`."""
+        """Copies what the host has counted so far, as `count_again` takes it."""
         return [*self._lengths], copy.deepcopy(self._held_from)
 
     def count_again(self, counted: Any) -> None:

@@ -150,7 +150,7 @@ class Compressor(nn.Module):
 
 
 def _params(compressor: Compressor | BlockFunction) -> CompressionParams | BlockFunction | None:
-    """What `compress` takes."""
+    """Gives what `compress` takes of a compressor or a function."""
     return compressor.params() if isinstance(compressor, Compressor) else compressor
 
 

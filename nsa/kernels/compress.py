@@ -296,19 +296,9 @@ def _forward(
 
 
 def _fake(
-    x: Tensor,
-    position: Tensor,
-    weight: Tensor,
-    weight_out: Tensor | None,
-    y: Tensor | None,
-    y_position: Tensor | None,
-    y_weight: Tensor | None,
-    y_weight_out: Tensor | None,
-    starts: Tensor | None,
-    count: int,
-    length: int,
-    stride: int,
+    x: Tensor, position: Tensor, weight: Tensor, weight_out: Tensor | None, y: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    count = rest[-3]
     number, (batch, _, heads, dim) = 1 if y is None else 2, x.shape
     blocks = x.new_empty(number, heads, batch, count, dim).permute(0, 2, 3, 1, 4)
     hidden = x.new_empty(0) if weight_out is None else x.new_empty(number * heads, batch * count, weight.shape[2])
@@ -359,19 +349,13 @@ def _fake_backward(
     weight: Tensor,
     weight_out: Tensor | None,
     y: Tensor | None,
-    y_position: Tensor | None,
-    y_weight: Tensor | None,
-    y_weight_out: Tensor | None,
-    starts: Tensor | None,
-    hidden: Tensor,
-    length: int,
-    stride: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = dout.shape[0]
     dx, dy = x.new_empty(x.shape), x.new_empty(0) if y is None else y.new_empty(y.shape)
     dposition, dweight = (p.new_empty(number * p.shape[0], *p.shape[1:]) for p in (position, weight))
     if weight_out is None:
-        return dx, dy, dposition, dweight, hidden.new_empty(0)
+        return dx, dy, dposition, dweight, x.new_empty(0)
     return dx, dy, dposition, dweight, weight_out.new_empty(number * weight_out.shape[0], *weight_out.shape[1:])
 
 

@@ -43,10 +43,10 @@ _KEYS = 64
 """Keys that a program has at a time, at most."""
 
 _MOST_PARTS = 32
-"""Of a branch: those of all branches are merged as one tile."""
+"""Largest number of parts of a branch: those of all branches are merged as one tile."""
 
 _PROGRAMS = 4
-"""A multiprocessor, of each of the kernels that read keys."""
+"""Programs a multiprocessor of each of the kernels that read keys."""
 
 # Sizes that change from cache to cache and are no reason to compile again.
 _LENGTHS = (
@@ -57,6 +57,7 @@ _LENGTHS = (
     "span",
     "ring_size",
     "window",
+    "num_selected",
     "num_parts",
     "programs",
 )

@@ -382,7 +382,7 @@ def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[li
             kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
     # The number of candidates is a constant of the selection's kernel, and grows with the length.
     found = [
-        [b for b in kind if b.stage in ("select_blocks", DECODE) or b.length in _ends(kind)]
+        [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
         for kind in kinds.values()
         if not wanted or any(b.id in wanted for b in kind)
     ]

@@ -53,21 +53,43 @@ class Promise:
         return not (figure >= self.promise if KINDS[self.kind] else figure <= self.promise)  # NaN keeps none
 
 
-KINDS = {
-    "times as fast as dense": True,
-    "times the memory of dense": False,
-    "ms of the host, forward": False,
-    "ms of the host, backward": False,
-    "device operations, forward": False,
-    "device operations, backward": False,
-    "times as fast as dense, decoding 1": True,
-    "times as fast as dense, decoding 16": True,
-    "times as fast as dense, decoding 64": True,
-    "times as fast as the dense twin, training": True,
+@dataclass(frozen=True)
+class Figure:
+    """Which records a promise is about, and what of them.
+
+    Attributes:
+        more: whether more is better.
+        stage, directions: those of the records, whose figures are added up.
+        field: of a record.
+        against: subjects that the figure is a ratio to, the least of theirs in each direction; all of them must be
+            there. `None` stands for every rival, and with nobody the figure is ours alone.
+    """
+
+    more: bool
+    stage: str = WHOLE
+    directions: tuple[str, ...] = ("forward", "backward")
+    field: str = "median"
+    against: tuple[str, ...] | None = (DENSE,)
+
+
+_FIGURES = {
+    "times as fast as dense": Figure(True),
+    "times the memory of dense": Figure(False, directions=("backward",), field="memory"),
+    **{
+        f"{what}, {direction}": Figure(False, directions=(direction,), field=field, against=())
+        for what, field in (("ms of the host", "host_sustained"), ("device operations", "device_ops"))
+        for direction in ("forward", "backward")
+    },
+    **{
+        f"times as fast as dense, decoding {batch}": Figure(
+            True, "decode", (f"batch {batch}",), against=(DENSE, "dense (flash)")
+        )
+        for batch in (1, 16, 64)
+    },
+    "times as fast as the dense twin, training": Figure(True, "training", ("step",), against=None),
 }
-"""What can be promised, and whether more is better: of the whole op, both passes unless one is named, against dense
-attention by cuDNN; of its launches, sustained; of a step of decoding so many sequences, against the fastest dense
-attention; of a training step."""
+KINDS = {kind: figure.more for kind, figure in _FIGURES.items()}
+"""The kinds of promises, and whether more is better: of the whole op unless something else is named."""
 
 
 @dataclass(frozen=True)
@@ -169,37 +191,24 @@ def promised(run: Sequence[Record], promises: Sequence[Promise], partial: bool) 
 
 
 def measured(run: Sequence[Record], promise: Promise) -> float | None:
-    """The figure that a promise is about."""
-    kind, _, detail = promise.kind.partition(", ")
-    stage = {"decoding": "decode", "training": "training"}.get(detail.partition(" ")[0], WHOLE)
-    place = promise.workload, promise.length, stage
-    records = [r for r in run if (r.get("workload"), r.get("length"), r.get("stage")) == place]
-    if kind in OF_LAUNCHES:
-        found = [r.get(OF_LAUNCHES[kind]) for r in records if r["role"] == "ours" and r["direction"] == detail]
-        return found[0] if found else None
-    if stage == "decode":
-        records = [r for r in records if r["direction"] == f"batch {detail.partition(' ')[2]}"]
-    directions = ("forward", "backward") if stage == WHOLE else sorted({r["direction"] for r in records})
-    ours = [r for r in records if r["role"] == "ours"]
-    if stage == "decode" and DECODERS - {r["subject"] for r in records}:
-        return None  # the fastest may be the one that is missing
-    dense = [r for r in records if r["role"] == "rival" and (stage != WHOLE or r["subject"] == DENSE)]
-    if any(not [r for r in side if r["direction"] == d] for side in (ours, dense) for d in directions or ("",)):
-        return None
-    if promise.kind == "times the memory of dense":
-        of_ours, of_dense = (next(r for r in side if r["direction"] == "backward") for side in (ours, dense))
-        return of_ours["memory"] / of_dense["memory"]
-    took, would = (
-        sum(min(r["median"] for r in side if r["direction"] == d) for d in directions) for side in (ours, dense)
-    )
-    return would / took if took else math.nan
-
-
-DECODERS = {DENSE, "dense (flash)"}
-"""Dense attention that decoding is compared with, the fastest of them."""
-
-OF_LAUNCHES = {"ms of the host": "host_sustained", "device operations": "device_ops"}
-"""Fields of a record, by the kinds of promises about one pass of the whole op."""
+    """The figure that a promise is about, None where a record of it is missing."""
+    wanted = _FIGURES[promise.kind]
+    place = promise.workload, promise.length, wanted.stage
+    found = [r for r in run if (r.get("workload"), r.get("length"), r.get("stage")) == place]
+    rivals = {r["subject"] for r in found if r["role"] == "rival"} if wanted.against is None else set(wanted.against)
+    ours, theirs = 0.0, 0.0
+    for direction in wanted.directions:
+        here = [r for r in found if r["direction"] == direction]
+        own = [r[wanted.field] for r in here if r["role"] == "ours" and wanted.field in r]
+        dense = {r["subject"]: r[wanted.field] for r in here if r["role"] == "rival" and r["subject"] in rivals}
+        if not own or set(dense) != rivals or (wanted.against != () and not dense):
+            return None
+        ours += own[0]
+        theirs += min(dense.values(), default=0.0)
+    if wanted.against == ():
+        return ours
+    over, under = (theirs, ours) if wanted.more else (ours, theirs)
+    return over / under if under else math.nan
 
 
 @dataclass(frozen=True)

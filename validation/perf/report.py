@@ -314,7 +314,7 @@ def decoding(report: Mapping[str, Any]) -> str:
 
 
 def decoded(report: Mapping[str, Any]) -> dict[tuple[str, int, int], tuple[Record, list[Record]]]:
-    """What decodes, by workload, length and batch: ours and dense attention."""
+    """Groups the records of decoding by workload, length and batch: ours, and those of dense attention."""
     found: dict[tuple[str, int, int], tuple[list[Record], list[Record]]] = {}
     for record in report["results"]:
         if record["stage"] == "decode":

@@ -29,13 +29,14 @@ def decoders() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Dense attention of a new token of each sequence, `[B, 1, Hq, D]`, to all keys, `[B, T, Hk, D]`, by names."""
     gpu = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     backends = gpu if torch.cuda.is_available() else {"math": SDPBackend.MATH}
+    return {f"dense ({name})": partial(_attend, backend) for name, backend in backends.items()}
 
-    def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
-    return {f"dense ({name})": partial(attend, backend) for name, backend in backends.items()}
+def _attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Attention of `q [B, Tq, Hq, D]` to `k` and `v`, `[B, Tk, Hk, D]`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
 
 def _dense(name: str, backend: SDPBackend) -> Implementation:
@@ -45,9 +46,7 @@ def _dense(name: str, backend: SDPBackend) -> Implementation:
         q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
         config: NSAConfig,
     ) -> Tensor:  # fmt: skip
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        return _attend(backend, q, k, v, causal=True)
 
     return Implementation(name=f"dense ({name})", nsa_attention=attention)
 

@@ -143,7 +143,7 @@ def test_derivatives_by_parameters_are_refused_like_those_by_keys(backend: str) 
 
 
 def as_mlp(given: CompressionParams) -> BlockFunction:
-    """What the `"mlp"` kind computes, as a function of blocks `[B, C, Hk, l, D]`."""
+    """Makes the function of blocks `[B, C, Hk, l, D]` that the `"mlp"` kind computes."""
 
     def phi(blocks: Tensor) -> Tensor:
         rows = (blocks + given.position).flatten(3)
@@ -191,7 +191,7 @@ def test_a_function_to_another_shape_is_refused() -> None:
 
 
 def test_blocks_that_do_not_exist_leave_the_gradients_of_a_function_alone() -> None:
-    """Of a function that has no derivative at 0, too."""
+    """The function may have no derivative at 0."""
     weight = torch.ones(16, requires_grad=True)
 
     def normalised(blocks: Tensor) -> Tensor:
