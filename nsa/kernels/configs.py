@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,18 +31,26 @@ TABLE = Path(__file__).with_name("configs.json")
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Configuration of one kernel."""
+    """Configuration of one kernel.
+
+    Attributes:
+        maxnreg: registers of a thread at most, where more programs a multiprocessor pay for fewer registers.
+    """
 
     num_warps: int
     num_stages: int
+    maxnreg: int | None = field(default=None, kw_only=True)
+
+    @cached_property
+    def compiled(self) -> dict[str, Any]:
+        """How the kernel is compiled."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Constants, warps and stages that the kernel is compiled with, without fields that its launcher reads."""
-        return {name: value for name, value in asdict(self).items() if name.isupper() or name in _COMPILED}
-
-
-_COMPILED = ("num_warps", "num_stages")
+        """Constants of the kernel and how it is compiled, without fields that its launcher reads."""
+        return {**{name: value for name, value in asdict(self).items() if name.isupper()}, **self.compiled}
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,12 @@ def read_table(file: Path = TABLE) -> list[Entry]:
 def write_table(entries: Sequence[Entry], file: Path = TABLE) -> None:
     """Writes a table, an entry a line, in the order of what it is for; a later entry takes an earlier one's place."""
     merged = {entry[:-1]: entry for entry in entries}
-    lines = [json.dumps({**merged[key]._asdict(), "config": asdict(merged[key].config)}) for key in sorted(merged)]
+    lines = [json.dumps({**merged[key]._asdict(), "config": _set(merged[key].config)}) for key in sorted(merged)]
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def _set(config: KernelConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if value is not None}
 
 
 def make_config(kernel: str, **values: Any) -> KernelConfig:
@@ -166,7 +178,7 @@ def make_config(kernel: str, **values: Any) -> KernelConfig:
         ValueError: an unknown kernel, a field that is missing or that the kernel has not got.
     """
     _check_fields(kernel, values)
-    missing = sorted({field.name for field in fields(KERNELS[kernel])} - values.keys())
+    missing = sorted({x.name for x in fields(KERNELS[kernel]) if x.default is MISSING} - values.keys())
     if missing:
         raise ValueError(f"a configuration of {kernel} needs {', '.join(missing)}")
     return KERNELS[kernel](**values)
@@ -285,7 +297,7 @@ def _check_fields(kernel: str, values: dict[str, Any]) -> None:
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {kernel!r}")
     if values:
-        known = {field.name for field in fields(KERNELS[kernel])}
+        known = {x.name for x in fields(KERNELS[kernel])}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"{kernel} has {', '.join(sorted(known))}, not {', '.join(unknown)}")
@@ -306,7 +318,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def _made(kernel: str, **values: Any) -> KernelConfig:
     """The configuration that takes what it has fields for."""
-    return KERNELS[kernel](**{field.name: values[field.name] for field in fields(KERNELS[kernel])})
+    return KERNELS[kernel](**{x.name: values[x.name] for x in fields(KERNELS[kernel]) if x.name in values})
 
 
 @cache

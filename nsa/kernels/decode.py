@@ -201,14 +201,13 @@ def _importance_kernel(
 def _choose_kernel(
     scores, lengths, indices, num_tokens, num_blocks, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr,
-    FORCED: tl.constexpr,
 ):  # fmt: skip
     """The best `WANTED` blocks of a query, ascending, then -1."""
     _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
     own = tl.zeros([1, 1], tl.int32) + tl.maximum(position + SIZE, 0) // SIZE - 1
     block = tl.arange(0, CANDIDATES)[None, :]
     score = tl.load(scores + of_head * num_blocks + block, mask=block <= own, other=0.0)
-    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, 1, BITS, FORCED)
+    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, 1, BITS)
     slot = tl.arange(0, CANDIDATES)[None, :]
     taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
     indices += of_head * WANTED
@@ -372,7 +371,7 @@ def decode_attention(
             _choose_kernel[(kv_heads * rows, 1, 1)](
                 scores, lengths, indices, num_tokens, num_blocks, kv_heads, NUM_QUERIES=num_queries, WANTED=wanted,
                 INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=size, CANDIDATES=candidates,
-                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2,
+                BITS=tl.int64 if bits == 64 else tl.int32,
                 num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
         if parts.selected + parts.window:
@@ -382,9 +381,10 @@ def decode_attention(
                 parts.compressed, parts.selected, num_parts, scale * LOG2E.value, kv_heads, **constants,
                 WANTED=wanted, SIZE=size, num_stages=3,
             )  # fmt: skip
+        merged = {"PARTS": next_power_of_2(num_parts), "WIDTH": next_power_of_2(v_slc.shape[3])}
         _merge_kernel[(query_heads * rows, 1, 1)](
             partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.selected, num_parts, kv_heads,
-            NUM_QUERIES=num_queries, G=group, PARTS=next_power_of_2(num_parts), DV=v_slc.shape[3],
-            WIDTH=next_power_of_2(v_slc.shape[3]), ACC=constants["ACC"], num_warps=8 if num_parts > 32 else 4,
+            NUM_QUERIES=num_queries, G=group, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
+            num_warps=min(8, max(1, merged["PARTS"] * merged["WIDTH"] // 1024)),
         )  # fmt: skip
     return out, indices

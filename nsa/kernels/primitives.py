@@ -45,6 +45,11 @@ def next_power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def logit_factor(scale: float) -> float:
+    """What products of queries and keys are multiplied by in base 2; not 0, which would make NaN of a hidden `-inf`."""
+    return max(scale * LOG2E.value, 1e-30)
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """`x` itself where its last dimension is contiguous, as every kernel assumes, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -130,17 +130,18 @@ def _importance_kernel(
 @triton.jit
 def best_candidates(
     score, block, own, WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, FORCED: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """Which blocks `[1, N]` are among the best `WANTED` candidates of each query, and the place of each of them.
 
     Args:
         score: `[ROWS, N]`.
         own: `[ROWS, 1]`, the block of each query, its last candidate; -1 where there is no query.
-        BITS: an integer as wide as a score. `FORCED`, nearly its largest value, is above the bits of every number.
+        BITS: an integer as wide as a score.
     """
+    FORCED: tl.constexpr = 2 ** (BITS.primitive_bitwidth - 1) - 2
     candidate = block <= own
-    rank = tl.maximum(score.to(BITS, bitcast=True), 0)
+    rank = tl.minimum(tl.maximum(score.to(BITS, bitcast=True), 0), FORCED - 1)  # not even NaN is above
     rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
     rank = tl.where(candidate, rank, -1)
 
@@ -165,7 +166,7 @@ def best_candidates(
 def _best_kernel(
     scores, indices, cu_queries, cu_tokens, num_sequences, num_queries, num_tokens, first_tile, num_tiles, width, HEADS,
     WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr,
-    ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, FORCED: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The best `WANTED` candidates of `ROWS` queries, into indices that are -1 so far."""
     program = tl.program_id(0)
@@ -184,7 +185,7 @@ def _best_kernel(
     candidate = block <= own
     scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
     score = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
-    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, ROWS, BITS, FORCED)
+    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, ROWS, BITS)
     indices += ((batch * num_queries + query_start + query.to(tl.int64)) * HEADS + head)[:, None] * WANTED
     tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
 
@@ -243,20 +244,19 @@ def _choose_blocks(
         programs = batch * heads * taken
         parts = max(1, min(kernel.num_programs // programs, width // (4 * constants["BLOCKS"])))
         candidates = max(16, next_power_of_2(width))
-        rows = max(1, min(tile_queries, 1024 // candidates))  # what one warp holds in registers
+        rows = max(1, min(tile_queries, 256 // candidates))  # few a warp, so that many warps have room
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
             _importance_kernel[(programs, parts)](
                 q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
                 k_cmp.shape[1], first, taken, width, cdiv(width, parts), scale, heads, **constants,
-                QUERIES=tile_queries, PACKED=varlen is not None, num_warps=kernel.num_warps,
-                num_stages=kernel.num_stages,
+                QUERIES=tile_queries, PACKED=varlen is not None, **kernel.compiled,
             )  # fmt: skip
             _best_kernel[(programs * (tile_queries // rows),)](
                 scores, indices, *offsets[:2], offsets[3], num_queries, num_keys, first, taken, width, heads,
                 WANTED=config.num_selected_blocks, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,
                 SIZE=config.select_block_size, QUERIES=tile_queries, ROWS=rows, CANDIDATES=candidates,
-                BITS=tl.int64 if bits == 64 else tl.int32, FORCED=2 ** (bits - 1) - 2, PACKED=varlen is not None,
+                BITS=tl.int64 if bits == 64 else tl.int32, PACKED=varlen is not None,
                 num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
     return indices

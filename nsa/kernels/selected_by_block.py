@@ -41,13 +41,14 @@ from nsa.kernels.configs import KeyMajorConfig, multiprocessors, plan
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
-    LOG2E,
     add_dot,
     cdiv,
     dot,
     dot_chunks,
     head_runs,
     load_chunks,
+    logit_factor,
+    next_power_of_2,
     not_finite,
     probability,
     program_of,
@@ -66,7 +67,7 @@ _LENGTHS = (
 @recordable(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     q, k, v, members, offsets, pieces, partial, partial_lse2, query_table, cu_keys, num_sequences, q_strides, k_strides,
-    v_strides, num_queries, num_keys, shift, num_blocks, pieces_per_head, first_head, scale, HEADS,
+    v_strides, num_queries, num_keys, shift, num_blocks, pieces_per_head, first_head, factor, HEADS,
     NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
@@ -75,7 +76,7 @@ def _forward_kernel(
     poisoned = 1.0
     for CLEAN in tl.static_range(2):
         if poisoned != 0:
-            batch_head, block, _, _, begin, count = find_piece(
+            batch_head, block, piece, _, begin, count = find_piece(
                 program_of(poisoned, CLEAN), offsets, pieces, first_head, pieces_per_head, num_queries, num_blocks,
                 NUM_SELECTED, CHUNK,
             )  # fmt: skip
@@ -97,32 +98,36 @@ def _forward_kernel(
                 if CLEAN:
                     bad = not_finite(v0, v1, V1, ACC)
                     v0, v1 = without(v0, v1, bad, V1)
+                first_pair = (batch_head - first_head).to(tl.int64) * num_queries * NUM_SELECTED
+                # Queries come in order, each once: all but the first of a list see the whole block.
+                rank = piece * CHUNK
                 for step in range(0, count * G, BLOCK_M):
-                    row = step + tl.arange(0, BLOCK_M)
+                    row = (step + tl.arange(0, BLOCK_M)).to(tl.uint32)
                     inside = row < count * G
-                    member = tl.load(members + begin + row // G, mask=inside, other=0)
+                    member = tl.load(members + begin + row // G, mask=inside, other=0).to(tl.uint32)
                     query = (member // NUM_SELECTED).to(tl.int64)
                     of_group = (row % G).to(tl.int64)
                     q0, q1 = load_chunks(q_head, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
                     reach = query_positions(query_table, query, shift, inside, PACKED) - position
-                    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * (scale * LOG2E)
+                    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                     visible = within[None, :] <= reach[:, None]
-                    s = tl.where(visible, s, float("-inf"))
-                    row_max = tl.max(s, 1)
+                    if rank + step // G < BLOCK_SIZE:
+                        s = tl.where(visible, s, float("-inf"))
+                    row_max = tl.max(s, 1) * factor
                     safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-                    p = tl.exp2(s - safe_max[:, None])
+                    p = tl.exp2(s * factor - safe_max[:, None])
                     row_sum = tl.sum(p, 1)
                     empty = row_sum == 0
                     row_sum = tl.where(empty, 1.0, row_sum)
                     if CLEAN:
                         p = tl.where(visible & bad[None, :], float("nan"), p)
                     p = p.to(v0.dtype)
-                    out0 = dot(p, v0, None, ACC, PRECISION) / row_sum[:, None]
+                    share = (1.0 / row_sum)[:, None]
+                    out0 = dot(p, v0, None, ACC, PRECISION) * share
                     out1 = out0
                     if V1 > 0:
-                        out1 = dot(p, v1, None, ACC, PRECISION) / row_sum[:, None]
-                    place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
-                    place = (place * (BLOCK_SIZE // BLOCK_N) + part) * G + row % G
+                        out1 = dot(p, v1, None, ACC, PRECISION) * share
+                    place = ((first_pair + member) * (BLOCK_SIZE // BLOCK_N) + part) * G + of_group
                     lse2 = tl.where(empty, float("-inf"), safe_max + tl.log2(row_sum))
                     tl.store(partial_lse2 + place, lse2, mask=inside)
                     store_chunks(partial, place * DV, inside, out0, out1, DV, V0, V1)
@@ -149,49 +154,51 @@ def _merge_kernel(
     partial, partial_lse2, indices, out, lse, query_table, index_strides, num_queries, shift, first_head, HEADS,
     NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The output and log-sum-exp of each row, from its partial results."""
     batch, head, query, of_group, position, inside = _find_rows(
         query_table, num_queries, shift, first_head, HEADS, G, BLOCK_M, PACKED
     )
+    PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
     indices += batch * index_strides[0] + head * index_strides[2]
-    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)) * G + of_group
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=ACC)
-    row_sum = tl.zeros([BLOCK_M], dtype=ACC)
+    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * PARTS) * G + of_group
+    every = tl.arange(0, STEPS)[None, :]
+    blocks = tl.load(
+        indices + query[:, None] * index_strides[1] + tl.cast(every // PARTS, tl.int64) * index_strides[3],
+        inside[:, None] & (every < NUM_SELECTED * PARTS),
+        other=-1,
+    )
+    # The partial results of a block that the query does not see were never written.
+    written = sees_block(blocks, position[:, None], BLOCK_SIZE)
+    lse2 = tl.load(partial_lse2 + place[:, None] + every * G, mask=written, other=float("-inf"))
+    row_max = tl.max(lse2, 1)
+    safe_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(tl.exp2(lse2 - safe_max[:, None]), 1)
+    empty = row_sum == 0
+    base = safe_max + tl.log2(tl.where(empty, 1.0, row_sum))
     out0 = tl.zeros([BLOCK_M, V0], dtype=ACC)
     out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
-    for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
+    for step in range(0, NUM_SELECTED * PARTS):
         block = tl.load(
-            indices + query * index_strides[1] + tl.cast(step // (BLOCK_SIZE // BLOCK_N), tl.int64) * index_strides[3],
-            inside,
-            other=-1,
+            indices + query * index_strides[1] + tl.cast(step // PARTS, tl.int64) * index_strides[3], inside, other=-1
         )
-        # The partial results of a block that the query does not see were never written.
         valid = sees_block(block, position, BLOCK_SIZE)
-        lse2 = tl.load(partial_lse2 + place + step * G, mask=valid, other=float("-inf"))
-        new_max = tl.maximum(row_max, lse2)
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = tl.exp2(row_max - safe_max)
-        weight = tl.exp2(lse2 - safe_max)
-        row_max = new_max
-        row_sum = row_sum * rescale + weight
+        weight = tl.exp2(tl.load(partial_lse2 + place + step * G, mask=valid, other=float("-inf")) - base)
         part0, part1 = load_chunks(partial, (place + step * G) * DV, valid, DV, V0, V1)
-        out0 = out0 * rescale[:, None] + weight[:, None] * part0.to(ACC)
+        out0 += weight[:, None] * part0.to(ACC)
         if V1 > 0:
-            out1 = out1 * rescale[:, None] + weight[:, None] * part1.to(ACC)
-    empty = row_sum == 0
-    row_sum = tl.where(empty, 1.0, row_sum)
+            out1 += weight[:, None] * part1.to(ACC)
     rows = ((batch * num_queries + query) * HEADS + head) * G + of_group
-    tl.store(lse + rows, tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2), mask=inside)
-    store_chunks(out, rows * DV, inside, out0 / row_sum[:, None], out1 / row_sum[:, None], DV, V0, V1)
+    tl.store(lse + rows, tl.where(empty, float("-inf"), base * LN2), mask=inside)
+    store_chunks(out, rows * DV, inside, out0, out1, DV, V0, V1)
 
 
 @recordable(do_not_specialize=_LENGTHS)
 def _bwd_dkdv_kernel(
     q, k, v, dout, lse2, delta, members, offsets, pieces, partials, dk, dv, partial_dk, partial_dv, partial_dq, again,
     query_table, cu_keys, num_sequences, q_strides, k_strides, v_strides, do_strides, num_queries, num_keys, shift,
-    num_blocks, pieces_per_head, partials_per_head, first_head, scale, HEADS, NUM_SELECTED: tl.constexpr,
+    num_blocks, pieces_per_head, partials_per_head, first_head, scale, factor, HEADS, NUM_SELECTED: tl.constexpr,
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -238,10 +245,13 @@ def _bwd_dkdv_kernel(
             clean_k1 = k1
             if CLEAN and WITH_DQ:
                 clean_k0, clean_k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)
+            members += begin
+            first_pair = (batch_head - first_head).to(tl.int64) * num_queries * NUM_SELECTED
+            rank = piece * CHUNK  # as in `_forward_kernel`
             for step in range(0, count * G, BLOCK_M):
-                row = step + tl.arange(0, BLOCK_M)
+                row = (step + tl.arange(0, BLOCK_M)).to(tl.uint32)
                 inside = row < count * G
-                member = tl.load(members + begin + row // G, mask=inside, other=0)
+                member = tl.load(members + row // G, mask=inside, other=0).to(tl.uint32)
                 query = (member // NUM_SELECTED).to(tl.int64)
                 reach = query_positions(query_table, query, shift, inside, PACKED) - position
                 of_group = (row % G).to(tl.int64)
@@ -251,9 +261,10 @@ def _bwd_dkdv_kernel(
                 of_row = first_row + query * (HEADS * G) + of_group
                 row_lse2 = tl.load(lse2 + of_row, mask=inside, other=0.0)
                 row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
-                s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION) * (scale * LOG2E)
-                s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
-                p = probability(s, row_lse2[None, :], ACC, WEIGHTED)
+                s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION)
+                if rank + step // G < BLOCK_SIZE:
+                    s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
+                p = probability(s * factor, row_lse2[None, :], ACC, WEIGHTED)
                 if CLEAN:
                     visible = (within[:, None] <= reach[None, :]) & inside[None, :]
                     bad = not_finite(do0, do1, V1, ACC)
@@ -272,8 +283,7 @@ def _bwd_dkdv_kernel(
                     dq1 = dq0
                     if K1 > 0:
                         dq1 = dot(tl.trans(ds), clean_k1, None, ACC, PRECISION) * scale
-                    place = ((batch_head - first_head) * num_queries + query) * NUM_SELECTED + member % NUM_SELECTED
-                    place = (place * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + row % G
+                    place = ((first_pair + member) * (BLOCK_SIZE // BLOCK_N) + tl.program_id(1)) * G + of_group
                     store_chunks(partial_dq, place * DK, inside, dq0, dq1, DK, K0, K1)
 
             if not CLEAN:
@@ -362,8 +372,13 @@ def _reduce_kernel(
 
 # Launchers. `constants` are those of `nsa.kernels.selected_attention`.
 
-_MERGED_ROWS = 16 if triton.knobs.runtime.interpret else 32
-"""Rows of a program that merges partial results."""
+_ROWS_ELEMENTS = 512
+"""Elements of the rows that a program merges, which is one warp: sums of so few do not run out of registers."""
+
+
+def _merged_rows(width: int) -> dict[str, int]:
+    """Rows of `width` columns that a program merges, and its warps."""
+    return {"BLOCK_M": max(1, _ROWS_ELEMENTS // next_power_of_2(width)), "num_warps": 1}
 
 
 def shortened(config: KeyMajorConfig, pairs: int, pieces: int, least: int, device: torch.device) -> KeyMajorConfig:
@@ -406,15 +421,17 @@ def forward(
     rows = num_queries * num_selected * parts * group
     runs = head_runs(batch * heads, rows * v.shape[3] * q.element_size())
     partial, partial_lse2 = q.new_empty(runs[0][1], rows, v.shape[3]), lse.new_empty(runs[0][1], rows)
+    merged = _merged_rows(constants["V0"] + constants["V1"])
     for first, count in runs:
         _forward_kernel[(count * index.pieces_per_head, parts)](
             q, k, v, index.members, index.offsets, index.pieces, partial, partial_lse2, packing.query_table,
             packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
-            index.pieces_per_head, first, scale, heads, **constants, **config.options,
+            index.pieces_per_head, first, logit_factor(scale), heads, **constants, **config.options,
         )  # fmt: skip
-        _merge_kernel[(cdiv(num_queries * group, _MERGED_ROWS), count)](
+        _merge_kernel[(cdiv(num_queries * group, merged["BLOCK_M"]), count)](
             partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
-            first, heads, BLOCK_M=_MERGED_ROWS, **_without(constants, "DK", "K0", "K1", "PRECISION"),
+            first, heads, STEPS=next_power_of_2(num_selected * parts), **merged,
+            **_without(constants, "DK", "K0", "K1", "PRECISION"),
         )  # fmt: skip
 
 
@@ -449,6 +466,7 @@ def bwd_dkdv(
     summands = 0 if dq is None else num_queries * num_selected * parts * group
     runs = head_runs(batch * heads, summands * k.shape[3] * q.element_size())
     partial_dq = q.new_empty(runs[0][1], summands, k.shape[3])
+    merged = _merged_rows(constants["K0"] + constants["K1"])
     again = indices.new_empty(runs[0][1] * index.pieces_per_head * parts, dtype=torch.int8)
     for first, count in runs:
         for clean in (False, True):
@@ -456,13 +474,13 @@ def bwd_dkdv(
                 q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk,
                 dv, partial_dk, partial_dv, partial_dq, again, packing.query_table, packing.cu_keys,
                 packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
-                index.pieces_per_head, index.partials_per_head, first, scale, heads, WITH_DQ=dq is not None,
-                WEIGHTED=weighted, CLEAN=clean, **constants, **config.options,
+                index.pieces_per_head, index.partials_per_head, first, scale, logit_factor(scale), heads,
+                WITH_DQ=dq is not None, WEIGHTED=weighted, CLEAN=clean, **constants, **config.options,
             )  # fmt: skip
         if dq is not None:
-            _merge_dq_kernel[(cdiv(num_queries * group, _MERGED_ROWS), count)](
+            _merge_dq_kernel[(cdiv(num_queries * group, merged["BLOCK_M"]), count)](
                 partial_dq, indices, dq, packing.query_table, indices.stride(), num_queries, shift, first, heads,
-                BLOCK_M=_MERGED_ROWS, ADD=add, **_without(constants, "DV", "V0", "V1", "PRECISION"),
+                ADD=add, **merged, **_without(constants, "DV", "V0", "V1", "PRECISION"),
             )  # fmt: skip
     _reduce_kernel[(batch * heads * packing.num_blocks, parts)](
         partial_dk, partial_dv, index.pieces, index.partials, dk, dv, packing.cu_keys, packing.num_sequences, num_keys,

@@ -43,6 +43,12 @@ def test_matches_the_oracle(impl: Implementation, stage: Stage, case: Case, dtyp
     compare(impl, stage, case, draw(case, dtype), dtype, beside_plain=beside_plain)
 
 
+@pytest.mark.parametrize("name", ["compressed_attention", "selected_attention", "sliding_window_attention"])
+def test_a_scale_of_0_weighs_all_visible_keys_alike(impl: Implementation, name: str) -> None:
+    case = fitted(impl, replace(BY_ID["small"], scale=0.0), replace(BY_ID["pooled"], scale=0.0), stages=(name,))
+    compare(impl, STAGES[name], case, draw(case, impl.widest), impl.widest)
+
+
 # 2. The selection.
 
 
