@@ -2,8 +2,9 @@
 
     python -m validation.offline sm86 float32 256     # architecture, dtype, head dim
 
-prints a JSON object: for each kernel of forward and backward passes and of decoding, in groups of 2 query heads, the
-most bytes of shared memory that one of its programs takes. What the compiler refuses and the interpreter takes, fails.
+prints a JSON object: for each kernel of forward and backward passes, in groups of 2 and of 16 query heads, and of
+decoding, the most bytes of shared memory that one of its programs takes. What the compiler refuses and the interpreter
+takes, fails.
 """
 
 import argparse
@@ -99,9 +100,10 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
 
     blocks = [draw(config.num_compressed(TOKENS), 1, head_dim) for _ in range(2)]
     keys = [draw(TOKENS, 1, head_dim) for _ in range(4)]
-    inputs = [draw(TOKENS, 2, head_dim), *blocks, *keys, draw(TOKENS, 2, 3)]
-    out = nsa_attention(*inputs, config, backend="triton")  # type: ignore[arg-type]
-    torch.autograd.grad(out, inputs, torch.zeros_like(out))
+    for heads in (16, 2):
+        inputs = [draw(TOKENS, heads, head_dim), *blocks, *keys, draw(TOKENS, heads, 3)]
+        out = nsa_attention(*inputs, config, backend="triton")  # type: ignore[arg-type]
+        torch.autograd.grad(out, inputs, torch.zeros_like(out))
     table = rope_table(TOKENS, head_dim)
     for interleaved in (True, False):
         kind: dict[str, Any] = {"interleaved": interleaved, "backend": "triton"}

@@ -108,6 +108,18 @@ class SelectedForwardConfig(QueryMajorConfig):
 
 
 @dataclass(frozen=True)
+class TileConfig(QueryMajorConfig):
+    """Forward pass and `dq` of the selected branch by tiles of `BLOCK_M` rows, which are those of a few queries.
+
+    Attributes:
+        most_keys: of sequences that go this way. In longer ones neighbours have fewer blocks in common.
+    """
+
+    BLOCK_M: int
+    most_keys: int
+
+
+@dataclass(frozen=True)
 class KeyMajorConfig(KernelConfig):
     """Forward pass of the selected branch by block; at most `CHUNK` queries of a block are one program's."""
 
@@ -132,7 +144,9 @@ KERNELS: dict[str, type[KernelConfig]] = {
     "importance": ImportanceConfig,
     "selected_forward": SelectedForwardConfig,
     "selected_forward_key_major": KeyMajorConfig,
+    "selected_forward_tiles": TileConfig,
     "selected_bwd_dq": QueryMajorConfig,
+    "selected_bwd_dq_tiles": TileConfig,
     "selected_bwd_dkdv": SelectedDkdvConfig,
 }
 """The kernels whose configuration is looked up here, by the names that their launchers use."""
@@ -326,7 +340,7 @@ def _interpreted(kernel: str, group: int) -> KernelConfig:
     """Small blocks: they make small tests reach tile boundaries, and the interpreter's time is by operation."""
     return _made(
         kernel, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1, TMA=False, SPLIT=True, num_programs=8,
-        key_major=group < 8, CHUNK=2,
+        key_major=group < 8, CHUNK=2, most_keys=40,
     )  # fmt: skip
 
 
@@ -349,5 +363,5 @@ def _fitting(kernel: str, row_bytes: int, dtype: torch.dtype, group: int) -> Ker
         rows, keys = min(short, 32), long if row_bytes <= 256 else short
     return _made(
         kernel, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages, TMA=False, SPLIT=True,
-        num_programs=512, key_major=group < 8 and row_bytes <= 1024, CHUNK=2048,
+        num_programs=512, key_major=group < 8 and row_bytes <= 1024, CHUNK=2048, most_keys=0,
     )  # fmt: skip

@@ -8,9 +8,10 @@ Backward, with `P = exp(S - lse)`, `dP = dout v_s` and `delta = dout.out`:
 
     dS = P (dP - delta),    dq = scale sum_s dS k_s,    dk_s = scale sum dS q,    dv_s = sum P dout
 
-There are two ways to bring queries and blocks together, in files of their own:
+There are two ways to bring queries and blocks together:
 
-- query-major (`nsa.kernels.selected_by_query`): a program has a query and reads its blocks;
+- query-major: a program has a query and reads its blocks (`nsa.kernels.selected_by_query`), or a few neighbouring ones
+  and reads the blocks of all (`nsa.kernels.selected_by_tile`);
 - key-major (`nsa.kernels.selected_by_block`): a program has a block and reads the queries that selected it.
 
 `dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
@@ -18,19 +19,19 @@ head: query-major reads the keys of a block once for `G` rows, key-major writes 
 field `key_major` of the configuration chooses.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels import selected_by_block, selected_by_query
+from nsa.kernels import selected_by_block, selected_by_query, selected_by_tile
 from nsa.kernels.block_index import Packing
 from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
-from nsa.kernels.configs import plan
+from nsa.kernels.configs import QueryMajorConfig, plan
 from nsa.kernels.launches import recorded
 from nsa.kernels.primitives import Heads, rows_contiguous
+from nsa.kernels.selected_by_tile import MOST_KEYS
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
 
@@ -49,6 +50,14 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
         "BLOCK_N": min(block_size, 64 if row_bytes < 512 else 32 if row_bytes < 1024 else 16),
         "PACKED": packed,
     }
+
+
+def _query_major(kernel: str, heads: Heads, num_keys: int, device: torch.device) -> tuple[Any, QueryMajorConfig]:
+    """The module whose launchers are taken, and the configuration of theirs."""
+    tiles = heads.config(f"{kernel}_tiles", device)
+    if selected_by_tile.queries_of(tiles, heads.group) > 1 and num_keys <= min(tiles.most_keys, MOST_KEYS):
+        return selected_by_tile, tiles
+    return selected_by_query, heads.config(kernel, device)
 
 
 def forward(
@@ -70,12 +79,13 @@ def forward(
     packing = Packing.of(varlen, num_keys, config.select_block_size)
     heads = Heads.of(q, k, v)
     constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
-    run: Callable[..., None]
-    run, kernel = selected_by_query.forward, heads.config("selected_forward", q.device)
-    if kernel.key_major:
-        run, kernel = selected_by_block.forward, heads.config("selected_forward_key_major", q.device)
+    way: Any
+    if heads.config("selected_forward", q.device).key_major:
+        way, kernel = selected_by_block, heads.config("selected_forward_key_major", q.device)
+    else:
+        way, kernel = _query_major("selected_forward", heads, num_keys, q.device)
     with torch.cuda.device_of(q):
-        run(q, k, v, indices, out, lse, packing, constants, kernel, scale)
+        way.forward(q, k, v, indices, out, lse, packing, constants, kernel, scale)
     return out, lse
 
 
@@ -134,10 +144,8 @@ def gradients(
     key_major = kernel.key_major
     with torch.cuda.device_of(q):
         if not key_major:
-            selected_by_query.bwd_dq(
-                dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants,
-                heads.config("selected_bwd_dq", q.device), scale, add,
-            )  # fmt: skip
+            way, config_dq = _query_major("selected_bwd_dq", heads, num_keys, q.device)
+            way.bwd_dq(dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants, config_dq, scale, add)
         selected_by_block.bwd_dkdv(
             dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, kernel, scale,
             gate is not None, add,

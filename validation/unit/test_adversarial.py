@@ -36,11 +36,16 @@ DIMS = {"key_dim": 128, "value_dim": 128}
 if kernels.INTERPRETED:
     SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
     SHAPE = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
-    TRIED = [Case("by_query", whole(44), SMALL, group=8, **SHAPE), Case("small", whole(52), SMALL, **SHAPE)]
+    TRIED = [
+        Case("by_query", whole(44), SMALL, group=8, **SHAPE),
+        Case("by_tile", whole(40), SMALL, group=8, **SHAPE),
+        Case("small", whole(52), SMALL, **SHAPE),
+    ]
     DTYPES, SKIPPED = ["float64"], ("compress_keys", "compress_values", "nsa_attention")  # the last takes longest
 else:
     TRIED = [
-        Case("by_query", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS),
+        Case("by_query", whole(1300), NSAConfig(), kv_heads=1, group=64, **DIMS),
+        Case("by_tile", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS),
         Case("by_block", whole(1200), NSAConfig(), group=4, **DIMS),
     ]
     DTYPES, SKIPPED = ["float32", "float16", "bfloat16"], ("compress_keys", "compress_values")

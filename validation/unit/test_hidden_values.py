@@ -41,7 +41,8 @@ CASES = [BY_ID["small"], BY_ID["group_16"], BY_ID["packed_last_queries"]]
 if not kernels.INTERPRETED:
     # The shapes that configurations were measured for: tensor descriptors, and loops of their own without masks.
     CASES += [
-        Case("by_query", whole(1100), NSAConfig(), kv_heads=1, group=16, key_dim=128, value_dim=128),
+        Case("by_query", whole(1100), NSAConfig(), kv_heads=1, group=64, key_dim=128, value_dim=128),
+        Case("by_tile", whole(1100), NSAConfig(), kv_heads=1, group=16, key_dim=128, value_dim=128),
         Case("by_block", whole(1100), NSAConfig(), group=4, key_dim=128, value_dim=128),
     ]
 

@@ -1,7 +1,7 @@
 """How our kernels can be launched, whatever the table of configurations says of this machine.
 
-Selected attention goes by query or by block. Whatever is the faster, both must be right, and so must the sums over a
-block's queries where these come in several pieces, as in long sequences.
+Selected attention goes by query, by tiles of queries or by block. Whatever is the fastest, all must be right, and so
+must the sums over a block's queries where these come in several pieces, as in long sequences.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,20 @@ from typing import Any
 
 from nsa.kernels.configs import KERNELS, override
 
-SELECTED = ("selected_forward", "selected_forward_key_major", "selected_bwd_dq", "selected_bwd_dkdv")
-WAYS = {"by_query": {"key_major": False, "CHUNK": 8, "BLOCK_N": 32}, "by_block": {"key_major": True, "CHUNK": 8}}
+SELECTED = (
+    "selected_forward",
+    "selected_forward_key_major",
+    "selected_forward_tiles",
+    "selected_bwd_dq",
+    "selected_bwd_dq_tiles",
+    "selected_bwd_dkdv",
+)
+_QUERY_MAJOR = {"key_major": False, "CHUNK": 8, "BLOCK_N": 32}
+WAYS = {
+    "by_query": {**_QUERY_MAJOR, "most_keys": 0},
+    "by_tile": {**_QUERY_MAJOR, "most_keys": 1 << 20, "BLOCK_M": 32},
+    "by_block": {"key_major": True, "CHUNK": 8},
+}
 
 
 def fitting(name: str, values: dict[str, Any]) -> dict[str, Any]:
