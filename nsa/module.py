@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nsa.backends import BackendName
 from nsa.blocks import BlockFunction, CompressionParams
-from nsa.cache import KVCache, computed_dtype
+from nsa.cache import KVCache
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
 from nsa.decode import cached_attention, decode_attention
@@ -22,6 +22,7 @@ from nsa.functional import (
     nsa_attention,
     pack_tokens,
 )
+from nsa.stores import computed_dtype
 from nsa.varlen import PackedSequences
 
 PAPER = NSAConfig()
