@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa.config import NSAConfig
-from nsa.generate import Printer, benchmark, generate, sample
+from nsa.generate import Printer, benchmark, generate, main, sample, stream
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.load import find_checkpoint, load_model, model_args
 from nsa.titan.model import ModelArgs, Transformer
@@ -115,6 +115,16 @@ def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
         assert [token for of, token in came if of == row] == found[row]
     assert generate(model, [prompt], 0) == [[]]
     assert max(generate(model, [prompt], 40, temperature=9.0, vocab_size=7)[0]) < 7
+
+
+def test_tokens_are_drawn_no_sooner_than_they_are_asked_for():
+    model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    steps = stream(model, [prompt, prompt[:9]], 3)
+    assert not calls
+    assert [next(steps) for _ in range(2)] == [list(step) for step in zip(*generate(make(), [prompt, prompt[:9]], 2))]
+    assert len(calls) == 2, "a call for the prompts, and one for each token after the first"
 
 
 def test_a_seed_is_repeated_and_another_gives_other_tokens():
@@ -225,6 +235,31 @@ def test_the_command_measures_latencies(run_folder):
     assert found["prompt_tokens"] == 11
     for name in ("prefill_ms", "decode_ms"):
         assert 0 < found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"]
+
+
+def test_a_flavor_is_measured_without_a_checkpoint(capsys):
+    options = ["--flavor=debug", "--device=cpu", "--benchmark", "--max-new-tokens=3", "--batch=2"]
+    main([*options, "--prompt-tokens=70"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt_tokens"], found["batch"]) == (70, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--flavor=debgu", "--benchmark", "--prompt-tokens=3"], 1, "model.flavor must be one of ('debug', "),
+        (["--flavor=debug", "--prompt=x"], 2, "--flavor is for --benchmark alone"),
+        (["--checkpoint=x", "--prompt-tokens=3"], 2, "--prompt-tokens is for --benchmark alone"),
+        (["--checkpoint=x"], 2, "either --prompt or --prompt-tokens must be given"),
+        (["--flavor=debug", "--prompt=x", "--prompt-tokens=3", "--benchmark"], 2, "either --prompt or --prompt-tokens"),
+        (["--flavor=debug", "--checkpoint=x", "--prompt=x"], 2, "not allowed with argument"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, status, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*options, "--device=cpu"])
+    assert exit.value.code == status
+    assert message in capsys.readouterr().err
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
