@@ -62,6 +62,9 @@ LEARNING_RATIO = 0.7
 LAYOUT_BOUND = 5e-5
 """Difference of a float32 loss, gradient norm or parameter between layouts: sums in another order, over a few steps."""
 
+TRANSFORMERS_BOUND = 1e-5
+"""Difference of a float32 logit between `transformers` and a dense model, as a part of the largest: the design's."""
+
 PEAK_MEMORY_BYTES = 4 * 2**30
 """Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
 
