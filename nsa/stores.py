@@ -75,24 +75,28 @@ class Stores:
         starts = [i for i in range(self.batch) if i == 0 or self._lengths[i] != self._lengths[i - 1]]
         return [slice(*ends) for ends in zip(starts, [*starts[1:], self.batch], strict=True)]
 
-    def check_room(self, batch: int, tokens: int, most: int | None = None) -> None:
+    def check_room(self, batch: int, tokens: int | Sequence[int], most: int | None = None) -> None:
         """Refuses `tokens` more for each of `batch` sequences unless they fit, also into `most` positions if given.
+
+        Args:
+            tokens: of all sequences, or of each.
 
         Raises:
             ValueError: another batch, or no room.
         """
         if batch != self.batch:
             raise ValueError(f"cache must be for a batch of {batch}, got one for {self.batch}")
-        self._check_capacity(max(self._lengths), tokens, most)
+        each = [tokens] * batch if isinstance(tokens, int) else tokens
+        length, count = max(zip(self._lengths, each, strict=True), key=sum)
+        self._check_capacity(length, count, most)
 
-    def check_like(self, x: Tensor, tokens: int) -> None:
-        """Refuses `tokens` more for every sequence, of the batch, dtype and device of `x`, unless they fit.
+    def check_like(self, x: Tensor) -> None:
+        """Refuses a cache of another dtype or device than `x`.
 
         Raises:
             TypeError: another dtype.
-            ValueError: another device; as `check_room` does.
+            ValueError: another device.
         """
-        self.check_room(x.shape[0], tokens)
         if x.device != self.keys.device:
             raise ValueError(f"cache must be on {x.device}, like the tensors beside it, got {self.keys.device}")
         if x.dtype != self.keys.dtype:

@@ -46,7 +46,8 @@ class DenseAttention(LlamaAttention):
     def _attend_cached(self, x: Tensor, freqs_cis: Tensor, cache: DenseCache) -> Tensor:
         """Attention of tokens that continue the sequences of a cache."""
         q, k, v = self._project(x)
-        cache.check_like(k, x.shape[1])
+        cache.check_room(*x.shape[:2])
+        cache.check_like(k)
         if x.shape[1] == 1:
             query, key = apply_rotary_emb(q, k, freqs_cis, cache.lengths_on_device()[:, None])
             return self.wo(dense_decode_attention(query, *cache.step(key, v)).flatten(2))
