@@ -7,7 +7,7 @@ ring has the token at position `p` in slot `p % size`.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch

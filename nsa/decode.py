@@ -111,7 +111,7 @@ def decode_attention(
 
 
 _ENDLESS = 1 << 30
-"""Size of blocks that no sequence completes: kernels are compiled for sizes of blocks, and so once for all capacities."""
+"""Size of blocks that no sequence completes: kernels are compiled for sizes of blocks, so once for all capacities."""
 
 
 def dense_decode_attention(
@@ -146,5 +146,7 @@ def dense_decode_attention(
 
 def window_of(capacity: int) -> NSAConfig:
     """Sizes with which nothing but a window over all of `capacity` tokens is attended to."""
-    none: dict[str, int] = dict.fromkeys(("num_selected_blocks", "num_initial_blocks", "num_local_blocks"), 0)
-    return NSAConfig(_ENDLESS, _ENDLESS, _ENDLESS, **none, window_size=capacity, compression="mean")
+    blocks = dict.fromkeys(("compress_block_size", "compress_stride", "select_block_size"), _ENDLESS)
+    none = dict.fromkeys(("num_selected_blocks", "num_initial_blocks", "num_local_blocks"), 0)
+    sizes: dict[str, Any] = {**blocks, **none, "window_size": capacity, "compression": "mean"}
+    return NSAConfig(**sizes)

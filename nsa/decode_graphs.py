@@ -95,7 +95,7 @@ def _autocast(device: str) -> tuple[bool, torch.dtype]:
 
 @contextmanager
 def _without_cached_casts() -> Iterator[None]:
-    """Has autocast cast every weight anew: what it keeps is gone when its block ends, and a graph would still read it."""
+    """Has autocast cast weights anew: what it keeps is gone when its block ends, and a graph would still read it."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from nsa.decode_graphs import DecodeGraphs
 
-
 _CHUNK = 16384
 """Tokens of all prompts that are taken in at a time, unless told otherwise."""
 

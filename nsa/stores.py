@@ -1,4 +1,4 @@
-"""Keys and values of sequences, each of its own length, in memory that is taken once: what all caches have in common."""
+"""Keys and values of sequences, each of its own length, in memory that is taken once: what all caches share."""
 
 import copy
 from collections.abc import Mapping, Sequence

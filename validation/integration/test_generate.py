@@ -17,6 +17,8 @@ from nsa.titan.load import find_checkpoint, load_model, model_args
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
 from validation.numerics import assert_equal, assert_matches
+from validation.runs import train
+from validation.system.definitions import train_tokenizer
 
 pytestmark = pytest.mark.smoke
 
@@ -119,11 +121,11 @@ def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
 
 def test_tokens_are_drawn_no_sooner_than_they_are_asked_for():
     model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
-    calls = []
+    calls, expected = [], generate(make(), [prompt, prompt[:9]], 2)
     model.register_forward_hook(lambda *_: calls.append(1))
     steps = stream(model, [prompt, prompt[:9]], 3)
     assert not calls
-    assert [next(steps) for _ in range(2)] == [list(step) for step in zip(*generate(make(), [prompt, prompt[:9]], 2))]
+    assert [next(steps) for _ in range(2)] == [list(step) for step in zip(*expected, strict=True)]
     assert len(calls) == 2, "a call for the prompts, and one for each token after the first"
 
 
@@ -271,6 +273,25 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
     shutil.copytree(run_folder / "checkpoint" / "step-2", tmp_path / "step-2")
     with pytest.raises(JobError, match=r"job.json' must say what 'step-2' is a checkpoint of, and does not"):
         load_model(tmp_path, device="cpu")
+
+
+def test_a_checkpoint_knows_its_tokenizer(tmp_path):
+    """Also if the folder with both is somewhere else by then."""
+    texts = ["def f(x):\n    return x\n"] * 90
+    for name, text in enumerate(texts):
+        (tmp_path / f"{name}.txt").write_text(text)
+    train_tokenizer(texts, tmp_path / "before" / "tokenizer")
+    options = (
+        "--training.steps=1", "--training.seq_len=16", "--training.local_batch_size=1", "--validation.no-enable",
+        f"--training.dataset_path={tmp_path}", f"--model.hf_assets_path={tmp_path / 'before' / 'tokenizer'}",
+    )  # fmt: skip
+    train(options, tmp_path / "before" / "run")
+    (tmp_path / "before").rename(tmp_path / "after")
+    _, tokenizer = load_model(tmp_path / "after" / "run", device="cpu")
+    assert tokenizer.decode(tokenizer.encode(texts[0], add_bos=False, add_eos=False)) == texts[0]
+    shutil.rmtree(tmp_path / "after" / "tokenizer")
+    with pytest.raises(JobError, match="tokenizer' must hold the files of a tokenizer"):
+        load_model(tmp_path / "after" / "run", device="cpu")
 
 
 @pytest.mark.parametrize(

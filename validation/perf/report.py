@@ -352,7 +352,9 @@ def generating(report: Mapping[str, Any]) -> str:
         "times as fast as dense: prompt", "step",
     )  # fmt: skip
     rounds = next(iter(found.values()))[0]["rounds"]
-    picture = "![Time until the first token and time of a step against the tokens of the prompt](img/perf-generation.png)"
+    picture = (
+        "![Time until the first token and time of a step against the tokens of the prompt](img/perf-generation.png)"
+    )
     return f"{GENERATING.format(rounds=rounds)}\n\n{picture}\n\n{table(names, rows)}"
 
 

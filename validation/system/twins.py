@@ -22,7 +22,6 @@ from matplotlib import pyplot as plt
 
 from nsa.titan.runs import NothingLeft, replacing, write_whole
 from validation import reports
-from validation.system.definitions import VOCABULARY, prepare
 from validation.runs import (
     LOSS,
     MEMORY_GIB,
@@ -33,6 +32,7 @@ from validation.runs import (
     environment,
     read_metrics,
 )
+from validation.system.definitions import VOCABULARY, prepare
 
 TWINS = {"NSA": "debug", "dense": "debug_dense"}
 UNIFORM_LOSS = math.log(VOCABULARY)  # guessing

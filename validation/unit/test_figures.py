@@ -141,7 +141,7 @@ def of_length(length: str) -> dict[str, list[list[str]]]:
 
 def of_cpu(summary: dict[str, Any]) -> dict[str, list[str]]:
     return {
-        "training loss, mean of the last 10 logged (nats a byte)": [f"{summary['training_loss']:.3f}"],
+        "training loss, mean of the last 10 logged (nats a token)": [f"{summary['training_loss']:.3f}"],
         "validation loss": [f"{summary['validation_loss']:.3f}"],
         "tokens/s, median": [f"{summary['tokens_per_second']:,.0f}"],
         "peak memory of the process (GiB)": [f"{summary['memory_gib']:.2f}"],
