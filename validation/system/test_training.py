@@ -60,7 +60,7 @@ def test_loss_falls_and_twins_agree(tmp_path):
 
 
 def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path):
-    """With all blocks selected and no other branch it begins where the dense one is, and learns as that does."""
+    """With all blocks selected and no other branch it begins where the dense one is, and goes where that goes."""
     options = (
         *TINY, "--validation.enable", "--validation.freq=100", "--validation.steps=8", "--validation.seq_len=256",
         "--optimizer.lr=1e-3",
@@ -73,13 +73,11 @@ def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path):
     # 8 blocks of 32 tokens are all of a sequence.
     sparse = train((*begin, "--nsa.initial_gates=0,1,0", "--nsa.num_selected_blocks=8"), tmp_path / "sparse")
     assert abs(sparse[LOSS][1] - dense[LOSS][1]) <= numerics.LAYOUT_BOUND * dense[LOSS][1], "they begin apart"
-    ends = [sum(list(run[LOSS].values())[-10:]) / 10 for run in (sparse, dense)]
-    for name, found, expected in (
-        ("training", *ends),
-        ("validation", sparse[VALIDATION_LOSS][100], dense[VALIDATION_LOSS][100]),
-    ):
-        assert found <= expected * numerics.CONVERTED_LOSS_RATIO, f"{name} loss: sparse {found}, dense {expected}"
-    assert sparse[VALIDATION_LOSS][100] < sparse[VALIDATION_LOSS][1], "it does not learn"
+    trained = [sum(list(run[LOSS].values())[-10:]) / 10 for run in (sparse, dense)]
+    validated = [run[VALIDATION_LOSS][100] for run in (sparse, dense)]
+    for name, (found, expected) in {"training": trained, "validation": validated}.items():
+        apart = abs(found / expected - 1)
+        assert apart <= numerics.CONVERTED_LOSS_RATIO - 1, f"{name} loss: sparse {found}, dense {expected}"
 
 
 WORD = re.compile(r"[^\W\d]\w+")
