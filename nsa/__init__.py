@@ -7,7 +7,7 @@ is the only part that needs it installed.
 
 from nsa.cache import CachedKeys, DenseCache, KVCache, StepKeys
 from nsa.config import NSAConfig
-from nsa.decode import cached_attention, decode_attention
+from nsa.decode import cached_attention, decode_attention, dense_decode_attention
 from nsa.functional import (
     CompressionParams,
     apply_rope,
@@ -39,6 +39,7 @@ __all__ = [
     "compress_keys_and_values",
     "compressed_attention",
     "decode_attention",
+    "dense_decode_attention",
     "nsa_attention",
     "pack_sequences",
     "rope_table",

@@ -108,3 +108,45 @@ def decode_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.no_grad():
         return load_backend(backend, config, q, keys.v_slc).decode_attention(q, *keys, gates, config, scale)
+
+
+_ENDLESS = 1 << 30
+"""Size of blocks that no sequence completes: kernels are compiled for sizes of blocks, so once for all capacities."""
+
+
+def dense_decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None = None, backend: BackendName = "auto"
+) -> Tensor:
+    """Dense attention of the last `Tq` tokens of sequences of any lengths, which the device alone need know.
+
+    It is `decode_attention` with a window as wide as the room, which no other branch stands beside.
+
+    Args:
+        q: `[B, Tq, Hq, Dk]`, the last `Tq` tokens of each sequence, few.
+        k: `[B, T, Hk, Dk]`, with room for `T` tokens of each sequence, as `DenseCache.step` returns them.
+        v: `[B, T, Hk, Dv]`.
+        lengths: int64 `[B]`, tokens so far; what lies beyond them is not seen.
+        scale, backend: as `decode_attention` takes them.
+
+    Returns:
+        `[B, Tq, Hq, Dv]`.
+
+    Raises:
+        TypeError, ValueError: as `decode_attention` does.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, "[B, T, H, D]")
+    gates = q.new_zeros(3)
+    gates[2:].fill_(1)
+    keys = StepKeys(k[:, :0], v[:, :0], k, v, k, v, lengths)
+    return decode_attention(
+        q, keys, gates.expand(*q.shape[:3], 3), window_of(k.shape[1]), scale=scale, backend=backend
+    )[0]
+
+
+def window_of(capacity: int) -> NSAConfig:
+    """Sizes with which nothing but a window over all of `capacity` tokens is attended to."""
+    blocks = dict.fromkeys(("compress_block_size", "compress_stride", "select_block_size"), _ENDLESS)
+    none = dict.fromkeys(("num_selected_blocks", "num_initial_blocks", "num_local_blocks"), 0)
+    sizes: dict[str, Any] = {**blocks, **none, "window_size": capacity, "compression": "mean"}
+    return NSAConfig(**sizes)

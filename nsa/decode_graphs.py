@@ -1,13 +1,15 @@
 """Decoding as CUDA graphs: at one token a sequence and step, starting kernels takes longer than they take to run."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsa.cache import KVCache
+from nsa.cache import DenseCache, KVCache
+from nsa.decode import window_of
 from nsa.module import NativeSparseAttention
 
 _WARM_UP = 2
@@ -17,8 +19,9 @@ _WARM_UP = 2
 class DecodeGraphs:
     """Steps of a model, one token of every sequence each, captured and replayed where that is possible.
 
-    Some steps complete compressed blocks and others do not (`KVCache.step`), so there is a graph for each kind. What
-    replays give is what calls give, to the bit. Where a step cannot be captured, a warning says why, and calls go on.
+    Some steps complete compressed blocks and others do not (`KVCache.step`), so there is a graph for each kind, and for
+    each state of autocast. What replays give is what calls give, to the bit. Where a step cannot be captured, a warning
+    says why, and calls go on.
 
     Args:
         model: called as `model(tokens, cache=cache, at=at)` for logits `[B, V]`, as `nsa.generate.generate` calls it.
@@ -27,12 +30,13 @@ class DecodeGraphs:
 
     def __init__(self, model: nn.Module, cache: Mapping[str, Any]):
         self._model, self._cache = model, cache
-        self._calls: dict[tuple[bool, ...], int] = {}
-        self._graphs: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._calls: dict[tuple[Any, ...], int] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._captures = can_capture(model, cache)
         batch, device = next(iter(cache.values())).batch, next(model.parameters()).device
-        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._at = torch.zeros(batch, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self._at = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -44,8 +48,8 @@ class DecodeGraphs:
         self._tokens.copy_(tokens.unsqueeze(1))
         if not self._captures:
             return self._run()
-        caches: list[KVCache] = list(self._cache.values())
-        kind = tuple(one.completes_block() for one in caches)
+        caches: list[KVCache | DenseCache] = list(self._cache.values())
+        kind = (*_autocast(self._at.device.type), *(one.completes_block() for one in caches))
         if kind not in self._graphs:
             self._calls[kind] = self._calls.get(kind, 0) + 1
             if self._calls[kind] <= _WARM_UP or not self._capture(kind):
@@ -62,7 +66,7 @@ class DecodeGraphs:
     def _run(self) -> Tensor:
         return self._model(self._tokens, cache=self._cache, at=self._at)
 
-    def _capture(self, kind: tuple[bool, ...]) -> bool:
+    def _capture(self, kind: tuple[Any, ...]) -> bool:
         """Captures a step, which counts it on the host and does nothing on the device; whether that could be done."""
         device, graph = self._at.device, torch.cuda.CUDAGraph()
         counted = [one.counted() for one in self._cache.values()]
@@ -72,7 +76,7 @@ class DecodeGraphs:
         try:
             # Other threads may take memory meanwhile.
             options: dict[str, Any] = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
-            with torch.cuda.device(device), torch.cuda.graph(graph, **options):
+            with _without_cached_casts(), torch.cuda.device(device), torch.cuda.graph(graph, **options):
                 logits = self._run()
         except RuntimeError as error:
             for one, before in zip(self._cache.values(), counted, strict=True):
@@ -84,13 +88,30 @@ class DecodeGraphs:
         return True
 
 
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    """What autocast casts to on a device: a graph holds the casts of the state it was captured in."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Has autocast cast weights anew: what it keeps is gone when its block ends, and a graph would still read it."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
 def can_capture(model: nn.Module, cache: Mapping[str, Any]) -> bool:
-    """Whether a model's steps are the same launches whatever the lengths: NSA layers alone, on a GPU, by kernels."""
-    layers = [layer for layer in model.modules() if isinstance(layer, NativeSparseAttention)]
-    if not layers or not all(isinstance(one, KVCache) for one in cache.values()):
+    """Whether a model's steps are the same launches whatever the lengths: on a GPU, attention by kernels."""
+    if any(layer.backend == "eager" for layer in model.modules() if isinstance(layer, NativeSparseAttention)):
         return False
-    if any(layer.wq.weight.device.type != "cuda" or layer.backend == "eager" for layer in layers):
+    caches = list(cache.values())
+    if not all(isinstance(one, KVCache | DenseCache) and one.keys.device.type == "cuda" for one in caches):
         return False
     from nsa import kernels
 
-    return all(kernels.why_not(layer.config, layer.wq.weight.new_empty(layer.head_dim)) is None for layer in layers)
+    sizes = [one.config if isinstance(one, KVCache) else window_of(one.capacity) for one in caches]
+    return all(kernels.why_not(config, one.keys) is None for config, one in zip(sizes, caches, strict=True))

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from nsa.decode_graphs import DecodeGraphs
+
+_CHUNK = 16384
+"""Tokens of all prompts that are taken in at a time, unless told otherwise."""
 
 
 def sample(
@@ -64,8 +67,7 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
 
 
-@torch.no_grad()
-def generate(
+def stream(
     model: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -74,32 +76,29 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop: Collection[int] = (),
     vocab_size: int | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-    chunk: int = 1024,
-) -> list[list[int]]:
-    """Continues each prompt by at most `max_new_tokens` tokens; on a GPU steps are CUDA graphs where they can be.
+    chunk: int | None = None,
+) -> Iterator[list[int]]:
+    """The next token of every prompt, one step after another, of which the first takes in the prompts.
+
+    On a GPU steps are CUDA graphs where they can be.
 
     Args:
         model: called as `model(tokens, cache=cache, at=at)` for logits `[B, V]` of the tokens at `at [B]`;
             `make_cache(batch, capacity, spare=s)` gives its caches by layer.
         prompts: token ids, at least one each; their lengths may differ.
+        max_new_tokens: steps, at most.
         temperature, top_k, top_p: as `sample` takes them.
         seed: the same seed gives the same tokens for the same prompts; unless given, every call draws its own.
-        stop: tokens that end a sequence, and are its last.
         vocab_size: tokens from this one on stand for nothing and are never drawn: models are padded by some.
-        on_token: called with the number of the prompt and the token as each one comes.
-        chunk: tokens of the prompts that are taken in at a time.
-
-    Returns:
-        The new tokens of each prompt.
+        chunk: tokens of each prompt that are taken in at a time; unless given, as many as make 16384 of all together.
 
     Raises:
         ValueError: no prompt or an empty one, a number out of range, more tokens than the model has positions for.
     """
     if not prompts or not all(prompts):
         raise ValueError("prompts must have at least one token each, got none")
+    chunk = max(1, _CHUNK // len(prompts)) if chunk is None else chunk
     for name, number, least in (("max_new_tokens", max_new_tokens, 0), ("chunk", chunk, 1)):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
@@ -117,31 +116,67 @@ def generate(
     padded = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], device=device)
     last = torch.tensor(lengths, device=device) - 1
     logits: Tensor | None = None
-    for first in range(0, longest, chunk):
-        tokens = padded[:, first : first + chunk]
-        found = model(tokens, cache=cache, at=(last - first).clamp(0, tokens.shape[1] - 1))
-        logits = found if logits is None else found.where((last >= first)[:, None], logits)
+    with torch.no_grad():
+        for first in range(0, longest, chunk):
+            tokens = padded[:, first : first + chunk]
+            found = model(tokens, cache=cache, at=(last - first).clamp(0, tokens.shape[1] - 1))
+            logits = found if logits is None else found.where((last >= first)[:, None], logits)
     for one in cache.values():
         one.truncate(lengths)
     assert logits is not None
 
-    outputs: list[list[int]] = [[] for _ in prompts]
     step = DecodeGraphs(model, cache)
-    going = [max_new_tokens > 0] * len(prompts)
-    while any(going):
+    for number in range(max_new_tokens):
+        if number:
+            logits = step(tokens)
         tokens = sample(logits[:, :vocab_size], temperature, top_k, top_p, generator)
-        for row, token in enumerate(tokens.tolist()):
+        yield tokens.tolist()
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Collection[int] = (),
+    vocab_size: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    chunk: int | None = None,
+) -> list[list[int]]:
+    """Continues each prompt by at most `max_new_tokens` tokens, as `stream` does.
+
+    Args:
+        model, prompts: as `stream` takes them, and so are `temperature`, `top_k`, `top_p`, `seed`, `vocab_size` and
+            `chunk`.
+        stop: tokens that end a sequence, and are its last.
+        on_token: called with the number of the prompt and the token as each one comes.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        ValueError: as `stream` does.
+    """
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    outputs: list[list[int]] = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    for tokens in stream(model, prompts, max_new_tokens, vocab_size=vocab_size, chunk=chunk, **sampling):
+        for row, token in enumerate(tokens):
             if going[row]:
                 outputs[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                going[row] = token not in stop and len(outputs[row]) < max_new_tokens
-        if any(going):
-            logits = step(tokens)
+                going[row] = token not in stop
+        if not any(going):
+            break
     return outputs
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 90th and 99th percentile in milliseconds."""
     found = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64))
     return {name: round(1e3 * x, 3) for name, x in zip(("p50", "p90", "p99"), found.tolist(), strict=True)}
@@ -155,31 +190,25 @@ def benchmark(model: Any, prompt: Sequence[int], new_tokens: int, repeats: int, 
         batch: sequences that are continued at a time, all from the same prompt.
 
     Raises:
-        ValueError: fewer than 2 new tokens, of which the first comes with the prompt, or a batch below 1; as `generate`
+        ValueError: fewer than 2 new tokens, of which the first comes with the prompt, or a batch below 1; as `stream`
             does.
     """
     if new_tokens < 2:
         raise ValueError(f"a benchmark must be of at least 2 new tokens, got {new_tokens}")
     if batch < 1:
         raise ValueError(f"a benchmark must be of at least 1 sequence, got {batch}")
-    prompts = [prompt] * batch
-    generate(model, prompts, new_tokens)
     prefill, steps = [], []
-    for _ in range(repeats):
+    for repeat in range(repeats + 1):
         times = [time.perf_counter()]
-
-        def note(row: int, token: int, times: list[float] = times) -> None:
-            if row == 0:
-                times.append(time.perf_counter())
-
-        generate(model, prompts, new_tokens, on_token=note)
-        prefill.append(times[1] - times[0])
-        steps += [after - before for before, after in pairwise(times[1:])]
+        times += [time.perf_counter() for _ in stream(model, [prompt] * batch, new_tokens)]
+        if repeat:
+            prefill.append(times[1] - times[0])
+            steps += [after - before for before, after in pairwise(times[1:])]
     return {
         "prompt_tokens": len(prompt),
         "batch": batch,
-        "prefill_ms": _percentiles(prefill),
-        "decode_ms": _percentiles(steps),
+        "prefill_ms": percentiles(prefill),
+        "decode_ms": percentiles(steps),
         "decode_tokens_per_second": round(batch / statistics.median(steps), 1),
     }
 
@@ -194,8 +223,10 @@ def _seed(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nsa.generate", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="step-N, or the folder of a run")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued; - reads standard input")
+    model_of = parser.add_mutually_exclusive_group(required=True)
+    model_of.add_argument("--checkpoint", type=Path, metavar="DIR", help="step-N, or the folder of a run")
+    model_of.add_argument("--flavor", metavar="NAME", help="of a model that nobody has trained, for --benchmark")
+    parser.add_argument("--prompt", metavar="TEXT", help="what is continued; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default 0.8")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -203,25 +234,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=_seed, help="the same seed gives the same text")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
-    parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, where it is not bytes")
+    parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, if it was moved")
     parser.add_argument("--benchmark", action="store_true", help="print latencies as JSON instead of text")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of --benchmark: any N tokens are the prompt")
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="sequences at a time of --benchmark; default 1"
     )
     given = parser.parse_args(arguments)
-    from nsa.titan.load import load_model
+    if (given.prompt is None) == (given.prompt_tokens is None):
+        parser.error("either --prompt or --prompt-tokens must be given")
+    for name in ("flavor", "prompt_tokens"):
+        if getattr(given, name) is not None and not given.benchmark:
+            parser.error(f"--{name.replace('_', '-')} is for --benchmark alone")
+    from nsa.titan.load import load_model, untrained_model
     from nsa.titan.refusals import JobError
 
     text = sys.stdin.read() if given.prompt == "-" else given.prompt
+
+    def encode(tokenizer: Any) -> list[int]:
+        count = given.prompt_tokens
+        return _encode(tokenizer, text) if count is None else [i % tokenizer.get_vocab_size() for i in range(count)]
+
     try:
-        model, tokenizer = load_model(
-            given.checkpoint,
-            device=given.device,
-            dtype=None if given.dtype is None else getattr(torch, given.dtype),
-            hf_assets_path=given.hf_assets_path,
-            room_for=lambda tokenizer: len(_encode(tokenizer, text)) + given.max_new_tokens,
-        )
-        prompt = _encode(tokenizer, text)
+        options: dict[str, Any] = {
+            "device": given.device,
+            "dtype": None if given.dtype is None else getattr(torch, given.dtype),
+            "room_for": lambda tokenizer: len(encode(tokenizer)) + given.max_new_tokens,
+        }
+        if given.flavor:
+            model, tokenizer = untrained_model(given.flavor, **options)
+        else:
+            model, tokenizer = load_model(given.checkpoint, hf_assets_path=given.hf_assets_path, **options)
+        prompt = encode(tokenizer)
         if given.benchmark:
             print(json.dumps(benchmark(model, prompt, given.max_new_tokens, 5, given.batch)))
             return

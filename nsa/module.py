@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa.backends import BackendName
 from nsa.blocks import BlockFunction, CompressionParams
-from nsa.cache import KVCache, computed_dtype
+from nsa.cache import KVCache
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
 from nsa.decode import cached_attention, decode_attention
@@ -22,6 +23,7 @@ from nsa.functional import (
     nsa_attention,
     pack_tokens,
 )
+from nsa.stores import computed_dtype
 from nsa.varlen import PackedSequences
 
 PAPER = NSAConfig()
@@ -268,8 +270,9 @@ class NativeSparseAttention(nn.Module):
                 which several layers can share.
             indices: int32 `[B, T, Hk, N]`, replaces the selection: blocks recorded by an earlier call, for one.
             return_indices: also return the indices used.
-            cache: from `make_cache`. Each row of `x` continues the sequence of that row, and is taken in; positions
-                count from its start, so that `L` must be at least its length then. There are no gradients.
+            cache: from `make_cache`. Each row of `x`, or each packed sequence, continues the sequence of that row, and
+                is taken in; positions count from its start, so that `L` must be at least its length then. There are no
+                gradients.
 
         Returns:
             `[B, T, dim]`, or that and the indices `[B, T, Hk, N]`.
@@ -277,18 +280,17 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError, TypeError: as the functions of `nsa.functional` do; an `x` of another width, dtype or device
                 than the layer's; a RoPE table too short for `T`, for another `D`, or for an odd one; a cache without
-                room, for another batch, dtype or device, or beside `cu_seqlens` or `indices`: it stays as it was.
+                room, for another batch, dtype or device, or beside `indices`: it stays as it was.
         """
         self._check_input(x)
         if cache is None:
             out, used = self.attend(x, rope, cu_seqlens, indices)
             out = self.wo(out)
         else:
-            for name, given in (("cu_seqlens", cu_seqlens), ("indices", indices)):
-                if given is not None:
-                    raise ValueError(f"{name} must be None beside a cache, got a tensor")
+            if indices is not None:
+                raise ValueError("indices must be None beside a cache, got a tensor")
             with torch.no_grad():
-                out, used = self._attend_cached(x, rope, cache)
+                out, used = self._attend_cached(x, rope, cache, pack_tokens(x, cu_seqlens, self.config))
                 out = self.wo(out)
         return (out, used) if return_indices else out
 
@@ -365,20 +367,24 @@ class NativeSparseAttention(nn.Module):
         sizes = (self.config, batch, capacity, heads, self.head_dim)
         return KVCache(*sizes, spare=spare, dtype=dtype or computed_dtype(weight), device=weight.device)
 
-    def _attend_cached(self, x: Tensor, rope: Tensor | None, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def _attend_cached(
+        self, x: Tensor, rope: Tensor | None, cache: KVCache, packed: PackedSequences | None
+    ) -> tuple[Tensor, Tensor]:
         """`attend` of tokens that continue the sequences of a cache."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a KVCache, from make_cache, got {type(cache).__name__}")
         if cache.config != self.config:
             raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
+        new = [x.shape[1]] * x.shape[0] if packed is None else packed.varlen.cu_seqlens_q.diff().tolist()
+        cache.check_room(len(new), new)
         q, keys, values, gates = self.project(x)
-        cache.check_like(keys[0], x.shape[1])
+        cache.check_like(keys[0])
         load_backend(self.backend, self.config, q, values[0])  # refuses what it does not support
         if rope is not None:
             check_rope(rope, q)
-            check_rope_length(rope, max(cache.lengths) + x.shape[1])
+            check_rope_length(rope, max(map(sum, zip(cache.lengths, new, strict=True))))
 
-        if x.shape[1] == 1:
+        if packed is None and x.shape[1] == 1:
             return self._step(q, keys, values, gates, rope, cache)
 
         def rotated(tensor: Tensor, first: int, step: int = 1) -> Tensor:
@@ -391,15 +397,22 @@ class NativeSparseAttention(nn.Module):
             stride = self.config.compress_stride
             return rotated(k_cmp, block * stride, stride), v_cmp
 
-        parts = []
-        for rows in cache.runs_of_equal_length():
+        every, parts = slice(None), []
+        places: list[tuple[slice, tuple[slice, slice]]]
+        if packed is None:
+            places = [(rows, (rows, every)) for rows in cache.runs_of_equal_length()]
+        else:
+            ends = [*accumulate(new)]
+            tokens = [slice(end - count, end) for count, end in zip(new, ends, strict=True)]
+            places = [(slice(i, i + 1), (every, here)) for i, here in enumerate(tokens)]
+        for rows, here in places:
             first = cache.lengths[rows.start]
-            k_raw, k_slc, k_win = (k[rows] for k in keys)
+            k_raw, k_slc, k_win = (k[here] for k in keys)
             k = k_raw, rotated(k_slc, first), rotated(k_win, first)
-            cached = cache.append(rows, k, [v[rows] for v in values], compressed)
-            query = rotated(q[rows], first)
-            parts.append(cached_attention(query, cached, gates[rows], self.config, backend=self.backend))
-        out, used = (torch.cat(x) for x in zip(*parts, strict=True))
+            cached = cache.append(rows, k, [v[here] for v in values], compressed)
+            query = rotated(q[here], first)
+            parts.append(cached_attention(query, cached, gates[here], self.config, backend=self.backend))
+        out, used = (torch.cat(x, 0 if packed is None else 1) for x in zip(*parts, strict=True))
         return out.flatten(2), used
 
     def _step(

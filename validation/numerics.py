@@ -62,6 +62,15 @@ LEARNING_RATIO = 0.7
 LAYOUT_BOUND = 5e-5
 """Difference of a float32 loss, gradient norm or parameter between layouts: sums in another order, over a few steps."""
 
+KNOWN_WORDS = 2 / 3
+"""Words of generated text that the corpus has, at least. Of tokens drawn as often as the corpus has them it is 0.4."""
+
+PARSED_LINES = 1 / 3
+"""Lines of generated text that are lines of Python, at least. Of tokens drawn like that it is 0.1."""
+
+TRANSFORMERS_BOUND = 1e-5
+"""Difference of a float32 logit between `transformers` and a dense model, as a part of the largest: the design's."""
+
 PEAK_MEMORY_BYTES = 4 * 2**30
 """Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
 

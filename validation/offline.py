@@ -26,6 +26,7 @@ from nsa import (
     apply_rope,
     compress_keys_and_values,
     decode_attention,
+    dense_decode_attention,
     kernels,
     nsa_attention,
     rope_table,
@@ -116,6 +117,7 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
         torch.autograd.grad(pair, keys[:2], [torch.zeros_like(x) for x in pair])
     steps = StepKeys(*(x.detach() for x in (*blocks, *keys)), torch.zeros(1, dtype=torch.int64))  # type: ignore[call-arg]
     decode_attention(inputs[0][:, :1], steps, inputs[-1][:, :1], config, backend="triton")
+    dense_decode_attention(inputs[0][:, :1], steps.k_slc, steps.v_slc, steps.lengths, backend="triton")
     return found
 
 

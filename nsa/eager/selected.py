@@ -74,7 +74,7 @@ def _forward(
     out = queries.new_zeros(*queries.shape[:-1], v.shape[-1])
     lse = queries.new_full(queries.shape[:-1], -torch.inf)
     nonfinite = may_be_nonfinite(q, k, v)
-    for segment in segments:
+    for segment in segments if indices.shape[3] else ():  # a table has all keys
         k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
         for tile, rows, distance in _chosen_rows(q, v, indices, segment, config):
             out[:, :, tile.queries], lse[:, :, tile.queries] = attend(
@@ -100,7 +100,7 @@ def _backward(
     keys, values = head_major(k), head_major(v)
     dq, dk, dv = torch.zeros_like(per_query[1]), torch.zeros_like(keys), torch.zeros_like(values)
     nonfinite = may_be_nonfinite(dout, q, k, v, out)
-    for segment in segments:
+    for segment in segments if indices.shape[3] else ():  # a table has all keys
         k_table, v_table = (_table(x, segment.keys, config.select_block_size) for x in (keys, values))
         dk_table, dv_table = torch.zeros_like(k_table), torch.zeros_like(v_table)
         for tile, rows, distance in _chosen_rows(q, v, indices, segment, config):

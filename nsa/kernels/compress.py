@@ -396,7 +396,9 @@ def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blo
     for x, of_x in zip(xs, params, strict=True):
         tensors += [x, *(None if p is None else p.to(x.dtype) for p in of_x)]
     tensors += [None] * (8 - len(tensors))
-    return cast(tuple[Tensor, Tensor], _learned(*tensors, starts, *sizes))[0].unbind()
+    blocks_of_all = cast(tuple[Tensor, Tensor], _learned(*tensors, starts, *sizes))[0]
+    # Of the outputs of `unbind` autograd lets none be changed in place; nobody else has these.
+    return tuple(one.squeeze(0) for one in blocks_of_all.unsafe_split(1))
 
 
 def _shapes(x: Tensor, params: Any) -> list[Any]:

@@ -76,9 +76,9 @@ def job_of(trainer: Any) -> dict[str, Any]:
     return job
 
 
-def environment() -> dict[str, str]:
-    """Versions of the packages that a job runs on."""
-    found = {}
+def environment(folder: Path, assets: str | None = None) -> dict[str, str]:
+    """What a job runs on: versions of packages, and where its tokenizer lies as seen from `folder`."""
+    found = {"hf_assets_path": os.path.relpath(assets, folder)} if assets and os.path.isdir(assets) else {}
     for package in ("torch", "torchtitan", "triton"):
         try:
             found[package] = version(package)
@@ -385,7 +385,8 @@ class Checkpoints(CheckpointManager):
         checkpoint = self.path / f"step-{step}"
         if runs.is_whole(checkpoint):
             raise runs.Refused(f"{str(checkpoint)!r} is there already: remove it, or name another --job.dump_folder")
-        runs.record_job(self.path, job_of(self._trainer), self._start, environment())
+        known = environment(self.path, self._trainer.job_config.model.hf_assets_path)
+        runs.record_job(self.path, job_of(self._trainer), self._start, known)
 
     def _finish(self, last: bool) -> None:
         """Waits for a save in the background."""

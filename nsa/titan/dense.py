@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3.model.model import Attention as LlamaAttention
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
-from nsa.cache import DenseCache, computed_dtype
+from nsa.cache import DenseCache
 from nsa.config import integer
+from nsa.decode import dense_decode_attention
+from nsa.stores import computed_dtype
 from nsa.titan.context import ContextParallel, dense_attention_over
 from nsa.varlen import PackedSequences
 
@@ -43,14 +46,18 @@ class DenseAttention(LlamaAttention):
     def _attend_cached(self, x: Tensor, freqs_cis: Tensor, cache: DenseCache) -> Tensor:
         """Attention of tokens that continue the sequences of a cache."""
         q, k, v = self._project(x)
-        cache.check_like(k, x.shape[1])
+        cache.check_room(*x.shape[:2])
+        cache.check_like(k)
+        if x.shape[1] == 1:
+            query, key = apply_rotary_emb(q, k, freqs_cis, cache.lengths_on_device()[:, None])
+            return self.wo(dense_decode_attention(query, *cache.step(key, v)).flatten(2))
         parts = []
         for rows in cache.runs_of_equal_length():
             first = cache.lengths[rows.start]
             position = torch.arange(first, first + x.shape[1], device=x.device)
             query, key = apply_rotary_emb(q[rows], k[rows], freqs_cis, position.expand(q[rows].shape[0], -1))
             keys, values = cache.append(rows, key, v[rows])
-            mask = torch.arange(keys.shape[1], device=x.device) <= position[:, None]
+            mask = causal_lower_right(query.shape[1], keys.shape[1])  # of which FlashAttention makes no tensor
             query, keys, values = (y.transpose(1, 2) for y in (query, keys, values))
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
             parts.append(out.transpose(1, 2))

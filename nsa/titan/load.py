@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
+from nsa.module import INIT_STD
 from nsa.titan import runs
 from nsa.titan.data import ByteTokenizer, tokenizer_name
 from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config, weight_files
@@ -64,7 +66,7 @@ def load_model(
         folder: as `find_checkpoint` takes it, or one with `config.json` and weights in Hugging Face's format.
         device: a GPU where there is one, unless given.
         dtype: of the parameters; that in which they were trained unless given.
-        hf_assets_path: folder of the tokenizer, unless tokens are bytes.
+        hf_assets_path: folder of the tokenizer, unless tokens are bytes; where it was in training unless given.
         room_for: the positions that will be needed, given the tokenizer; those of training unless given.
 
     Raises:
@@ -76,11 +78,13 @@ def load_model(
         return _load_weights(checkpoint, device, dtype, hf_assets_path, room_for)
     record = checkpoint.parent / runs.JOB_FILE
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
-    job = runs.job_of(checkpoint.parent, int(step[1])) if step is not None else None
-    if job is None:
+    entry = runs.entry_of(checkpoint.parent, int(step[1])) if step is not None else None
+    if entry is None:
         raise JobError(f"{str(record)!r} must say what {checkpoint.name!r} is a checkpoint of, and does not")
+    job, assets = entry["job"], entry.get("with", {}).get("hf_assets_path")
     try:
-        tokenizer = _find_tokenizer(job["tokenizer"], hf_assets_path)
+        known = None if assets is None else checkpoint.parent / assets
+        tokenizer = _find_tokenizer(job["tokenizer"], hf_assets_path or known)
         positions = max(job["training.seq_len"], room_for(tokenizer) if room_for is not None else 0)
         arguments, trained_in = model_args(job, max_seq_len=positions), getattr(torch, job["training.dtype"])
     except (KeyError, TypeError) as error:
@@ -95,6 +99,39 @@ def load_model(
         reason = next(iter(error.failures.values()))[0]
         raise JobError(f"{str(checkpoint)!r} must hold the weights that {record.name} tells of: {reason}") from error
     return _finished(model, dtype), tokenizer
+
+
+def untrained_model(
+    flavor: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    room_for: Callable[[Any], int] | None = None,
+) -> tuple[Transformer, ByteTokenizer]:
+    """A model of a flavor whose weights are noise, to be measured, and the tokenizer that takes bytes for tokens.
+
+    Args:
+        flavor: as training knows it, `"1b"` for one.
+        device, dtype, room_for: as `load_model` takes them.
+
+    Raises:
+        JobError: no such flavor, or a device that is not there.
+    """
+    import nsa.titan.train_spec  # noqa: F401 (registers the flavors)
+
+    tokenizer, arguments = ByteTokenizer(), get_train_spec("nsa").model_args[flavor]
+    assert isinstance(arguments, ModelArgs)
+    arguments.vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
+    if room_for is not None:
+        arguments.max_seq_len = max(arguments.max_seq_len, room_for(tokenizer))
+    model = _empty(arguments, dtype or torch.float32, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            else:  # drawn where it lies: the weights of training are drawn on the CPU, which takes long
+                parameter.normal_(std=INIT_STD)
+    return _finished(model, None), tokenizer
 
 
 def _load_weights(

@@ -285,9 +285,15 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
+def entry_of(folder: Path, step: int) -> Mapping[str, Any] | None:
+    """What was recorded of the job that trained step `step`, or None where nothing was."""
+    return next((entry for entry in reversed(read_jobs(folder)) if entry["after_step"] < step), None)
+
+
 def job_of(folder: Path, step: int) -> Job | None:
     """The job that trained step `step`, or None where that was not recorded."""
-    return next((entry["job"] for entry in reversed(read_jobs(folder)) if entry["after_step"] < step), None)
+    entry = entry_of(folder, step)
+    return None if entry is None else entry["job"]
 
 
 def record_job(folder: Path, job: Job, after_step: int, environment: Mapping[str, Any]) -> None:
@@ -297,7 +303,7 @@ def record_job(folder: Path, job: Job, after_step: int, environment: Mapping[str
         folder: of the checkpoints.
         job: what is trained.
         after_step: the step that was resumed from, 0 for a run from the beginning.
-        environment: versions of other packages, kept for the reader and not compared.
+        environment: versions of other packages and where the tokenizer lies, which are not compared.
     """
     entries = [entry for entry in read_jobs(folder) if entry["after_step"] < after_step]
     if not entries or differences(entries[-1]["job"], job):

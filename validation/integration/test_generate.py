@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from nsa.config import NSAConfig
-from nsa.generate import Printer, benchmark, generate, sample
+from nsa.generate import Printer, benchmark, generate, main, sample, stream
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.load import find_checkpoint, load_model, model_args
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
 from validation.numerics import assert_equal, assert_matches
+from validation.runs import train
+from validation.system.definitions import train_tokenizer
 
 pytestmark = pytest.mark.smoke
 
@@ -115,6 +117,16 @@ def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
         assert [token for of, token in came if of == row] == found[row]
     assert generate(model, [prompt], 0) == [[]]
     assert max(generate(model, [prompt], 40, temperature=9.0, vocab_size=7)[0]) < 7
+
+
+def test_tokens_are_drawn_no_sooner_than_they_are_asked_for():
+    model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
+    calls, expected = [], generate(make(), [prompt, prompt[:9]], 2)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    steps = stream(model, [prompt, prompt[:9]], 3)
+    assert not calls
+    assert [next(steps) for _ in range(2)] == [list(step) for step in zip(*expected, strict=True)]
+    assert len(calls) == 2, "a call for the prompts, and one for each token after the first"
 
 
 def test_a_seed_is_repeated_and_another_gives_other_tokens():
@@ -227,6 +239,31 @@ def test_the_command_measures_latencies(run_folder):
         assert 0 < found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"]
 
 
+def test_a_flavor_is_measured_without_a_checkpoint(capsys):
+    options = ["--flavor=debug", "--device=cpu", "--benchmark", "--max-new-tokens=3", "--batch=2"]
+    main([*options, "--prompt-tokens=70"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompt_tokens"], found["batch"]) == (70, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--flavor=debgu", "--benchmark", "--prompt-tokens=3"], 1, "model.flavor must be one of ('debug', "),
+        (["--flavor=debug", "--prompt=x"], 2, "--flavor is for --benchmark alone"),
+        (["--checkpoint=x", "--prompt-tokens=3"], 2, "--prompt-tokens is for --benchmark alone"),
+        (["--checkpoint=x"], 2, "either --prompt or --prompt-tokens must be given"),
+        (["--flavor=debug", "--prompt=x", "--prompt-tokens=3", "--benchmark"], 2, "either --prompt or --prompt-tokens"),
+        (["--flavor=debug", "--checkpoint=x", "--prompt=x"], 2, "not allowed with argument"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, status, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*options, "--device=cpu"])
+    assert exit.value.code == status
+    assert message in capsys.readouterr().err
+
+
 def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
     message = "the checkpoint must be a folder step-N, or the folder of a run that saved one, got "
     with pytest.raises(JobError, match=f"^{message}"):
@@ -236,6 +273,25 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
     shutil.copytree(run_folder / "checkpoint" / "step-2", tmp_path / "step-2")
     with pytest.raises(JobError, match=r"job.json' must say what 'step-2' is a checkpoint of, and does not"):
         load_model(tmp_path, device="cpu")
+
+
+def test_a_checkpoint_knows_its_tokenizer(tmp_path):
+    """Also if the folder with both is somewhere else by then."""
+    texts = ["def f(x):\n    return x\n"] * 90
+    for name, text in enumerate(texts):
+        (tmp_path / f"{name}.txt").write_text(text)
+    train_tokenizer(texts, tmp_path / "before" / "tokenizer")
+    options = (
+        "--training.steps=1", "--training.seq_len=16", "--training.local_batch_size=1", "--validation.no-enable",
+        f"--training.dataset_path={tmp_path}", f"--model.hf_assets_path={tmp_path / 'before' / 'tokenizer'}",
+    )  # fmt: skip
+    train(options, tmp_path / "before" / "run")
+    (tmp_path / "before").rename(tmp_path / "after")
+    _, tokenizer = load_model(tmp_path / "after" / "run", device="cpu")
+    assert tokenizer.decode(tokenizer.encode(texts[0], add_bos=False, add_eos=False)) == texts[0]
+    shutil.rmtree(tmp_path / "after" / "tokenizer")
+    with pytest.raises(JobError, match="tokenizer' must hold the files of a tokenizer"):
+        load_model(tmp_path / "after" / "run", device="cpu")
 
 
 @pytest.mark.parametrize(

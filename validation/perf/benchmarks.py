@@ -150,6 +150,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default() -> str:
+    """The implementation of ours that is measured unless another one is named."""
+    return "triton" if torch.cuda.is_available() else "eager"
+
+
 def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmark]:
     """What this machine runs, those with the same inputs one after the other.
 
@@ -158,7 +163,7 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
         peers: further ones by name, beside fla-core, which is taken where it is installed and there is a GPU.
     """
     on_gpu = torch.cuda.is_available()
-    plan, ours = (GPU if on_gpu else CPU), load(impl or ("triton" if on_gpu else "eager"))
+    plan, ours = (GPU if on_gpu else CPU), load(impl or default())
     others = [load(name) for name in dict.fromkeys([*(["fla"] if on_gpu and find_spec("fla") else []), *peers])]
     others = [peer for peer in others if device() in peer.devices and not peer.interpreted]
     found: list[Benchmark] = []

@@ -87,6 +87,13 @@ _FIGURES = {
         for batch in (1, 16, 64)
     },
     "times as fast as the dense twin, training": Figure(True, "training", ("step",), against=None),
+    **{
+        f"times as fast as the dense twin, {what} {batch}": Figure(
+            True, "generation", (f"batch {batch}",), field, against=None
+        )
+        for what, field in (("prompts of", "prefill"), ("steps of", "median"))
+        for batch in (1, 16)
+    },
 }
 KINDS = {kind: figure.more for kind, figure in _FIGURES.items()}
 """The kinds of promises, and whether more is better: of the whole op unless something else is named."""

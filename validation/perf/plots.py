@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -29,7 +30,7 @@ from validation import reports
 from validation.perf import gates, records
 from validation.perf.benchmarks import size
 from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, curves, decoded, pictured
+from validation.perf.report import TITLES, Results, curves, decoded, generated, pictured
 from validation.perf.stages import WHOLE
 from validation.perf.timing import machine_name
 from validation.perf.workloads import PARTS, WORKLOADS, Roofs
@@ -66,7 +67,7 @@ STYLE = {
 WORSE = {"color": RED, "marker": "X", "linestyle": "", "markersize": 7, "zorder": 6}
 BETTER = {"color": GREEN, "marker": "v", "linestyle": "", "markersize": 7, "zorder": 6}
 PASSES = ("forward", "backward")
-TITLES_OF_HISTORY = (*PARTS, "compress", WHOLE, "layer", "training")
+TITLES_OF_HISTORY = (*PARTS, "compress", WHOLE, "layer", "training", "decode", "generation")
 
 
 def draw(report: Report) -> dict[str, Figure]:
@@ -309,6 +310,33 @@ def decode(report: Report) -> Figure | None:
     return figure
 
 
+def generation(report: Report) -> Figure | None:
+    """Time until the first token, and time of a step with the band up to its 99th percentile, a row a batch."""
+    found = generated(report)
+    places = sorted({(flavor, batch) for flavor, _, batch in found})
+    if not places:
+        return None
+    figure, panels = _panels(2 * len(places), "Generation by whole models", report, columns=2, width=5.2)
+    for axes, ((flavor, batch), field) in zip(panels, product(places, ("prefill", "median")), strict=False):
+        lines: dict[str, list[Record]] = {}
+        for record in (r for (f, _, b), all_of in found.items() if (f, b) == (flavor, batch) for r in all_of):
+            lines.setdefault(record["subject"], []).append(record)
+        for subject, line in lines.items():
+            look = OURS if line[0]["role"] == "ours" else DENSE
+            lengths = [record["length"] for record in line]
+            axes.plot(lengths, [record[field] for record in line], label=subject, **look)
+            if field == "median":
+                band = [[record[x] for record in line] for x in ("median", "p99")]
+                axes.fill_between(lengths, *band, color=look["color"], alpha=0.15)
+        _tokens(axes, sorted({record["length"] for line in lines.values() for record in line}))
+        _log(axes, "ms")
+        axes.set_xlabel("tokens of a prompt")
+        what = "until the first token" if field == "prefill" else "a step, up to its 99th percentile"
+        axes.set_title(f"{flavor}, {batch} sequence{'s' if batch > 1 else ''}: {what}", fontsize=10)
+        axes.legend(fontsize=8)
+    return figure
+
+
 PICTURES: dict[str, Callable[[Report], Figure | None]] = {
     "time": time,
     "speedup": speedup,
@@ -316,6 +344,7 @@ PICTURES: dict[str, Callable[[Report], Figure | None]] = {
     "roofline": roofline,
     "memory": memory,
     "decode": decode,
+    "generation": generation,
 }
 
 
@@ -412,6 +441,11 @@ def _of(run: Report, stage: str) -> list[Record]:
     return [r for r in run["results"] if r["stage"] == stage and r["role"] == "ours"]
 
 
+def first_of(draw: Callable[[Report], Figure | None], runs: Sequence[Report]) -> Figure | None:
+    """The picture of the first run that has something for it."""
+    return next((figure for run in runs if (figure := draw(run)) is not None), None)
+
+
 def save(name: str, draw: Callable[[], Figure | None], folder: Path, prefix: str = "") -> Path | None:
     """Draws a picture and writes it as a PNG file; one for which there is nothing is left out."""
     figure = draw()
@@ -443,7 +477,7 @@ def main() -> int:
     if not runs:
         parser.error("name a run, or --latest")
     report = runs[0]
-    pictures = {name: partial(draw, report) for name, draw in PICTURES.items()}
+    pictures = {name: partial(first_of, draw, runs) for name, draw in PICTURES.items()}
     pictures |= {f"beside-{i}": partial(time, run) for i, run in enumerate(runs) if pictured(run, report)}
     if options.history:
         name = report["machine"]["name"]

@@ -2,8 +2,10 @@
 
     python -m validation.perf.report BASELINE docs/runs/stages_h200.json > docs/performance.md
     python -m validation.perf.report BASELINE docs/runs/stages_h200.json --readme README.md
+    python -m validation.perf.report BASELINE docs/runs/stages_h200.json --results docs/results.md
 
-`BASELINE` is a file of `validation/perf/baselines`. The second puts the figures of the same runs into the README. The
+`BASELINE` is a file of `validation/perf/baselines`. The second puts the figures of the same runs into the README, the
+third those of generation into the results. The
 same files always give the same page. What several of them hold is taken from the first, and what is compared is always
 of one run: a peer that only a later one measured has a table of its own, with our figures of that run. The pictures are
 drawn by `validation.perf.plots`.
@@ -137,6 +139,11 @@ of PyTorch takes the least time. What must be read are the compressed keys and v
 those of the window, once each.
 
 ![Time of a step against the tokens in the cache](img/perf-decode.png)"""
+GENERATING = """## Generation
+
+Whole models with noise for weights, in bfloat16 on a GPU, and their dense twins in the same run. Prompts are taken in
+in chunks, which is the time until the first token; a step is one more token of every sequence, sampling and the host
+included. By the wall clock; a step's percentiles are of {rounds} steps."""
 ADVICE = """- `d`, the stride of compression, is the only one that costs the square of the length: a query sees up to
   `T / d` compressed keys, twice (once for its output, once for the importance of blocks). Halving it doubles both
   stages; take the largest one at which the right blocks are still found, and more so the longer the sequences.
@@ -178,7 +185,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results)]
     parts += [beside(each, first, number) for number, each in enumerate(reports.values())]
-    parts += [choosing(report, workloads), training(report), decoding(report)]
+    parts += [choosing(report, workloads), training(report), decoding(report), generating(report)]
     if report["failures"]:
         parts.append("## What did not run")
         parts.append(
@@ -324,6 +331,43 @@ def decoded(report: Mapping[str, Any]) -> dict[tuple[str, int, int], tuple[Recor
     return {place: (ours[0], dense) for place, (ours, dense) in sorted(found.items()) if ours}
 
 
+def generating(report: Mapping[str, Any]) -> str:
+    """Prompts and steps of whole models, beside their dense twins."""
+    found = generated(report)
+    rows = []
+    for (flavor, length, batch), records_of in found.items():
+        dense = next((r for r in records_of if r["role"] == "rival"), None)
+        for record in records_of:
+            twin = dense if record["role"] == "ours" else None
+            rows.append((
+                flavor, _tokens(length), batch, record["subject"], _ms(record["prefill"]),
+                f"{1e3 * batch * length / record['prefill']:,.0f}", _ms(record["median"]), _ms(record["p90"]),
+                _ms(record["p99"]), f"{record['tokens_per_second']:,.0f}",
+                *(f"**{_over(twin[x], record[x])}**" if twin else "" for x in ("prefill", "median")),
+            ))  # fmt: skip
+    if not rows:
+        return ""
+    names = (
+        "model", "prompt", "batch", "attention", "prompt, ms", "tokens/s", "step, ms: p50", "p90", "p99", "tokens/s",
+        "times as fast as dense: prompt", "step",
+    )  # fmt: skip
+    rounds = next(iter(found.values()))[0]["rounds"]
+    picture = (
+        "![Time until the first token and time of a step against the tokens of the prompt](img/perf-generation.png)"
+    )
+    return f"{GENERATING.format(rounds=rounds)}\n\n{picture}\n\n{table(names, rows)}"
+
+
+def generated(report: Mapping[str, Any]) -> dict[tuple[str, int, int], list[Record]]:
+    """Groups the records of generation by flavor, length and batch, ours first."""
+    found: dict[tuple[str, int, int], list[Record]] = {}
+    for record in report["results"]:
+        if record["stage"] == "generation":
+            place = record["workload"], record["length"], int(record["direction"].removeprefix("batch "))
+            found.setdefault(place, []).append(record)
+    return {place: sorted(found[place], key=lambda r: r["role"]) for place in sorted(found)}
+
+
 def training(report: Mapping[str, Any]) -> str:
     """Training steps beside those of dense twins."""
     found = {
@@ -341,11 +385,26 @@ def training(report: Mapping[str, Any]) -> str:
 
 def readme(reports: Sequence[dict[str, Any]], text: str) -> str:
     """The README with the figures of these runs, and of those of training in `TRAINED`, between its marks."""
+    return _between_marks(text, speed(merge(reports)))
+
+
+def results_page(reports: Sequence[dict[str, Any]], text: str) -> str:
+    """The page of results with the figures of generation of these runs between its marks."""
+    measured = next((report for report in reports if generated(report)), None)
+    if measured is None:
+        return _between_marks(text, "")
+    machine = measured["machine"]
+    of_run = f"One {machine['device']}, PyTorch {machine['torch']}, Triton {machine['triton']}, {machine['date'][:10]}:"
+    made = generating(measured)
+    return _between_marks(text, f"{made}\n\n{of_run}\n\n```sh\n{shlex.join(machine['command'])}\n```")
+
+
+def _between_marks(text: str, made: str) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
         raise ValueError(f"the file must have the lines {BEGIN} and {END}, between which the figures go")
-    return f"{before}{BEGIN}\n\n{speed(merge(reports))}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 def speed(report: Mapping[str, Any]) -> str:
@@ -567,10 +626,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="saved runs, by paths from the repository's root")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put figures into this file instead")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="put figures of generation into this file instead")
     options = parser.parse_args()
     reports = {file.as_posix(): records.read(file) for file in options.files}
     if options.readme:
         options.readme.write_text(readme(list(reports.values()), options.readme.read_text()))
+    elif options.results:
+        options.results.write_text(results_page(list(reports.values()), options.results.read_text()))
     else:
         sys.stdout.write(render(reports))
     return 0

@@ -9,11 +9,14 @@ import gc
 import os
 import statistics
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
 
 from validation.perf import benchmarks, timing
+from validation.perf.generation import GENERATION, STEPS, WARM_UP, generations, summary
 from validation.perf.plugin import FAILURES, ROOFS
 from validation.perf.precompile import precompile
 from validation.perf.rivals import dense
@@ -26,13 +29,20 @@ COMPILING = 150  # seconds at most, for all of it
 SPAN, LEAST, MOST, SETTLING = (0.3, 5, 20, 0.1) if torch.cuda.is_available() else (0.3, 5, 30, 0.0)
 LONG = 300  # ms: what takes so long does not wait for its host
 FOUND = pytest.StashKey()
+K = 1024
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
-    found = {b.id: b for b in benchmarks.collect((option.impl or [None])[0], option.peer or ())}
+    impl = (option.impl or [None])[0]
+    found = {b.id: b for b in benchmarks.collect(impl, option.peer or ())}
     metafunc.config.stash[FOUND] = found
-    metafunc.parametrize("name", found)
+    if "generated" in metafunc.fixturenames:
+        ours = impl or benchmarks.default()
+        cases = generations(ours) if ours in ("eager", "triton") else []
+        metafunc.parametrize("generated", cases, ids=[case.id for case in cases])
+    else:
+        metafunc.parametrize("name", found)
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +118,25 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
         )  # fmt: skip
     if case.role == "ours":  # speed is worth nothing where the numbers are not
         assert all(x.isfinite().all() for x in (result if isinstance(result, tuple) else (result,)))
+
+
+@pytest.mark.benchmark(timer=time.perf_counter)
+def test_generation(benchmark, generated, company):
+    """A round is a step; prompts are taken in once, or three times where there is only one."""
+    case = generated
+    case.prefill(min(case.length, 2 * K))  # compiles
+    prefills = [case.prefill(case.length) for _ in range(2 if case.batch == 1 else 0)]
+    steps, last = case.start(case.length, 1 + WARM_UP + STEPS)
+    step = partial(next, steps)
+    for _ in range(WARM_UP):
+        step()
+    ready = timing.Rounds(step, warmup=0, beside=company) if company else None
+    benchmark.group = f"{case.workload} {benchmarks.size(case.length)} {GENERATION} {case.direction}"
+    benchmark.pedantic(step, setup=ready and ready.prepare, rounds=STEPS)
+    times = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+    benchmark.extra_info.update(
+        workload=case.workload, length=case.length, stage=GENERATION, direction=case.direction, subject=case.subject,
+        role=case.role, **summary(case.batch, [*prefills, last], times),
+    )  # fmt: skip
+    if ready:
+        benchmark.extra_info["relative"] = min(times) / min(ready.company)

@@ -1,16 +1,24 @@
 """Short training runs through the real entry point: losses, resuming, clipping, schedules, logs."""
 
+import ast
 import math
+import re
 import signal
 import subprocess
 import time
+import warnings
+from contextlib import suppress
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nsa.generate import generate
+from nsa.titan.data import corpus_tokens
+from nsa.titan.load import load_model
 from validation import numerics
 from validation.runs import LOSS, VALIDATION_LOSS, command, environment, read_metrics, read_parameters, train
+from validation.system.twins import options_of
 
 TINY = (
     "--training.seq_len=256",
@@ -52,18 +60,74 @@ def test_loss_falls_and_twins_agree(tmp_path):
 
 
 def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path):
-    """Its validation loss is the dense model's from the first step on, and falls."""
+    """With all blocks selected and no other branch it begins where the dense one is, and goes where that goes."""
     options = (
-        *TINY, "--training.steps=40", "--training.local_batch_size=4", "--validation.enable", "--validation.freq=40",
-        "--validation.steps=8", "--validation.seq_len=256", "--optimizer.lr=1e-3",
+        *TINY, "--validation.enable", "--validation.freq=100", "--validation.steps=8", "--validation.seq_len=256",
+        "--optimizer.lr=1e-3",
     )  # fmt: skip
-    exported = (*options, "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf")
-    dense = train((*exported, "--model.flavor=debug_dense"), tmp_path / "dense")[VALIDATION_LOSS]
+    exported = ("--training.steps=40", "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf")
+    train((*options, *exported, "--model.flavor=debug_dense"), tmp_path / "dense")
     weights = f"--checkpoint.initial_load_path={tmp_path / 'dense' / 'checkpoint' / 'step-40'}"
-    begin = ("--checkpoint.initial_load_in_hf", weights, "--nsa.initial_gates=.1,.8,.1")
-    sparse = train((*options, *begin, "--checkpoint.no-last-save-model-only"), tmp_path / "sparse")[VALIDATION_LOSS]
-    assert sparse[1] <= dense[40] * numerics.CONVERTED_LOSS_RATIO, f"dense {dense}, sparse {sparse}"
-    assert sparse[40] < sparse[1], f"it does not learn: {sparse}"
+    begin = (*options, "--training.steps=100", "--checkpoint.initial_load_in_hf", weights)
+    dense = train((*begin, "--model.flavor=debug_dense"), tmp_path / "dense-on")
+    # 8 blocks of 32 tokens are all of a sequence.
+    sparse = train((*begin, "--nsa.initial_gates=0,1,0", "--nsa.num_selected_blocks=8"), tmp_path / "sparse")
+    assert abs(sparse[LOSS][1] - dense[LOSS][1]) <= numerics.LAYOUT_BOUND * dense[LOSS][1], "they begin apart"
+    trained = [sum(list(run[LOSS].values())[-10:]) / 10 for run in (sparse, dense)]
+    validated = [run[VALIDATION_LOSS][100] for run in (sparse, dense)]
+    for name, (found, expected) in {"training": trained, "validation": validated}.items():
+        apart = abs(found / expected - 1)
+        assert apart <= numerics.CONVERTED_LOSS_RATIO - 1, f"{name} loss: sparse {found}, dense {expected}"
+
+
+WORD = re.compile(r"[^\W\d]\w+")
+PROMPTS = (
+    "def main(", "class Reader:\n    ", "def read_file(path):\n    ", "def __init__(self, ",
+    "def get(self, name):\n    ", "def _parse(text):\n    ", "class Error(Exception):\n    ",
+    "async def run(self):\n    ",
+)  # fmt: skip
+
+
+def is_python(line):
+    """Whether a line is one of Python, in whatever context."""
+    contexts = (
+        "{}",
+        "{}\n    pass",
+        "if 1:\n    pass\n{}\n    pass",
+        "try:\n    pass\n{}\n    pass",
+        "def f():\n    {}",
+    )
+    for context in contexts:
+        with suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):
+            ast.parse(context.format(line.strip()))
+            return True
+    return False
+
+
+def plausible(texts, words):
+    """The part of the words of texts that are among `words`, and the part of their lines that are lines of Python."""
+    found = [word for text in texts for word in WORD.findall(text)]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    return sum(word in words for word in found) / len(found), sum(map(is_python, lines)) / len(lines)
+
+
+def test_a_model_of_make_train_writes_python(tmp_path):
+    """After half of its steps. Tokens that are drawn as often as they come, one by one, are no Python."""
+    options = options_of(tmp_path)
+    train((*options, "--training.steps=400", "--validation.no-enable"), tmp_path / "debug", timeout=850)
+    model, tokenizer = load_model(tmp_path / "debug", device="cpu", room_for=lambda tokenizer: 256)
+    prompts = [list(tokenizer.encode(text, add_bos=False, add_eos=False)) for text in PROMPTS]
+    written = generate(model, prompts, 200, temperature=0.7, seed=1, vocab_size=tokenizer.get_vocab_size())
+    words = {word for file in (tmp_path / "definitions").iterdir() for word in WORD.findall(file.read_text())}
+    texts = [tokenizer.decode(tokens) for tokens in written]
+    found = plausible(texts, words)
+    assert found[0] >= numerics.KNOWN_WORDS, f"{found}: {texts}"
+    assert found[1] >= numerics.PARSED_LINES, f"{found}: {texts}"
+    corpus = corpus_tokens("train", tokenizer, tmp_path / "definitions")
+    drawn = corpus[torch.randint(len(corpus), (len(PROMPTS), 200), generator=torch.Generator().manual_seed(1))]
+    control = plausible([tokenizer.decode(tokens) for tokens in drawn.tolist()], words)
+    assert control[0] < numerics.KNOWN_WORDS, "any words would pass"
+    assert control[1] < numerics.PARSED_LINES, "any lines would pass"
 
 
 def test_same_seed_gives_the_same_run(whole, tmp_path):

@@ -1,8 +1,8 @@
 """`make train`: the debug model and its dense twin on the same text, their losses side by side.
 
 Both train through `python -m nsa.train` as anybody would start them, at the same time and on half of the cores each:
-models this small gain little from a second thread. What an earlier call left unfinished is resumed, and what it has
-finished is reused.
+models this small gain little from a second thread. Data and tokenizer are those of `definitions.py`. What an earlier
+call left unfinished is resumed, and what it has finished is reused.
 """
 
 import argparse
@@ -32,15 +32,28 @@ from validation.runs import (
     environment,
     read_metrics,
 )
+from validation.system.definitions import VOCABULARY, prepare
 
 TWINS = {"NSA": "debug", "dense": "debug_dense"}
-UNIFORM_LOSS = 5.545  # ln 256 nats a byte: guessing
+UNIFORM_LOSS = math.log(VOCABULARY)  # guessing
 FINISHED = (0, NothingLeft.status)  # trained now, or by an earlier call with the same options
 LAST_STEPS = 10  # logged losses averaged at the end: one batch alone says little
+OPTIONS = (
+    "--training.seq_len=512", "--training.local_batch_size=2", "--training.steps=800",
+    "--lr_scheduler.warmup_steps=50", "--checkpoint.interval=200",
+    "--validation.seq_len=512", "--validation.local_batch_size=4", "--validation.freq=200",
+)  # fmt: skip
+"""Of both runs: many small steps, which such models learn more from than from few large ones."""
+
+
+def options_of(folder: Path) -> list[str]:
+    """The options of a run, whose data and tokenizer lie in `folder`, where they are made if need be."""
+    corpus, tokenizer = prepare(folder)
+    return [f"--training.dataset_path={corpus}", f"--model.hf_assets_path={tokenizer}", *OPTIONS]
 
 
 def summarise(runs: dict[str, Metrics]) -> dict[str, Any]:
-    """Final losses (nats a byte), median tokens/s and peak memory (GiB) of each run; NSA's losses over dense."""
+    """Final losses (nats a token), median tokens/s and peak memory (GiB) of each run; NSA's losses over dense."""
     summary: dict[str, Any] = {}
     for name, metrics in runs.items():
         losses, speeds = metrics[LOSS], sorted(metrics[TOKENS_PER_SECOND].values())
@@ -67,7 +80,7 @@ def plot(runs: dict[str, Metrics], file: Path) -> None:
             list(validation), list(validation.values()), marker, color=color, mec="black", label=f"{name}, validation"
         )
     axes.axhline(UNIFORM_LOSS, color="0.5", linestyle=":", label="guessing")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="NSA and its dense twin on Python source text")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="NSA and its dense twin on Python source text")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -142,7 +155,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--folder {folder} cannot be made ({error.strerror}): name another, as in make train OUT=FOLDER")
-    status = train_both({name: command([f"--model.flavor={f}", *options], folder / f) for name, f in TWINS.items()})
+    common = [*options_of(folder), *options]
+    status = train_both({name: command([f"--model.flavor={f}", *common], folder / f) for name, f in TWINS.items()})
     if status:
         print(f"\nStopped. `make train` goes on from the checkpoints in {folder}.")
         return status

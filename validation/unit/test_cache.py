@@ -102,6 +102,45 @@ def test_sequences_of_their_own_lengths() -> None:
 
 
 @each_config
+def test_packed_sequences_go_on_from_a_cache(name: str) -> None:
+    """Each in a row of its own: as prompts, as later pieces, some of them empty, and then step by step."""
+    layer, total = make(CONFIGS[name]), (40, 7, 23)
+    x = [torch.randn(1, length, DIM, dtype=torch.float64) for length in total]
+    cache, found, taken = layer.make_cache(3, TOKENS), [[], [], []], [0, 0, 0]
+    for sizes in ((30, 5, 0), (0, 0, 0), (9, 0, 21), (0, 1, 1)):
+        pieces = [row[:, begin : begin + size] for row, begin, size in zip(x, taken, sizes, strict=True)]
+        offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+        both = layer(torch.cat(pieces, 1), rope_table(256, HEAD_DIM), offsets, cache=cache, return_indices=True)
+        for row, parts in enumerate(zip(*(y.split(sizes, 1) for y in both), strict=True)):
+            found[row].append(parts)
+        taken = [begin + size for begin, size in zip(taken, sizes, strict=True)]
+        assert cache.lengths == tuple(taken)
+    last = feed(layer, cache, torch.cat([row[:, -1:] for row in x]), 1)
+    for row, sequence in enumerate(x):
+        begin = taken[row]
+        whole = torch.cat((sequence[:, :begin], sequence[:, -1:]), 1)
+        parts = [*found[row], tuple(y[row : row + 1] for y in last)]
+        out, indices = (torch.cat(y, 1) for y in zip(*parts, strict=True))
+        check(layer, (out, indices), whole)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "biases": {"bias": True},
+    "softmax": {"gate_activation": "softmax"},
+    "gates_for_all_heads": {"gate_per_head": False},
+    "gates_by_an_mlp": {"gate_hidden": 6},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_of_layer_goes_on_from_a_cache(name: str) -> None:
+    layer, x = make(CONFIGS["mlp"], **OPTIONS[name]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    check(layer, feed(layer, layer.make_cache(2, TOKENS), x, 40, 1, 1, TOKENS - 42), x)
+
+
+@each_config
 @pytest.mark.parametrize("back", [1, 5, 9])
 def test_tokens_taken_back_leave_no_trace(name: str, back: int) -> None:
     layer, x = make(CONFIGS[name]), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
@@ -174,10 +213,18 @@ REFUSED = {
         "cache must have room for 12 tokens after 29, got 40 in all",
     ),
     "another_batch": ({"x": lambda: new_tokens(batch=3)}, ValueError, "cache must be for a batch of 3, got one for 2"),
-    "offsets": (
-        {"x": new_tokens, "cu_seqlens": lambda: torch.tensor([0, 1], dtype=torch.int32)},
+    "offsets_of_other_sequences": (
+        {"x": lambda: new_tokens(batch=1, count=4), "cu_seqlens": lambda: torch.tensor([0, 4], dtype=torch.int32)},
         ValueError,
-        "cu_seqlens must be None beside a cache, got a tensor",
+        "cache must be for a batch of 1, got one for 2",
+    ),
+    "no_room_for_a_packed_sequence": (
+        {
+            "x": lambda: new_tokens(batch=1, count=20),
+            "cu_seqlens": lambda: torch.tensor([0, 2, 20], dtype=torch.int32),
+        },
+        ValueError,
+        "cache must have room for 18 tokens after 29, got 40 in all",
     ),
     "indices": (
         {"x": new_tokens, "indices": lambda: torch.zeros(2, 1, 2, 4, dtype=torch.int32)},

@@ -72,6 +72,25 @@ def test_a_pair_is_two_of_one(backend: str, compression: str, lengths, value_dim
             assert_matches(actual, expected[name].double(), what=name, reduction=16 * 24)
 
 
+@each_backend
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("function", [together, apart])
+def test_results_can_be_changed_in_place(function, compression: str, backend: str) -> None:
+    """Each is a tensor of its own: a change of one reaches neither the other nor the gradients."""
+    settings = config((16, 8, 16), 3, 12, compression=compression)
+    case = Case("in place", whole(40), settings, kv_heads=2, key_dim=16, value_dim=16)
+    x = draw(case, torch.float32)
+    expected = dict(results(function, x, case, backend))
+
+    def doubled(*inputs) -> tuple[Tensor, ...]:
+        k_cmp, v_cmp = function(*inputs)
+        return k_cmp.mul_(2), v_cmp
+
+    for name, found in results(doubled, x, case, backend):
+        of_keys = name.endswith("k_cmp") or name.startswith("gradient of k")
+        assert_equal(found, expected[name] * (2 if of_keys else 1), what=name)
+
+
 @pytest.mark.parametrize("value_dim", [16, 24], ids=["same_shapes", "others"])
 def test_a_pair_takes_one_launch(value_dim: int, monkeypatch) -> None:
     module = import_module("nsa.kernels.compress")

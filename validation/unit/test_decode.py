@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsa import KVCache, NativeSparseAttention, NSAConfig, StepKeys, decode_attention, decode_graphs, rope_table
+from nsa import (
+    DenseCache,
+    KVCache,
+    NativeSparseAttention,
+    NSAConfig,
+    StepKeys,
+    decode_attention,
+    decode_graphs,
+    dense_decode_attention,
+    rope_table,
+)
 from nsa.decode_graphs import DecodeGraphs, can_capture
 from validation.numerics import assert_equal, assert_matches
 from validation.unit.cases import config
@@ -92,6 +102,25 @@ def test_what_no_query_sees_has_no_influence(backend: Any) -> None:
         q, gates = make_queries(keys)
         outs.append(decode_attention(q, keys, gates, PLAIN, backend=backend)[0])
     assert_equal(outs[1], outs[0], what="output")
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_dense_attention_sees_all_tokens_and_nothing_else(backend: Any, group: int, queries: int) -> None:
+    """Also where the room is no multiple of anything; what lies beyond a sequence is NaN."""
+    lengths, capacity = (3, 90, 41), 90
+    k, v = (torch.full((3, capacity, 2, dim), torch.nan) for dim in (16, 32))
+    q, expected = torch.randn(3, queries, 2 * group, 16), []
+    for row, length in enumerate(lengths):
+        for store in (k, v):
+            store[row, :length] = torch.randn(length, 2, store.shape[3])
+        keys, values = (x[row, :length].double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        scores = q[row].double().transpose(0, 1) @ keys.mT / 4
+        late = torch.arange(length) > torch.arange(length - queries, length)[:, None]
+        expected.append((scores.masked_fill(late, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    out = dense_decode_attention(q, k, v, torch.tensor(lengths), backend=backend)
+    assert_matches(out, torch.stack(expected), what="output", reduction=capacity)
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -216,13 +245,50 @@ def test_the_device_knows_the_lengths() -> None:
     assert cache.fork([1]).lengths_on_device().tolist() == [24]
 
 
+def test_the_device_knows_the_lengths_of_dense_caches() -> None:
+    cache, token = DenseCache(2, 8, 1, 16), torch.randn(2, 1, 1, 16)
+    cache.append(slice(0, 2), torch.randn(2, 5, 1, 16), torch.randn(2, 5, 1, 16))
+    cache.truncate((5, 2))
+    for number in range(1, 4):
+        k, v, lengths = cache.step(token, 2 * token)
+        assert lengths.tolist() == [5 + number, 2 + number] == list(cache.lengths)
+        assert_equal(k[0, 4 + number], token[0, 0], what="key")
+        assert_equal(v[1, 1 + number], 2 * token[1, 0], what="value")
+    with pytest.raises(ValueError, match=r"^cache must have room for 1 tokens after 8, got 8 in all$"):
+        cache.step(token, token)
+    assert (cache.lengths, cache.lengths_on_device().tolist()) == ((8, 5), [8, 5])
+
+
+class Dense(nn.Module):
+    """A layer of dense attention, as small as one can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.out = nn.Linear(64, 12 * 16), nn.Linear(8 * 16, 64)
+
+    def make_cache(self, batch: int, capacity: int, spare: int) -> DenseCache:
+        weight = self.projection.weight
+        return DenseCache(batch, capacity, 2, 16, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: DenseCache) -> Tensor:
+        q, k, v = self.projection(x).unflatten(-1, (12, 16)).split((8, 2, 2), 2)
+        if x.shape[1] > 1:  # all at once, and of one length
+            k, v = cache.append(slice(0, len(x)), k, v)
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            out = dense_decode_attention(q, *cache.step(k, v))
+        return self.out(out.flatten(2))
+
+
 class Model(nn.Module):
     """Two layers and an embedding, called as `generate` calls models."""
 
-    def __init__(self, settings: NSAConfig, backend: Any):
+    def __init__(self, settings: NSAConfig, backend: Any, dense: bool = False):
         super().__init__()
         self.embedding = nn.Embedding(50, 64)
-        self.layers = nn.ModuleList(NativeSparseAttention(64, 8, 2, 16, settings, backend=backend) for _ in range(2))
+        sparse = (NativeSparseAttention(64, 8, 2, 16, settings, backend=backend) for _ in range(2 - dense))
+        self.layers = nn.ModuleList([*([Dense()] if dense else []), *sparse])
         self.rope = rope_table(256, 16)
 
     def forward(self, tokens: Tensor, cache: dict[str, KVCache], at: Tensor) -> Tensor:
@@ -257,9 +323,9 @@ def steps_of(model: Model, captured: bool, count: int) -> list[Tensor]:
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shared", [False, True])
-def test_replayed_steps_give_the_same_bits(shared: bool, dtype: torch.dtype) -> None:
-    model = Model(replace(PLAIN, shared_kv=shared), "triton").to(dtype)
+@pytest.mark.parametrize(("shared", "dense"), [(False, False), (True, False), (False, True)])
+def test_replayed_steps_give_the_same_bits(shared: bool, dense: bool, dtype: torch.dtype) -> None:
+    model = Model(replace(PLAIN, shared_kv=shared), "triton", dense).to(dtype)
     assert can_capture(model, model.make_caches(1))
     called, replayed = steps_of(model, False, 80), steps_of(model, True, 80)
     for number, (x, y) in enumerate(zip(replayed, called, strict=True)):
@@ -267,8 +333,28 @@ def test_replayed_steps_give_the_same_bits(shared: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.needs_gpu
-def test_a_step_waits_for_nothing() -> None:
-    model = Model(PLAIN, "triton")
+def test_replayed_steps_outlive_the_casts_of_autocast() -> None:
+    """Each step is in a block of its own, at whose end autocast throws away the weights that it has cast."""
+    model, found = Model(PLAIN, "triton"), []
+    for captured in (False, True):
+        tokens = torch.arange(60).reshape(2, 30) % 50
+        with torch.autocast("cuda", torch.bfloat16):
+            cache = model.make_caches(2)
+            model(tokens, cache=cache, at=torch.full((2,), 29))
+        graphs = DecodeGraphs(model, cache)
+        graphs._captures = captured
+        for number in range(60):
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = graphs(torch.tensor([number % 50, 7])).clone()
+            torch.full((1 << 22,), torch.nan)  # where the casts may have been
+        found.append(logits)
+    assert_equal(found[1], found[0], what="logits")
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_step_waits_for_nothing(dense: bool) -> None:
+    model = Model(PLAIN, "triton", dense)
     cache, tokens, at = model.make_caches(2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     with torch.no_grad():
         for _ in range(24):
@@ -331,6 +417,7 @@ def counted_graphs(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter, list[bool]
             counter.device += 1
 
         def __enter__(self) -> None:
+            assert not torch.is_autocast_cache_enabled(), "casts that are kept are none of the graph's"
             self.kind = counter.completes_block()
             counter.captured = True
 
@@ -355,6 +442,19 @@ def test_captured_steps_count_on_the_host_what_the_device_takes_in(counted_graph
     assert replayed == [number % 4 == 3 for number in range(20) if number in (2, 4, 5, 6) or number >= 8]
 
 
+def test_a_graph_is_of_one_state_of_autocast(counted_graphs: tuple[Counter, list[bool]]) -> None:
+    counter, replayed = counted_graphs
+    step, device = DecodeGraphs(Steps(1, 1), {"0": counter}), torch.get_default_device().type
+    for number in range(24):
+        with torch.autocast(device, torch.bfloat16, enabled=number >= 12):
+            step(torch.zeros(1, dtype=torch.int64))
+        assert counter.host == counter.device == number + 1
+    # Of each kind and in each state, the first two steps are called, also where graphs of the other state are there.
+    of_state = [number for number in range(12) if number in (2, 4, 5, 6) or number >= 8]
+    assert len(replayed) == 2 * len(of_state)
+    assert torch.is_autocast_cache_enabled()
+
+
 def test_a_step_that_cannot_be_captured_is_called(counted_graphs: tuple[Counter, list[bool]]) -> None:
     counter, replayed = counted_graphs
     model = Steps(1, 1)
@@ -375,3 +475,24 @@ def test_eager_steps_are_not_captured() -> None:
     assert not can_capture(model, model.make_caches(1))
     steps = steps_of(model, True, 6)
     assert all(torch.isfinite(x).all() for x in steps)
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_cache_goes_from_inference_mode_to_another_and_back(kind: str, inside: bool) -> None:
+    """What is made in inference mode could not be written to outside: a cache is not."""
+    model = Model(PLAIN, "eager", kind == "dense")
+    tokens, outs = torch.arange(40).reshape(2, 20) % 50, []
+    for mode in (inside, None):
+        with torch.inference_mode(bool(mode)):
+            cache = model.make_caches(2)
+            model(tokens, cache=cache, at=torch.full((2,), 19))
+            cache = {name: one.fork() for name, one in cache.items()}
+            graphs = DecodeGraphs(model, cache)
+        with torch.inference_mode(mode is False), torch.no_grad():
+            out = [graphs(torch.tensor([1, 2])) for _ in range(12)]
+            for one in cache.values():
+                one.truncate(25)
+        with torch.no_grad():
+            outs.append(torch.stack([*out, graphs(torch.tensor([3, 4]))]))
+    assert_equal(outs[0].clone(), outs[1].clone(), what="logits")

@@ -13,7 +13,7 @@ import torch
 from nsa.kernels import configs
 from validation.integration import throughput
 from validation.perf import records
-from validation.perf.report import BEGIN, END, readme, render
+from validation.perf.report import BEGIN, END, readme, render, results_page
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
 from validation.system import variations
 from validation.system.twins import LAST_STEPS
@@ -56,6 +56,10 @@ def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
     assert made == text, "make perf-docs"
     # Nothing else in there is a figure, in no other table either.
     assert not figures(text.partition(BEGIN)[0] + text.partition(END)[2], tables=True)
+
+
+def test_generation_among_the_results_is_that_of_the_same_runs() -> None:
+    assert results_page([records.read(ROOT / name) for name in sources()], RESULTS) == RESULTS, "make perf-docs"
 
 
 def test_every_other_page_is_looked_at_or_has_no_figures() -> None:
@@ -137,7 +141,7 @@ def of_length(length: str) -> dict[str, list[list[str]]]:
 
 def of_cpu(summary: dict[str, Any]) -> dict[str, list[str]]:
     return {
-        "training loss, mean of the last 10 logged (nats a byte)": [f"{summary['training_loss']:.3f}"],
+        "training loss, mean of the last 10 logged (nats a token)": [f"{summary['training_loss']:.3f}"],
         "validation loss": [f"{summary['validation_loss']:.3f}"],
         "tokens/s, median": [f"{summary['tokens_per_second']:,.0f}"],
         "peak memory of the process (GiB)": [f"{summary['memory_gib']:.2f}"],

@@ -186,6 +186,13 @@ def beside(stage: str, direction: str, ours: float, *dense: float) -> list[Recor
         ("times as fast as dense, decoding 16", beside("decode", "batch 1", 1.0, 5.0, 3.0), None),
         ("times as fast as the dense twin, training", beside("training", "step", 2.0, 3.0), 1.5),
         ("times as fast as the dense twin, training", beside("training", "step", 2.0), None),
+        ("times as fast as the dense twin, steps of 16", beside("generation", "batch 16", 2.0, 3.0), 1.5),
+        ("times as fast as the dense twin, steps of 1", beside("generation", "batch 16", 2.0, 3.0), None),
+        (
+            "times as fast as the dense twin, prompts of 1",
+            [{**r, "prefill": 4 * r["median"] ** 2} for r in beside("generation", "batch 1", 2.0, 3.0)],
+            2.25,
+        ),
         ("times as fast as dense", beside("decode", "batch 1", 1.0, 5.0), None),
     ],
 )

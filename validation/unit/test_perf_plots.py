@@ -27,8 +27,24 @@ STEPS = [
     for batch in (1, 16)
     for subject, ms in (("triton", 0.02), ("dense (cuDNN)", 0.03), ("dense (flash)", 0.025))
 ]
+
+
+def generation(length: int, batch: int, role: str, ms: float) -> dict[str, Any]:
+    """A record of a model's prompts and steps."""
+    place = {"workload": "1b", "length": length, "stage": "generation", "direction": f"batch {batch}"}
+    times = {"median": ms, "lower": ms, "upper": ms, "p90": 1.1 * ms, "p99": 2 * ms, "prefill": 50 * ms}
+    subject = "triton" if role == "ours" else "dense (twin)"
+    return {**place, "subject": subject, "role": role, "rounds": 128, "tokens_per_second": 1e3 * batch / ms, **times}
+
+
+GENERATED = [
+    generation(length, batch, role, ms * length / 8192)
+    for length in (8192, 65536)
+    for batch in (1, 16)
+    for role, ms in (("rival", 4.0), ("ours", 2.0))
+]
 SAVED = records.read(records.BASELINES / "nvidia-h200.json")
-REPORT = {**SAVED, "results": [*SAVED["results"], *STEPS]}
+REPORT = {**SAVED, "results": [*SAVED["results"], *STEPS, *GENERATED]}
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +136,18 @@ def test_decoding_is_beside_the_fastest_dense_attention() -> None:
     lines = {line.get_label(): [*line.get_ydata()] for line in panels["W, 16 sequences"].get_lines()}
     assert lines["triton"] == pytest.approx([0.32, 2.56])
     assert lines["dense, the fastest"] == pytest.approx([0.4, 3.2])
+
+
+def test_generation_is_beside_the_dense_twin() -> None:
+    figure = plots.generation(REPORT)
+    assert figure is not None
+    panels = {axes.get_title(): axes for axes in shown(figure)}
+    step = "1b, 16 sequences: a step, up to its 99th percentile"
+    assert {*panels} >= {step, "1b, 1 sequence: until the first token"}
+    lines = {line.get_label(): [*line.get_ydata()] for line in panels[step].get_lines()}
+    assert lines == {"triton": [2.0, 16.0], "dense (twin)": [4.0, 32.0]}
+    (line, _) = panels["1b, 1 sequence: until the first token"].get_lines()
+    assert [*line.get_ydata()] == [100.0, 800.0]
 
 
 def test_speed_is_relative_to_the_fastest_dense_attention() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from validation.perf import records
-from validation.perf.report import BEGIN, END, PASSES, TRAINED, newcomers, readme, render, training_of
+from validation.perf.report import BEGIN, END, PASSES, TRAINED, newcomers, readme, render, results_page, training_of
 
 MACHINE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -95,6 +95,29 @@ def test_decoding_is_beside_the_fastest_dense_attention() -> None:
     line = next(line for line in page.splitlines() if line.startswith("| W | 8k | 16 |"))
     assert line == "| W | 8k | 16 | 0.020 | 64.5 | 0.017 | 1.18 | 0.040 (dense (flash)) | **2.00** |"
     assert "## Decoding" not in render({"run.json": {**report, "results": [record("ours", "forward", 1.0)]}})
+
+
+def test_generation_is_beside_the_dense_twin() -> None:
+    place = {"workload": "1b", "length": 65536, "stage": "generation", "direction": "batch 16", "rounds": 128}
+    times = {"prefill": 8192.0, "median": 2.0, "p90": 2.5, "p99": 12.0, "tokens_per_second": 8000.0}
+    twin = {**times, "prefill": 16384.0, "median": 5.0, "tokens_per_second": 3200.0}
+    run = [
+        {**place, **twin, "subject": "dense (twin)", "role": "rival"},
+        {**place, **times, "subject": "triton", "role": "ours"},
+    ]
+    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "triton", "failures": []}
+    page = render({"run.json": {**report, "results": run}})
+    rows = [line for line in page.splitlines() if line.startswith("| 1b | 64k | 16 |")]
+    assert rows == [
+        "| 1b | 64k | 16 | triton | 8192.0 | 128,000 | 2.000 | 2.500 | 12.0 | 8,000 | **2.00** | **2.50** |",
+        "| 1b | 64k | 16 | dense (twin) | 16384.0 | 64,000 | 5.000 | 2.500 | 12.0 | 3,200 |  |  |",
+    ]
+    made = results_page([{**report, "results": run}], f"before\n{BEGIN}\nold\n{END}\nafter")
+    assert all(row in made for row in rows)
+    assert "old" not in made
+    assert "python" in made
+    nothing = {**report, "results": [record("ours", "forward", 1.0)]}
+    assert "## Generation" not in render({"run.json": nothing}) + results_page([nothing], f"{BEGIN}\nold\n{END}\n")
 
 
 def speeds(ratio: float) -> str:
