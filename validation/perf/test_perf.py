@@ -13,12 +13,12 @@ import sys
 import pytest
 import torch
 
-from validation.perf import benchmarks, timing
-from validation.perf.plugin import FAILURES, ROOFS
-from validation.perf.precompile import precompile
-from validation.perf.rivals import dense
-from validation.perf.stages import STAGES, WHOLE, host_figures
-from validation.perf.workloads import WORKLOADS
+from . import benchmarks, timing
+from .plugin import FAILURES, ROOFS
+from .precompile import precompile
+from .rivals import dense
+from .stages import STAGES, WHOLE, host_figures
+from .workloads import WORKLOADS
 
 COMPILING = 150  # seconds at most, for all of it
 # About how many seconds of rounds, and how many rounds: a CPU has other things to do in between. Before them, seconds

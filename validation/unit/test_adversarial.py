@@ -12,9 +12,7 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.ops import accumulation_dtype
 from validation import oracle
-from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from validation.cases import (
     STAGES,
     Case,
     Stage,
@@ -28,6 +26,8 @@ from validation.unit.cases import (
     whole,
     with_selection,
 )
+from validation.implementations import load
+from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

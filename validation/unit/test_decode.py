@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nsa import KVCache, NativeSparseAttention, NSAConfig, StepKeys, decode_attention, decode_graphs, rope_table
 from nsa.decode_graphs import DecodeGraphs, can_capture
+from validation.cases import config
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import config
 from validation.unit.synchronisation import no_synchronisation
 
 pytestmark = pytest.mark.usefixtures("on_device")

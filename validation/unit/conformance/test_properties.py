@@ -17,10 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from ... import oracle
+from ...cases import (
     BY_ID,
     EVERY,
     SELECTION,
@@ -34,7 +32,9 @@ from validation.unit.cases import (
     select_blocks,
     with_selection,
 )
-from validation.unit.strategies import cases, for_all, relations
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches, assert_selection_matches
+from ...strategies import cases, for_all, relations
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

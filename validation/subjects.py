@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from validation import reports
-from validation.implementations import Implementation, load
-from validation.unit.cases import BY_ID, CASES, SHARED, STAGES, Case, Stage, fitted, require
+from . import reports
+from .cases import BY_ID, CASES, SHARED, STAGES, Case, Stage, fitted, require
+from .implementations import Implementation, load
 
 if TYPE_CHECKING:
-    from validation.precision import Point
+    from .precision import Point
+
+UNIT = Path(__file__).with_name("unit")
+"""The folder of the tests that are about implementations."""
 
 NARROW = ("float32", "bfloat16", "float16")
 
@@ -115,10 +118,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what is not about the implementations asked for, and what takes one under the interpreter too long."""
     kept, left_out = [], []
     for item in items:
-        impl = subject(item) if Path(__file__).parent in item.path.parents else None
+        elsewhere = UNIT not in item.path.parents
+        impl = None if elsewhere else subject(item)
         if impl is not None:
             item.user_properties.append(("implementation", impl.name))
-        elsewhere = Path(__file__).parent not in item.path.parents
         wanted = impl is not None or elsewhere or not config.option.impl
         (kept if wanted and not (impl and impl.interpreted and _long(item)) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
@@ -153,7 +156,7 @@ def points(pytestconfig: pytest.Config) -> list["Point"]:
 def pytest_testnodedown(node: Any, error: object) -> None:
     found = getattr(node, "workeroutput", {}).get("points", ())
     if found:
-        from validation.precision import Point
+        from .precision import Point
 
         node.config.stash.setdefault(POINTS, []).extend(Point(**point) for point in found)
 
@@ -166,7 +169,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     elif found:
         picture = reports.folder(config) / "unit" / "precision.png"
         with reports.attempt(f"the picture {picture}", partial(reports.note, config)):
-            from validation.precision import plot
+            from .precision import plot
 
             plot(found, picture)
 

@@ -7,27 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from ... import oracle
+from ...cases import (
     BY_ID,
     SHARED,
     STAGES,
     Case,
     Stage,
-    Tensors,
+    check_selection,
     compare,
+    compare_selection,
     config,
     draw,
     fitted,
-    importance,
     pooled,
     require,
     select_blocks,
     upcast,
     whole,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -55,13 +55,7 @@ def test_a_scale_of_0_weighs_all_visible_keys_alike(impl: Implementation, name: 
 @pytest.mark.every_dtype
 def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
-    tensors = draw(case, dtype)
-    check_selection(case, tensors, select_blocks(impl, case, tensors), dtype)
-
-
-def check_selection(case: Case, tensors: Tensors, indices: Tensor, dtype: torch.dtype) -> None:
-    expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
-    assert_selection_matches(indices, expected, scores, case.config, dtype, **case.selection)
+    compare_selection(impl, case, draw(case, dtype), dtype)
 
 
 @pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
