@@ -399,6 +399,9 @@ class Seen:
     margins: dict[tuple[str, str, str], Margin] = field(default_factory=dict)
     """The worst by stage, tensor and dtype."""
 
+    def clear(self) -> None:
+        self.stages, self.case, self.margins = [], None, {}
+
     def note(self, stage: str, tensor: str, dtype: torch.dtype, margin: Margin) -> None:
         key = stage, tensor, str(dtype).removeprefix("torch.")
         self.margins[key] = max(self.margins.get(key, Margin()), margin, key=lambda margin: margin.ratio)
@@ -612,3 +615,6 @@ SHARED = Stage(
     lambda case: case.num_keys + case.config.compress_block_size * case.key_dim,
 )
 """Compression and all three branches from one `k` and one `v`, for cases with `shared_kv`."""
+
+FUNCTIONS = {**EVERY, SHARED.name: SHARED}
+"""Every stage by its name."""

@@ -31,6 +31,15 @@ COMPRESSIONS = frozenset({"mlp", "linear", "mean"})
 """Every kind of compression an `NSAConfig` knows."""
 
 
+INVARIANCES = {
+    "gradients": "whether they are wanted: the forward pass without gradients is the one with",
+    "batch": "what is beside a sequence in a batch",
+    "chunks": "how many queries come at a time",
+    "graphs": "whether a call is made or replayed as a CUDA graph",
+}
+"""What a result's bits may be independent of."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """A range of sizes as a capability: asked by calling it, printed in words."""
@@ -90,6 +99,8 @@ class Implementation:
     """Whether bad input is refused before work starts, by `ValueError` or `TypeError`."""
     hidden_values: bool = True
     """Whether what a query does not attend to may hold infinities and NaNs, as padding does."""
+    invariant: frozenset[str] = frozenset()
+    """What a result's bits do not depend on, of `INVARIANCES`."""
     compressions: frozenset[str] = COMPRESSIONS
     """Kinds of compression."""
     lengths: Callable[[int], bool] = Sizes(0)
@@ -183,6 +194,7 @@ class Implementation:
             "branches that are off": _yes(self.branches_off),
             "checks of input": _yes(self.checks_input),
             "NaN in hidden tokens": _yes(self.hidden_values),
+            "same bits whatever the": ", ".join(sorted(self.invariant)) or "no",
         }
 
 

@@ -61,6 +61,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "needs_gpu(count=1, gib=0): so many GPUs, with so much memory each")
     config.addinivalue_line("markers", "smoke: one of the few of its layer that show that it works at all")
     config.addinivalue_line("markers", "every_dtype: every case in every dtype, beside float64 too")
+    config.addinivalue_line(
+        "markers", "claim(*aspects): what of a stage a test is about: rules, forward, gradients, ..."
+    )
     config.addinivalue_line("markers", "sparing(**names): parameters that are enough where a call takes seconds")
     seeds.variation = config.option.shuffle_seed
     if len(GPUS) < config.option.require_gpus:
@@ -193,8 +196,12 @@ def _read_xfails(file):
 class _Xfails:
     @pytest.hookimpl(tryfirst=True)  # ids are looked for among all tests, whatever -k leaves of them
     def pytest_collection_modifyitems(self, config, items):
-        reasons = config.xfails
-        unmatched = reasons.keys() - {item.nodeid for item in items}
+        reasons, unmatched = {}, set(config.xfails)
+        for item in items:
+            names = {item.nodeid, seeds.name_of(item.nodeid)} & config.xfails.keys()
+            unmatched -= names
+            for name in names:
+                reasons[item.nodeid] = config.xfails[name]
         if unmatched:
             names = "\n  ".join(sorted(unmatched))
             message = f"{config.option.xfails_file}: no test of this run has the id\n  {names}"

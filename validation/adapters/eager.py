@@ -16,6 +16,7 @@ def eager() -> Implementation:
         name="eager",
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
         **{stage: partial(getattr(functional, stage), backend="eager") for stage in STAGES},
+        invariant=frozenset({"gradients"}),
         combine=nsa.eager.combine,
         plain=True,
     )

@@ -22,6 +22,7 @@ def triton() -> Implementation:
         name="triton",
         dtypes=frozenset(dtypes),
         **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
+        invariant=frozenset({"gradients", "batch", "graphs"}),
         combine=kernels.combine,
         head_dims=Sizes(16, 256),
         config=blocks,

@@ -811,7 +811,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "rank = tl.where(candidate, rank, -1)",
         "rank = tl.where(candidate & (rank > 0), rank, -1)",
-        ("test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
+        ("conformance/test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
         models=4,
     ),
     Fault(
@@ -1027,7 +1027,9 @@ _SELECTED_KERNELS = [
         "kernels/primitives.py",
         "        new_max = tl.maximum(row_max, tl.max(s, 1))\n",
         '        new_max = tl.where(tl.maximum(row_max, tl.max(s, 1)) == float("-inf"), float("-inf"), 0.0)\n',
-        ("test_adversarial.py::test_matches_the_oracle[by_query-selected_attention-queries_of_all_sizes-float64]",),
+        (
+            "conformance/test_adversarial.py::test_matches_the_oracle[triton-by_query-selected_attention-queries_of_all_sizes-widest]",
+        ),
     ),
     Fault(
         "maximum-of-one-row-for-all-by-block",
@@ -1035,7 +1037,9 @@ _SELECTED_KERNELS = [
         "kernels/selected_by_block.py",
         "            row_max = tl.max(s, 1) * factor\n",
         '            row_max = tl.max(tl.max(tl.where(row[:, None] == step, s, float("-inf")), 1), 0) * factor\n',
-        ("test_adversarial.py::test_matches_the_oracle[small-selected_attention-queries_of_all_sizes-float64]",),
+        (
+            "conformance/test_adversarial.py::test_matches_the_oracle[triton-small-selected_attention-queries_of_all_sizes-widest]",
+        ),
         models=5,
     ),
     Fault(
@@ -1100,7 +1104,7 @@ _SELECTED_KERNELS = [
         "kernels/primitives.py",
         "return max(scale * LOG2E.value, 1e-30)",
         "return scale * LOG2E.value",
-        ("test_stages.py::test_a_scale_of_0_weighs_all_visible_keys_alike",),
+        ("conformance/test_stages.py::test_a_scale_of_0_weighs_all_visible_keys_alike",),
     ),
     Fault(
         "sum-not-rescaled-by-block",

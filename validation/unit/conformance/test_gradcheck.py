@@ -33,7 +33,7 @@ from ...cases import (
 from ...implementations import Implementation, load
 from ...numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
 
-pytestmark = pytest.mark.usefixtures("on_device")
+pytestmark = [pytest.mark.usefixtures("on_device"), pytest.mark.claim("gradients")]
 
 SMALL = (BY_ID["small"], BY_ID["pooled"])
 ATTENTION = [name for name in STAGES if not name.startswith("compress_")]

@@ -65,6 +65,7 @@ def _rounds(request: pytest.FixtureRequest) -> None:
 @each_dtype
 @each_stage
 @each_shape
+@pytest.mark.claim("forward", "gradients")
 def test_stages_are_about_as_good_as_plain_pytorch(
     impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype
 ) -> None:

@@ -37,6 +37,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys()
 # 1. Values. In float64 nothing but the definition is left; narrow inputs are the same for the oracle, which upcasts.
 
 
+@pytest.mark.claim("forward", "gradients")
 def test_matches_the_oracle(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     beside_plain = dtype != torch.float64 and not impl.plain
@@ -53,11 +54,13 @@ def test_a_scale_of_0_weighs_all_visible_keys_alike(impl: Implementation, name: 
 
 
 @pytest.mark.every_dtype
+@pytest.mark.claim("selection")
 def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     compare_selection(impl, case, draw(case, dtype), dtype)
 
 
+@pytest.mark.claim("forward")
 @pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
 def test_the_whole_with_its_own_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype, stage = getattr(torch, dtype_name), SHARED if case.config.shared_kv else STAGES["nsa_attention"]
