@@ -89,7 +89,16 @@ def _pytest_arguments(options: argparse.Namespace) -> list[str]:
     precision = CONFORMANCE / "test_precision.py"
     chosen = [file for file in files if ("precision" if file == precision else "unit") in options.layers]
     package = __package__ or HERE.name
-    arguments = ["-p", f"{package}.plugin", "-p", "no:cacheprovider", "-c", str(HERE / "conformance.ini")]
+    arguments = [
+        "-p",
+        f"{package}.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-c",
+        str(HERE / "conformance.ini"),
+    ]
     arguments += [f"--rootdir={HERE.parent}", f"--impl={options.subject}", "-q", "--tb=no", "-rN"]
     arguments += [f"--xfails-file={options.xfails}"] if options.xfails else []
     arguments += ["-k", options.keyword] if options.keyword else []

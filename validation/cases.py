@@ -19,7 +19,7 @@ from nsa.functional import CompressionParams
 
 from . import oracle
 from .implementations import Implementation
-from .numerics import Margin, Mismatch, assert_matches, assert_selection_matches, gradcheck
+from .numerics import Margin, Mismatch, assert_equal, assert_matches, assert_selection_matches, gradcheck
 from .seeds import seed_of
 
 Tensors = dict[str, Any]
@@ -467,6 +467,18 @@ def bounds(
     axes = None if not name.endswith(PARAMETERS) else ("head", "in", "out")
     axes = ("batch", "block", "head", "dim") if name.endswith("_cmp") else axes
     return {"reduction": reduction, "shifts": shifts, "logit": case.logit, "dtype": kept, "axes": axes}
+
+
+def assert_selected(case: Case, tensors: Mapping[str, Any], indices: Tensor, expected: Tensor, *, what: str) -> None:
+    """Fail unless indices are exactly these; a mismatch says which mistakes would give what came."""
+    __tracebackhide__ = True
+    try:
+        assert_equal(indices, expected, what=what)
+    except Mismatch as mismatch:
+        from .mutants import explain_selection
+
+        mismatch.notes += [f"case {case}", *explain_selection(case, tensors, indices)]
+        raise
 
 
 def compare_selection(impl: Any, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:

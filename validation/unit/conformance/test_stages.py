@@ -14,6 +14,7 @@ from ...cases import (
     STAGES,
     Case,
     Stage,
+    assert_selected,
     check_selection,
     compare,
     compare_selection,
@@ -126,6 +127,7 @@ def test_returned_indices_are_those_of_the_selection(impl: Implementation, case:
 # 4. Exact ties: equal keys make every whole block equally important, and the lower index must win.
 
 
+@pytest.mark.claim("selection")
 @each_dtype
 @pytest.mark.parametrize("blocks", [(2, 2, 2), (4, 4, 4)])
 @pytest.mark.sparing(dtype_name=("float64", "float32", "bfloat16"), blocks=((4, 4, 4),))
@@ -138,7 +140,7 @@ def test_ties_go_to_the_lower_index(impl: Implementation, blocks: tuple[int, int
     tensors["k_cmp"] = key.expand_as(tensors["k_cmp"])
     tensors["lse"] = STAGES["compressed_attention"].run(impl, case, tensors)["lse"]
     indices = select_blocks(impl, case, tensors)
-    assert_equal(indices, tied_selection(case, indices), what="indices under ties")
+    assert_selected(case, tensors, indices, tied_selection(case, indices), what="indices under ties")
 
 
 def tied_selection(case: Case, like: Tensor) -> Tensor:
