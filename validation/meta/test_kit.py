@@ -5,12 +5,14 @@ Ten mistakes are made in these lines, one at a time. Every one must fail, name i
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     source, wheels, made = folder / "source", folder / "wheels", folder / "environment"
     shutil.copytree(ROOT, source, ignore=LEFT_OUT)
-    here = [] if find_spec("setuptools") is None else ["--no-build-isolation", "--no-index"]
+    here = ["--no-build-isolation", "--no-index"] if _can_build_here() else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", *here, "-w", wheels, source], check=True, capture_output=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", made], check=True)
@@ -40,6 +42,19 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Only folders named here are looked in: an editable installation of this repository is none.
     (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     return made
+
+
+def _can_build_here() -> bool:
+    """Whether what builds the wheel is installed; otherwise pip gets it."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    installed = {package.metadata["Name"].lower().replace("_", "-") for package in distributions()}
+    return {re.split(r"[^\w-]", name)[0].lower().replace("_", "-") for name in needed} <= installed
+
+
+def test_the_wheel_ships_every_package_of_the_implementation() -> None:
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "nsa").rglob("__init__.py")}
+    assert found <= set(shipped)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_the_whole_is_downstream_of_its_parts() -> None:
 
 def test_equal_messages_are_folded_and_the_verdict_is_last() -> None:
     same = [
-        {**BAD, "id": f"test_b.py::test_b[theirs-{i}]", "message": f"error {i}.5 of q", "size": i} for i in range(9)
+        {**BAD, "id": f"test_b.py::test_b[theirs-{i}]", "message": f"error {i}.5 of q", "size": i + 1} for i in range(9)
     ]
     lines = list(verdict.text(made(GOOD, *same)))
     assert sum("of q" in line for line in lines) == 1
