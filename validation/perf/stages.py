@@ -205,7 +205,7 @@ def main() -> int:
         parser.error("--out is needed")
     if options.processes > 1:
         start = time.monotonic()
-        command = [sys.executable, "-m", "validation.perf.stages", *sys.argv[1:]]
+        command = [sys.executable, "-m", f"{__package__}.stages", *sys.argv[1:]]
         outcomes = precompile(command, options.processes, PRECOMPILE_SECONDS)
         print(f"precompiled {len(outcomes)} of {len(jobs)} in {time.monotonic() - start:.0f} s", flush=True)
 

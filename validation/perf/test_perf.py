@@ -41,7 +41,7 @@ def compiled(request):
     if not torch.cuda.is_available():
         return
     option = request.config.option
-    command = [sys.executable, "-m", "validation.perf.benchmarks"]
+    command = [sys.executable, "-m", f"{__package__}.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
     wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_speed"]
     command += [f"--only={name}" for name in wanted]

@@ -309,7 +309,7 @@ def main() -> int:
     start = time.monotonic()
     outcomes: dict[int, str | None] = dict.fromkeys(range(len(jobs)))
     if options.processes > 1:
-        command = [sys.executable, "-m", "validation.perf.tune", *sys.argv[1:]]
+        command = [sys.executable, "-m", f"{__package__}.tune", *sys.argv[1:]]
         outcomes = precompile(command, options.processes, 0.6 * options.seconds)
         works = sum(error is None for error in outcomes.values())
         print(f"{len(jobs)} jobs: {works} work, {len(outcomes) - works} do not, {len(jobs) - len(outcomes)} not done")
