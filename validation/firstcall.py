@@ -42,7 +42,7 @@ def _first_call(impl: Implementation, stage: Stage, case: object) -> str:
         tensors = draw(case, impl.widest)  # type: ignore[arg-type]
         try:
             outputs = stage.run(impl, case, tensors)  # type: ignore[arg-type]
-            if impl.backward and stage.name != "select_blocks":
+            if impl.backward and not impl.interpreted and stage.name != "select_blocks":
                 list(stage.results(impl, case, tensors))  # type: ignore[arg-type]
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}{_place(error)}"

@@ -151,7 +151,8 @@ def _long(item: pytest.Item) -> bool:
 def pytest_collection(session: pytest.Session) -> None:
     """Ends a run on an implementation that cannot even be called: hundreds of tests would say so, each at length."""
     config = session.config
-    if not config.option.impl or hasattr(config, "workerinput") or not _about_implementations(config):
+    alone = config.option.collectonly or hasattr(config, "workerinput")
+    if not config.option.impl or alone or not _about_implementations(config):
         return
     torch.set_num_threads(1)
     for impl in chosen(config):
