@@ -32,7 +32,7 @@ endif
 
 PYTEST = $(PY) -m pytest --out='$(OUT)' $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
 
-.PHONY: help setup lint unit smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
+.PHONY: help setup lint unit meta smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ lint: $(READY)  ## style, format and types
 
 unit: $(READY)  ## is each stage right?
 	$(PYTEST) -n $(JOBS) --dist worksteal validation/unit $(PYTEST_ARGS)
+
+meta: $(READY)  ## does the harness itself tell right from wrong? its own tests, for when it changes
+	$(PYTEST) -n $(JOBS) --dist worksteal validation/meta $(PYTEST_ARGS)
 
 smoke: $(READY)  ## the few integration tests that show that anything works over NGPU processes
 	NGPU=$(NGPU) $(PYTEST) validation/integration -m smoke $(PYTEST_ARGS)
@@ -115,7 +118,7 @@ coverage: $(READY)  ## unit, smoke and system, and how much of nsa/ they reach, 
 	$(MAKE) unit smoke system COVERAGE=1
 	$(PY) -m coverage report
 
-test: lint coverage  ## what any machine can run while you wait; `make integration` has the rest
+test: lint coverage meta  ## what any machine can run while you wait; `make integration` has the rest
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

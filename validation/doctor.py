@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-REMEDY = "`make setup`, or pip install -c constraints.txt -e .[dev]"
+REMEDY = (
+    "`make setup`, or pip install -c constraints.txt -e .[dev]" if PYPROJECT.exists() else "pip install nsa[testing]"
+)
 
 # What a layer cannot do without, by the names of the packages.
 NEEDS = {
@@ -57,8 +59,17 @@ class Layer:
 def supported(name: str) -> str:
     """The range of versions pyproject.toml asks for, such as `>=3.6,<3.8`; empty where any will do."""
     pattern = r'^requires-python = "([^"]*)"' if name == "python" else rf'^ *"{name} *([<>=][^";]*)'
-    match = re.search(pattern, PYPROJECT.read_text(), re.MULTILINE)
+    match = re.search(pattern, declared(), re.MULTILINE)
     return match[1].strip() if match else ""
+
+
+def declared() -> str:
+    """The text of pyproject.toml; where the harness is installed, the same lines out of the package's metadata."""
+    if PYPROJECT.exists():
+        return PYPROJECT.read_text()
+    package = metadata.metadata("nsa")
+    needed = [f'"{line}"' for line in package.get_all("Requires-Dist") or () if "extra ==" not in line]
+    return "\n".join([f'requires-python = "{package["Requires-Python"]}"', *needed])
 
 
 def within(version: str, bounds: str) -> bool:

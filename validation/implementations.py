@@ -1,14 +1,17 @@
 """What the harness needs of an implementation: the stage functions and an honest account of what they can do.
 
-Our own backends go through the same door as everybody else's. A subject is named by its key in `ADAPTERS` or as
-`package.module:object`, the object being an `Implementation` or a function that makes one. What it declares is tested,
-and fails where it does not hold; what it does not declare is skipped, visibly.
+Our own backends go through the same door as everybody else's. A subject is named by its module in `adapters`, by an
+entry point of the group `nsa_validation.implementations`, or as `package.module:object`; each is an `Implementation` or
+a function that makes one. What it declares is tested, and fails where it does not hold; what it does not declare is
+skipped, visibly.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -26,6 +29,15 @@ STAGES = (
 
 COMPRESSIONS = frozenset({"mlp", "linear", "mean"})
 """Every kind of compression an `NSAConfig` knows."""
+
+
+INVARIANCES = {
+    "gradients": "whether they are wanted: the forward pass without gradients is the one with",
+    "batch": "what is beside a sequence in a batch",
+    "chunks": "how many queries come at a time",
+    "graphs": "whether a call is made or replayed as a CUDA graph",
+}
+"""What a result's bits may be independent of."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Implementation:
     """Whether bad input is refused before work starts, by `ValueError` or `TypeError`."""
     hidden_values: bool = True
     """Whether what a query does not attend to may hold infinities and NaNs, as padding does."""
+    invariant: frozenset[str] = frozenset()
+    """What a result's bits do not depend on, of `INVARIANCES`."""
     compressions: frozenset[str] = COMPRESSIONS
     """Kinds of compression."""
     lengths: Callable[[int], bool] = Sizes(0)
@@ -126,7 +140,7 @@ class Implementation:
         """The first capability that is wanted and not declared, in words; None where there is none.
 
         Args:
-            case: a `validation.unit.cases.Case`.
+            case: a `validation.cases.Case`.
             stages: the stages that will be called; how blocks are compressed matters to `compress` alone.
             dtype: of the inputs; any, unless given.
             backward: whether gradients are wanted.
@@ -180,6 +194,7 @@ class Implementation:
             "branches that are off": _yes(self.branches_off),
             "checks of input": _yes(self.checks_input),
             "NaN in hidden tokens": _yes(self.hidden_values),
+            "same bits whatever the": ", ".join(sorted(self.invariant)) or "no",
         }
 
 
@@ -199,66 +214,39 @@ def _words(supports: Callable[..., bool]) -> str:
     return (supports.__doc__ or "some").splitlines()[0].rstrip(".")
 
 
-def eager() -> Implementation:
-    """Our plain PyTorch backend."""
-    functional = import_module("nsa.functional")
-    return Implementation(
-        name="eager",
-        dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-        **{stage: partial(getattr(functional, stage), backend="eager") for stage in STAGES},
-        combine=import_module("nsa.eager").combine,
-        plain=True,
-    )
+ENTRY_POINTS = "nsa_validation.implementations"
+"""The group of entry points by which another package names its implementations."""
 
 
-def triton() -> Implementation:
-    """Our Triton backend: compiled on a GPU, elsewhere under Triton's interpreter."""
-    functional, kernels = import_module("nsa.functional"), import_module("nsa.kernels")
-
-    def blocks(config: Any) -> bool:
-        """powers of two, d from 8, l and l' from 16"""
-        return kernels.why_not(config) is None
-
-    return Implementation(
-        name="triton",
-        dtypes=frozenset(
-            {torch.float32, torch.bfloat16, torch.float16} | ({torch.float64} if kernels.INTERPRETED else set())
-        ),
-        **{stage: partial(getattr(functional, stage), backend="triton") for stage in STAGES},
-        combine=kernels.combine,
-        head_dims=Sizes(16, 256),
-        config=blocks,
-        tile=16 if kernels.INTERPRETED else 64,
-        interpreted=kernels.INTERPRETED,
-    )
+def shipped() -> list[str]:
+    """Names of the implementations that ship with the harness: the modules of `adapters`."""
+    return sorted(module.name for module in iter_modules([str(Path(__file__).with_name("adapters"))]))
 
 
-def fla() -> Implementation:
-    """The kernels of the package `fla-core`, where it is installed."""
-    try:
-        peer = import_module("validation.peers.fla")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "fla":
-            raise
-        remedy = "pip install -c constraints.txt -e .[peers]"
-        raise ModuleNotFoundError(
-            f"fla needs the package fla-core, of the extra `peers`: {remedy}", name="fla"
-        ) from error
-    return peer.fla()
-
-
-ADAPTERS: dict[str, Callable[[], Implementation]] = {"eager": eager, "triton": triton, "fla": fla}
-"""Makers of the subjects that ship with the harness; making one imports what it needs."""
+def names() -> list[str]:
+    """Every name `load` knows."""
+    return sorted({*shipped(), *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def load(name: str) -> Implementation:
-    """The implementation called `name`, or found at `package.module:object`."""
-    if name in ADAPTERS:
-        return ADAPTERS[name]()
-    module, colon, attribute = name.partition(":")
+    """The implementation called `name`, or found at `package.module:object`.
+
+    Raises:
+        ValueError: no implementation has this name.
+        ImportError: what it needs is not installed; the message names the extra.
+        TypeError: the object neither is an `Implementation` nor makes one.
+    """
+    others = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    if name in shipped():
+        place = f"{__package__}.adapters.{name}:{name}"
+    else:
+        place = others.get(name, name)
+    module, colon, attribute = place.partition(":")
     if not colon:
-        raise ValueError(f"name must be one of {sorted(ADAPTERS)} or package.module:object, got {name!r}")
-    found = getattr(import_module(module), attribute)
+        raise ValueError(f"name must be one of {names()} or package.module:object, got {name!r}")
+    found: Any = import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
     found = found() if callable(found) else found
     if not isinstance(found, Implementation):
         raise TypeError(f"{name} must be an Implementation or make one, got {type(found).__name__}")

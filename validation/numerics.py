@@ -21,6 +21,7 @@ Selections. Forced blocks are compared exactly, free ones by the oracle's import
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,11 +75,52 @@ TRANSFORMERS_BOUND = 1e-5
 PEAK_MEMORY_BYTES = 4 * 2**30
 """Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
 
+SHOWN_BLOCKS = 12
+"""Importances of a row that a message shows, at most."""
+
 GRADCHECK_STEP = 1e-6
 """Half the width of the central difference: its truncation error is about its square, its rounding `1e-16 / step`."""
 
+RATIO_SPREAD = 0.02
+"""By how much ratios of got to expected may differ, of the largest, to be called one: a hint, no verdict."""
+
 GRADCHECK_ABSOLUTE = 1e-7
 GRADCHECK_RELATIVE = 1e-6
+
+
+@dataclass(frozen=True)
+class Margin:
+    """An error and what it may be: of all that was measured, what came nearest to its bound."""
+
+    error: float = 0.0
+    bound: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Part of the bound that is used up; above 1 is a failure."""
+        return self.error / self.bound if self.bound else 0.0
+
+
+class Mismatch(AssertionError):
+    """A comparison that failed.
+
+    Attributes:
+        margin: the error and the bound that it is over, where there is one.
+        where: how large the error is beside its bound, `[rows][columns]` of tokens by what is of a token, coarsened.
+        notes: lines that explain the message; whoever knows more about the comparison adds to them.
+    """
+
+    def __init__(self, message: str, margin: Margin | None = None, where: list[list[float]] | None = None) -> None:
+        super().__init__(message)
+        self.margin, self.where = margin, where or []
+        self.notes: list[str] = []
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *self.notes])
+
+
+AXES = {4: ("batch", "token", "head", "dim"), 3: ("batch", "token", "head"), 2: ("batch", "token")}
+"""Names of a tensor's axes by their number, where nothing else is said."""
 
 
 def assert_matches(
@@ -91,7 +133,8 @@ def assert_matches(
     shifts: float = 0,
     logit: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> None:
+    axes: Sequence[str] | None = None,
+) -> Margin:
     """Fail unless `actual` is as near to the float64 `oracle` as the policy above asks.
 
     Args:
@@ -104,14 +147,23 @@ def assert_matches(
             times the square of what that sum is multiplied by.
         logit: magnitude of the logits, where that is above 1.
         dtype: dtype of the inputs, where `actual` is kept in a wider one; its own by default.
+        axes: names of the axes, for the message; by default those of `AXES`.
+
+    Returns:
+        How near it came to its bound.
+
+    Raises:
+        Mismatch: it is not near enough.
     """
+    __tracebackhide__ = True
+    axes = AXES.get(actual.ndim) if axes is None else axes
     if oracle.dtype != torch.float64:
         raise TypeError(f"oracle must be float64, got {oracle.dtype}")
     dtype = actual.dtype if dtype is None else dtype
     actual, oracle = actual.detach().to(oracle.device), oracle.detach()
-    _assert_same_structure(actual, oracle, what)
+    _assert_same_structure(actual, oracle, what, axes)
     if actual.numel() == 0:
-        return
+        return Margin()
     if baseline is not None:
         # Beside a baseline of NaN or infinity every error would look small.
         _assert_same_structure(baseline.detach().to(oracle.device), oracle, f"plain PyTorch's {what}")
@@ -119,17 +171,17 @@ def assert_matches(
     if dtype == torch.float64:
         size = magnitude.max()
         bound = FLOAT64_BOUND * size.clamp(min=1.0) + _sums(size, dtype, reduction, logit)
-        _check("maximum", error, error.max(), bound, actual, oracle, what)
-        return
+        return _check("maximum", error, error.max(), bound, actual, oracle, what, axes)
     expected = None if baseline is None else _measures(_error(baseline.detach().to(oracle.device), oracle))
-    magnitudes = _measures(magnitude)
+    magnitudes, margins = _measures(magnitude), []
     for name, measured in _measures(error).items():
         # Sums cancel, in gradients above all: no row is held to less than the magnitude of the mean row (rows that see
         # nothing aside). Which row suffers most is chance, so none is held to less than the baseline's worst row.
         size = torch.maximum(magnitudes[name], _typical(magnitudes[name]))
         typical = None if expected is None else expected[name].max()
         bound = error_bound(size, dtype, baseline=typical, reduction=reduction, shifts=shifts, logit=logit)
-        _check(name, error, measured, bound, actual, oracle, what)
+        margins.append(_check(name, error, measured, bound, actual, oracle, what, axes))
+    return max(margins, key=lambda margin: margin.ratio)
 
 
 def error_bound(
@@ -159,16 +211,20 @@ def _sums(magnitude: Tensor, accumulator: torch.dtype, reduction: int, logit: fl
 
 def assert_equal(actual: Tensor, expected: Tensor, *, what: str) -> None:
     """Fail unless the two are the same bit for bit (NaN equals NaN): for integers, copies and repeated runs."""
+    __tracebackhide__ = True
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
-        raise AssertionError(
+        raise Mismatch(
             f"{what}: got {actual.dtype} {tuple(actual.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
         )
     different = (actual != expected) & ~(actual.isnan() & expected.isnan())
     if different.any():
         index = tuple(different.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{what}: {int(different.sum())} of {different.numel()} elements differ and none may; first at {index}: "
-            f"got {actual[index].item()!r}, expected {expected[index].item()!r}"
+        axes = AXES.get(actual.ndim)
+        raise Mismatch(
+            f"{what}: {int(different.sum())} of {different.numel()} elements differ and none may, "
+            f"{_rows(different, axes)}; first at {_place(index, axes)}: got {actual[index].item()!r}, expected "
+            f"{expected[index].item()!r}",
+            where=_picture(different.double()),
         )
 
 
@@ -199,11 +255,40 @@ def assert_selection_matches(
         reduction: length of the sum behind a score, the key head dim.
         logit: magnitude of the logits, where that is above 1.
     """
+    __tracebackhide__ = True
     if indices.dtype != torch.int32 or indices.shape != oracle_indices.shape:
-        raise AssertionError(
+        raise Mismatch(
             f"{what}: got {indices.dtype} {tuple(indices.shape)}, expected {torch.int32} {tuple(oracle_indices.shape)}"
         )
     indices, oracle_indices, positions = (x.to(importance.device) for x in (indices, oracle_indices, positions))
+    try:
+        _check_selection(indices, oracle_indices, importance, config, dtype, positions, group, reduction, logit, what)
+    except Mismatch as mismatch:
+        wrong = (indices != oracle_indices).any(-1)
+        if wrong.any():
+            row = tuple(wrong.nonzero()[0].tolist())
+            worth = ", ".join(f"{value:.4g}" for value in importance[row].tolist()[:SHOWN_BLOCKS])
+            more = ", ..." if importance.shape[-1] > SHOWN_BLOCKS else ""
+            mismatch.notes.append(
+                f"the first other row, {_place(row, AXES[3])} (position {int(positions[row[1]])}): got "
+                f"{indices[row].tolist()}, the oracle {oracle_indices[row].tolist()}; importances {worth}{more}"
+            )
+        raise
+
+
+def _check_selection(
+    indices: Tensor,
+    oracle_indices: Tensor,
+    importance: Tensor,
+    config: Any,
+    dtype: torch.dtype,
+    positions: Tensor,
+    group: int,
+    reduction: int,
+    logit: float,
+    what: str,
+) -> None:
+    __tracebackhide__ = True
     filled = indices >= 0
     after = indices[..., 1:]
     ordered = ((after > indices[..., :-1]) | (after == -1)).all(-1, keepdim=True) & (indices >= -1)
@@ -378,35 +463,104 @@ def _measures(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _assert_same_structure(actual: Tensor, oracle: Tensor, what: str) -> None:
+def _assert_same_structure(actual: Tensor, oracle: Tensor, what: str, axes: Sequence[str] | None = None) -> None:
+    __tracebackhide__ = True
     if actual.shape != oracle.shape:
-        raise AssertionError(f"{what}: got shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
+        raise Mismatch(f"{what}: got shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         different = test(actual) != test(oracle)
         if different.any():
             index = tuple(different.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{what}: {name} in {int(different.sum())} wrong places; first at {index}: "
-                f"got {actual[index].item()!r}, expected {oracle[index].item()!r}"
+            raise Mismatch(
+                f"{what}: {name} in {int(different.sum())} wrong places, {_rows(different, axes)}; first at "
+                f"{_place(index, axes)}: got {actual[index].item()!r}, expected {oracle[index].item()!r}",
+                where=_picture(different.double()),
             )
 
 
 def _check(
-    name: str, error: Tensor, measured: Tensor, bound: Tensor, actual: Tensor, oracle: Tensor, what: str
-) -> None:
-    excess = measured - bound.to(measured.device)
+    name: str,
+    error: Tensor,
+    measured: Tensor,
+    bound: Tensor,
+    actual: Tensor,
+    oracle: Tensor,
+    what: str,
+    axes: Sequence[str] | None = None,
+) -> Margin:
+    __tracebackhide__ = True
+    bound = bound.to(measured.device)
+    excess = measured - bound
     if not (excess > 0).any():
-        return
+        at = tuple(_unravel(measured / bound.clamp(min=torch.finfo(torch.float64).tiny)))
+        return Margin(measured[at].item(), bound.expand_as(measured)[at].item())
+    limit = bound.amax()
     if excess.ndim:
         row = tuple(_unravel(excess))
         index = (*row, int(error[row].argmax()))
-        measured, bound = measured[row], bound[row]
+        measured, bound = measured[row], bound.expand_as(excess)[row]
     else:
         index = tuple(_unravel(error))
-    raise AssertionError(
-        f"{what}: {name} error {measured.item():.3e} is over the bound {bound.item():.3e} ({actual.dtype}); worst at "
-        f"{index}: got {actual[index].item()!r}, expected {oracle[index].item()!r}"
+    beyond = error > limit
+    wrong = f", {_rows(beyond, axes)}" if beyond.any() and error.ndim else ""
+    raise Mismatch(
+        f"{what}: {name} error {measured.item():.3e} is over the bound {bound.item():.3e} ({actual.dtype}){wrong}; "
+        f"worst at {_place(index, axes)}: got {actual[index].item():.6g}, expected {oracle[index].item():.6g}"
+        f"{_one_ratio(actual.double(), oracle, error, beyond)}",
+        Margin(measured.item(), bound.item()),
+        _picture(error / limit.clamp(min=torch.finfo(torch.float64).tiny)),
     )
+
+
+def _place(index: Sequence[int], axes: Sequence[str] | None) -> str:
+    """An index with the names of its axes, where they are known."""
+    if axes is None or len(axes) != len(index):
+        return str(tuple(index))
+    return ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True))
+
+
+def _rows(wrong: Tensor, axes: Sequence[str] | None) -> str:
+    """How many rows of the last axis are wrong, and at which tokens where these are known."""
+    rows = wrong.any(-1) if wrong.ndim > 1 else wrong
+    count = f"in {int(rows.sum())} of {rows.numel()} rows"
+    if axes is None or len(axes) != wrong.ndim or axes[1:2] not in (("token",), ["token"]):
+        return count
+    tokens = wrong.transpose(0, 1).flatten(1).any(1)
+    return f"{count}, at tokens {_ranges(tokens.nonzero().flatten().tolist())} of {len(tokens)}"
+
+
+def _ranges(numbers: Sequence[int], most: int = 6) -> str:
+    """Ascending numbers in few words: `0-3, 7, 9-12`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]]
+    return ", ".join([*shown, *(["..."] if len(runs) > most else [])])
+
+
+def _one_ratio(actual: Tensor, oracle: Tensor, error: Tensor, beyond: Tensor) -> str:
+    """That every element that is wrong is so many times what it should be, where that is so."""
+    here = beyond & (oracle.abs() > oracle.abs().mean())
+    if int(here.sum()) < 3:
+        return ""
+    ratios = actual[here] / oracle[here]
+    ratio = ratios.median().item()
+    if not (ratios - ratio).abs().max() <= RATIO_SPREAD * max(abs(ratio), RATIO_SPREAD):
+        return ""
+    return f"; wherever it is wrong, got / expected is {ratio:.4g}"
+
+
+def _picture(x: Tensor, most: int = 48) -> list[list[float]]:
+    """The largest of every patch of `[tokens, the rest]`, the first axis (batch) and the rest taken together."""
+    if x.ndim < 2 or not x.numel():
+        return []
+    flat = x.detach().cpu().double().movedim(1, 0).flatten(1)
+    rows, columns = (min(most, size) for size in flat.shape)
+    pooled = torch.nn.functional.adaptive_max_pool2d(flat.nan_to_num(posinf=1e9)[None], (rows, columns))[0]
+    return [[float(f"{value:.3g}") for value in row] for row in pooled.tolist()]
 
 
 def _unravel(x: Tensor) -> list[int]:
@@ -414,11 +568,12 @@ def _unravel(x: Tensor) -> list[int]:
 
 
 def _check_rows(good: Tensor, indices: Tensor, oracle_indices: Tensor, message: str, *values: Tensor) -> None:
+    __tracebackhide__ = True
     if good.all():
         return
     row = tuple((~good).nonzero()[0].tolist())
     worth = " against ".join(f"{value[row].item():.6e}" for value in values)
-    raise AssertionError(
-        f"{message}{worth and f' ({worth})'} in {int((~good).sum())} rows; first at {row}: "
-        f"got {indices[row].tolist()}, expected {oracle_indices[row].tolist()}"
+    raise Mismatch(
+        f"{message}{worth and f' ({worth})'}, {_rows(~good[..., None], AXES[good.ndim + 1])}; first at "
+        f"{_place(row, AXES[good.ndim])}: got {indices[row].tolist()}, expected {oracle_indices[row].tolist()}"
     )

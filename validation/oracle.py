@@ -241,11 +241,16 @@ def select_blocks(
     forced = candidate & ((block < config.num_initial_blocks) | (block > own - config.num_local_blocks))
     # Importance is at most finite and never negative, so these two values put every block in its class.
     ranked = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
-    order = ranked.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower index
+    order = _order(ranked)
     order = order.masked_fill(~candidate.expand_as(order).gather(-1, order), scores.shape[-1])
     order = pad(order, (0, config.num_selected_blocks), value=scores.shape[-1])[..., : config.num_selected_blocks]
     order = order.sort(dim=-1).values
     return order.masked_fill(order == scores.shape[-1], -1).int().to(q.device)
+
+
+def _order(ranked: Tensor) -> Tensor:
+    """Blocks by rank, the best first; ties go to the lower index."""
+    return ranked.argsort(dim=-1, descending=True, stable=True)
 
 
 def selected_attention(

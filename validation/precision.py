@@ -15,10 +15,10 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_matches, error_bound
-from validation.unit.cases import STAGES, Case, config, draw, upcast, whole
+from . import oracle
+from .cases import STAGES, Case, config, draw, upcast, whole
+from .implementations import Implementation
+from .numerics import assert_matches, error_bound
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt

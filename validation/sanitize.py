@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from nsa.kernels import configs
-from validation.implementations import load
-from validation.unit.cases import STAGES, Case, config, draw, select_blocks, whole
+
+from .cases import STAGES, Case, config, draw, select_blocks, whole
+from .implementations import load
 
 TOOLS = ("memcheck", "racecheck")
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")

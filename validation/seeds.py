@@ -9,3 +9,9 @@ variation: int | None = None
 def seed_of(name: str) -> int:
     """A seed of the name's own: the same in any order, alone or in company."""
     return crc32((name if variation is None else f"{variation} {name}").encode())
+
+
+def name_of(nodeid: str) -> str:
+    """A test's id without folders: the same in the repository and where the harness is installed."""
+    path, colons, rest = nodeid.partition("::")
+    return f"{path.rpartition('/')[2]}{colons}{rest}"

@@ -67,7 +67,7 @@ def _oracle(case: str, part: str, dtype: str = "float64") -> str:
     stage, _, way = part.partition("_by_")
     if way:
         return f"test_kernels.py::test_selected_attention_either_way[{case}-{dtype}-by_{way}]"
-    return f"test_stages.py::test_matches_the_oracle[triton-{stage}-{case}-{dtype}]"
+    return f"conformance/test_stages.py::test_matches_the_oracle[triton-{stage}-{case}-{dtype}]"
 
 
 def _wide(stage: str) -> str:
@@ -77,7 +77,7 @@ def _wide(stage: str) -> str:
 
 def _eager(case: str, stage: str) -> str:
     """The test that compares a stage of the eager backend with the oracle on a case."""
-    return f"test_stages.py::test_matches_the_oracle[eager-{stage}-{case}-float64]"
+    return f"conformance/test_stages.py::test_matches_the_oracle[eager-{stage}-{case}-float64]"
 
 
 _CONFIG = [
@@ -154,7 +154,7 @@ _FUNCTIONS = [
         "checks.py",
         "    if scale is None:\n        return float(",
         "    if not scale:\n        return float(",
-        ("test_semantics.py::test_logits_may_be_scaled_by_any_number[eager-0.0-compressed_attention]",),
+        ("conformance/test_semantics.py::test_logits_may_be_scaled_by_any_number[eager-0.0-compressed_attention]",),
     ),
     Fault(
         "triton-offsets-strides-ignored",
@@ -162,7 +162,7 @@ _FUNCTIONS = [
         "checks.py",
         "return Offsets(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest)",
         "return Offsets(cu_seqlens_q, cu_seqlens_k, longest)",
-        ("test_semantics.py::test_strides_of_offsets_do_not_matter[triton-select_blocks]",),
+        ("conformance/test_semantics.py::test_strides_of_offsets_do_not_matter[triton-select_blocks]",),
     ),
 ]
 
@@ -248,7 +248,9 @@ _OPERATORS = [
         "ops.py",
         "    if douts == (None,):\n",
         "    if douts == (None,) or sum(ctx.needs_input_grad) < gradient.num_inputs:\n",
-        ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",),
+        (
+            "conformance/test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[eager-compressed_attention]",
+        ),
     ),
     Fault(
         "only-the-first-input-is-asked",
@@ -256,7 +258,7 @@ _OPERATORS = [
         "ops.py",
         "inputs[: self.gradient.num_inputs]:",
         "inputs[:1]:",
-        ("test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[triton-compress_keys]",),
+        ("conformance/test_semantics.py::test_gradients_do_not_depend_on_which_are_asked_for[triton-compress_keys]",),
     ),
 ]
 
@@ -413,7 +415,9 @@ _EAGER = [
         "eager/operators.py",
         "return torch.autocast(x.device.type, enabled=False)",
         "return torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type))",
-        ("test_precision.py::test_autocast_does_not_reach_inside_a_stage[eager-selected_attention-bfloat16]",),
+        (
+            "conformance/test_precision.py::test_autocast_does_not_reach_inside_a_stage[eager-selected_attention-bfloat16]",
+        ),
     ),
     Fault(
         "eager-heads-interleaved",
@@ -480,7 +484,7 @@ _EAGER = [
         "eager/flash.py",
         ".masked_fill_(row_max < _MASKED / 2, -torch.inf)",
         ".masked_fill_(row_max < _MASKED / 2, 0.0)",
-        ("test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero[eager]",),
+        ("conformance/test_semantics.py::test_before_the_first_block_the_compressed_branch_is_zero[eager]",),
         models=10,
     ),
     Fault(
@@ -497,7 +501,7 @@ _EAGER = [
         "eager/flash.py",
         "p = scores.softmax(-1)",
         "p = scores.exp() / scores.exp().sum(-1, keepdim=True)",
-        ("test_semantics.py::test_large_logits_are_finite_and_right[eager-float32-compressed_attention]",),
+        ("conformance/test_semantics.py::test_large_logits_are_finite_and_right[eager-float32-compressed_attention]",),
     ),
     Fault(
         "eager-delta-missing",
@@ -505,7 +509,7 @@ _EAGER = [
         "eager/flash.py",
         ".sub_(delta)",
         "",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-sliding_window_attention]",),
+        ("conformance/test_gradcheck.py::test_every_element_of_the_jacobian[eager-sliding_window_attention]",),
     ),
     Fault(
         "eager-keys-gradient-unscaled",
@@ -513,7 +517,7 @@ _EAGER = [
         "eager/flash.py",
         "ds.mT @ (q * scale)",
         "ds.mT @ q",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-compressed_attention]",),
+        ("conformance/test_gradcheck.py::test_every_element_of_the_jacobian[eager-compressed_attention]",),
     ),
     Fault(
         "eager-shared-blocks-overwritten",
@@ -521,7 +525,7 @@ _EAGER = [
         "eager/selected.py",
         "table.index_add_(0, rows.flatten(), gathered)",
         "table.index_copy_(0, rows.flatten(), gathered)",
-        ("test_gradcheck.py::test_every_element_of_the_jacobian[eager-selected_attention]",),
+        ("conformance/test_gradcheck.py::test_every_element_of_the_jacobian[eager-selected_attention]",),
         models=13,
     ),
     Fault(
@@ -530,7 +534,7 @@ _EAGER = [
         "eager/contiguous.py",
         "ungrouped(lse, lse.dtype)",
         "ungrouped(lse, q.dtype)",
-        ("test_stages.py::test_outputs_and_gradients_keep_the_dtype[eager-bfloat16-compressed_attention]",),
+        ("conformance/test_stages.py::test_outputs_and_gradients_keep_the_dtype[eager-bfloat16-compressed_attention]",),
     ),
     Fault(
         "eager-importance-shifted",
@@ -538,7 +542,7 @@ _EAGER = [
         "eager/select.py",
         "start = (tap - earlier) * stride",
         "start = (tap - earlier + 1) * stride",
-        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
+        ("conformance/test_stages.py::test_selection[eager-nothing_forced-float64]",),
         models=11,
     ),
     Fault(
@@ -547,7 +551,7 @@ _EAGER = [
         "eager/select.py",
         " * (overlap / stride)",
         " * (overlap > 0)",
-        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
+        ("conformance/test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-importance-of-one-head",
@@ -555,7 +559,7 @@ _EAGER = [
         "eager/select.py",
         ".unflatten(2, (-1, grouped_q.shape[3])).sum(3)",
         ".unflatten(2, (-1, grouped_q.shape[3])).amax(3)",
-        ("test_stages.py::test_selection[eager-many_blocks-float64]",),
+        ("conformance/test_stages.py::test_selection[eager-many_blocks-float64]",),
     ),
     Fault(
         "eager-one-local-block-more",
@@ -563,7 +567,7 @@ _EAGER = [
         "eager/select.py",
         "(block > own - config.num_local_blocks)",
         "(block >= own - config.num_local_blocks)",
-        ("test_stages.py::test_selection[eager-paper-float64]",),
+        ("conformance/test_stages.py::test_selection[eager-paper-float64]",),
     ),
     Fault(
         "eager-ties-to-the-higher-index",
@@ -571,7 +575,7 @@ _EAGER = [
         "eager/select.py",
         "best, chosen = score.sort(dim=-1, descending=True, stable=True)\n",
         "best, chosen = score.flip(-1).sort(dim=-1, descending=True, stable=True)\n    chosen = blocks - 1 - chosen\n",
-        ("test_stages.py::test_ties_go_to_the_lower_index[eager-blocks1-float64]",),
+        ("conformance/test_stages.py::test_ties_go_to_the_lower_index[eager-blocks1-float64]",),
     ),
     Fault(
         "eager-underflow-loses-a-block",
@@ -579,7 +583,7 @@ _EAGER = [
         "eager/select.py",
         "masked_fill(best == -torch.inf, blocks)",
         "masked_fill(best <= 0, blocks)",
-        ("test_semantics.py::test_underflowing_importance_loses_no_candidate[eager-float32]",),
+        ("conformance/test_semantics.py::test_underflowing_importance_loses_no_candidate[eager-float32]",),
         models=4,
     ),
     Fault(
@@ -588,7 +592,7 @@ _EAGER = [
         "eager/select.py",
         "chosen.masked_fill(best == -torch.inf, blocks).sort(dim=-1).values",
         "chosen.masked_fill(best == -torch.inf, blocks)",
-        ("test_stages.py::test_selection[eager-nothing_forced-float64]",),
+        ("conformance/test_stages.py::test_selection[eager-nothing_forced-float64]",),
     ),
     Fault(
         "eager-blocks-summed",
@@ -612,7 +616,7 @@ _EAGER = [
         "eager/attention.py",
         "sliding_window_attention(q, k_win, v_win, config, *rest)",
         "sliding_window_attention(q, k_win, v_win, config, *rest[:1], q.shape[-1] ** -0.5)",
-        ("test_properties.py::test_scaling_logits_is_scaling_queries[eager-nsa_attention]",),
+        ("conformance/test_properties.py::test_scaling_logits_is_scaling_queries[eager-nsa_attention]",),
         models=3,
     ),
     Fault(
@@ -621,7 +625,7 @@ _EAGER = [
         "eager/gates.py",
         "gates[..., branch : branch + 1]",
         "gates.flip(-1)[..., branch : branch + 1]",
-        ("test_properties.py::test_output_is_the_gated_sum_of_the_branches[eager]",),
+        ("conformance/test_properties.py::test_output_is_the_gated_sum_of_the_branches[eager]",),
     ),
 ]
 
@@ -766,7 +770,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "block = (start - BEFORE) * RATIO + tl.arange(0, BLOCKS * RATIO)",
         "block = (start - BEFORE) * RATIO + 1 + tl.arange(0, BLOCKS * RATIO)",
-        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
+        ("conformance/test_stages.py::test_selection[triton-many_blocks-float64]",),
         models=11,
     ),
     Fault(
@@ -775,7 +779,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)",
         "own_weight = ((LENGTH + 0 * share) // STRIDE).to(ACC)",
-        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
+        ("conformance/test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "importance-of-one-head",
@@ -783,7 +787,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "p = tl.sum(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
         "p = tl.max(tl.reshape(p, [BLOCKS * RATIO, PADDED_G, QUERIES]), 1)",
-        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
+        ("conformance/test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "one-local-block-more",
@@ -791,7 +795,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(block > own - LOCAL)",
         "(block >= own - LOCAL)",
-        ("test_stages.py::test_selection[triton-many_blocks-float64]",),
+        ("conformance/test_stages.py::test_selection[triton-many_blocks-float64]",),
     ),
     Fault(
         "ties-to-the-higher-index",
@@ -799,7 +803,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "(tl.cumsum(equal, 1) <= spare)",
         "(tl.sum(equal, 1)[:, None] - tl.cumsum(equal, 1) < spare)",
-        ("test_stages.py::test_ties_go_to_the_lower_index[triton-blocks1-float32]",),
+        ("conformance/test_stages.py::test_ties_go_to_the_lower_index[triton-blocks1-float32]",),
     ),
     Fault(
         "underflow-loses-a-block",
@@ -807,7 +811,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "rank = tl.where(candidate, rank, -1)",
         "rank = tl.where(candidate & (rank > 0), rank, -1)",
-        ("test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
+        ("conformance/test_adversarial.py::test_slots_are_filled_from_the_lower_end_where_importance_underflows",),
         models=4,
     ),
     Fault(
@@ -816,7 +820,7 @@ _SELECTION_KERNELS = [
         "kernels/select.py",
         "rows_contiguous(k_cmp), lse.contiguous()",
         "rows_contiguous(k_cmp), lse",
-        ("test_semantics.py::test_strides_do_not_matter_to_a_selection[triton-inside_a_larger_tensor]",),
+        ("conformance/test_semantics.py::test_strides_do_not_matter_to_a_selection[triton-inside_a_larger_tensor]",),
     ),
 ]
 
@@ -1023,7 +1027,9 @@ _SELECTED_KERNELS = [
         "kernels/primitives.py",
         "        new_max = tl.maximum(row_max, tl.max(s, 1))\n",
         '        new_max = tl.where(tl.maximum(row_max, tl.max(s, 1)) == float("-inf"), float("-inf"), 0.0)\n',
-        ("test_adversarial.py::test_matches_the_oracle[by_query-selected_attention-queries_of_all_sizes-float64]",),
+        (
+            "conformance/test_adversarial.py::test_matches_the_oracle[triton-by_query-selected_attention-queries_of_all_sizes-widest]",
+        ),
     ),
     Fault(
         "maximum-of-one-row-for-all-by-block",
@@ -1031,7 +1037,9 @@ _SELECTED_KERNELS = [
         "kernels/selected_by_block.py",
         "            row_max = tl.max(s, 1) * factor\n",
         '            row_max = tl.max(tl.max(tl.where(row[:, None] == step, s, float("-inf")), 1), 0) * factor\n',
-        ("test_adversarial.py::test_matches_the_oracle[small-selected_attention-queries_of_all_sizes-float64]",),
+        (
+            "conformance/test_adversarial.py::test_matches_the_oracle[triton-small-selected_attention-queries_of_all_sizes-widest]",
+        ),
         models=5,
     ),
     Fault(
@@ -1096,7 +1104,7 @@ _SELECTED_KERNELS = [
         "kernels/primitives.py",
         "return max(scale * LOG2E.value, 1e-30)",
         "return scale * LOG2E.value",
-        ("test_stages.py::test_a_scale_of_0_weighs_all_visible_keys_alike",),
+        ("conformance/test_stages.py::test_a_scale_of_0_weighs_all_visible_keys_alike",),
     ),
     Fault(
         "sum-not-rescaled-by-block",
@@ -1715,7 +1723,7 @@ _HIDDEN_VALUES = [
         "eager/flash.py",
         "scores.masked_fill_(distance > 0, _MASKED)",
         "scores.add_(distance.clamp(0, 1).to(q.dtype) * _MASKED)",
-        ("test_hidden_values.py::test_keys_and_values[eager-widest-small-sliding_window_attention-nan]",),
+        ("conformance/test_hidden_values.py::test_keys_and_values[eager-widest-small-sliding_window_attention-nan]",),
     ),
     Fault(
         "eager-weighs-by-nothing",
@@ -1723,7 +1731,7 @@ _HIDDEN_VALUES = [
         "eager/flash.py",
         "out = p @ zero_rows(v, bad)",
         "out = p @ v",
-        ("test_hidden_values.py::test_keys_and_values[eager-widest-small-sliding_window_attention-nan]",),
+        ("conformance/test_hidden_values.py::test_keys_and_values[eager-widest-small-sliding_window_attention-nan]",),
     ),
     Fault(
         "hidden-values-weighed-by-nothing",
@@ -1731,7 +1739,7 @@ _HIDDEN_VALUES = [
         "kernels/flash_forward.py",
         "v0, v1 = without(v0, v1, bad, V1)",
         "pass",
-        ("test_hidden_values.py::test_keys_and_values[triton-widest-small-sliding_window_attention-nan]",),
+        ("conformance/test_hidden_values.py::test_keys_and_values[triton-widest-small-sliding_window_attention-nan]",),
     ),
     Fault(
         "hidden-keys-weighed-by-nothing",
@@ -1739,7 +1747,7 @@ _HIDDEN_VALUES = [
         "kernels/flash_backward.py",
         "k0, k1 = without(k0, k1, not_finite(k0, k1, K1, ACC), K1)",
         "pass",
-        ("test_hidden_values.py::test_keys_and_values[triton-widest-small-sliding_window_attention-nan]",),
+        ("conformance/test_hidden_values.py::test_keys_and_values[triton-widest-small-sliding_window_attention-nan]",),
     ),
     Fault(
         "queries-reach-keys-they-do-not-see",
@@ -1747,7 +1755,9 @@ _HIDDEN_VALUES = [
         "kernels/flash_backward.py",
         "do0, do1 = without(do0, do1, bad, V1)",
         "pass",
-        ("test_hidden_values.py::test_queries_and_gradients[triton-gradient-small-sliding_window_attention]",),
+        (
+            "conformance/test_hidden_values.py::test_queries_and_gradients[triton-gradient-small-sliding_window_attention]",
+        ),
     ),
     Fault(
         "hidden-values-weighed-by-nothing-by-block",
@@ -1755,7 +1765,7 @@ _HIDDEN_VALUES = [
         "kernels/selected_by_block.py",
         "poisoned = zero_unless_finite(v0, v1, V1, ACC)",
         "poisoned = 0.0",
-        ("test_hidden_values.py::test_keys_and_values[triton-widest-small-selected_attention-nan]",),
+        ("conformance/test_hidden_values.py::test_keys_and_values[triton-widest-small-selected_attention-nan]",),
     ),
     Fault(
         "hidden-queries-spoil-keys-by-block",
@@ -1763,7 +1773,7 @@ _HIDDEN_VALUES = [
         "kernels/selected_by_block.py",
         "tl.store(again, (poisoned != 0).to(again.dtype.element_ty))",
         "tl.store(again, 0)",
-        ("test_hidden_values.py::test_queries_and_gradients[triton-gradient-small-selected_attention]",),
+        ("conformance/test_hidden_values.py::test_queries_and_gradients[triton-gradient-small-selected_attention]",),
     ),
     Fault(
         "tokens-of-no-block-reach-weights",
@@ -1771,7 +1781,7 @@ _HIDDEN_VALUES = [
         "kernels/compress.py",
         "start = tl.load(starts + block).to(tl.int64)",
         "start = tl.maximum(tl.load(starts + block), 0).to(tl.int64)",
-        ("test_hidden_values.py::test_blocks_that_do_not_exist[triton-mlp]",),
+        ("conformance/test_hidden_values.py::test_blocks_that_do_not_exist[triton-mlp]",),
     ),
     Fault(
         "batch-along-the-second-side",

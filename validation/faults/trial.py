@@ -23,8 +23,6 @@ ROOT = Path(__file__).parents[2]
 UNIT = "validation/unit/"
 # Of no use to tests, some of it large; what git and tools keep begins with a dot.
 LEFT_OUT = shutil.ignore_patterns(".*", "out", "outputs", "build", "dist", "__pycache__", "*.egg-info")
-# These hold the catalogue against the source as it should be.
-OWN_TESTS = f"{UNIT}test_faults.py"
 MISSPELT = re.compile(r"\b(NameError|UnboundLocalError|SyntaxError|ImportError|ModuleNotFoundError|CompilationError)\b")
 
 
@@ -71,7 +69,7 @@ def attempt(fault: Fault) -> Outcome:
     first = run(["-x", *related(fault)], fault)
     if first.killer or first.problem:
         return first
-    second = run(["-x", folder(fault), f"--ignore={OWN_TESTS}"], fault)
+    second = run(["-x", folder(fault)], fault)
     return Outcome(second.killer, second.message, second.problem, second.passed, first.seconds + second.seconds)
 
 

@@ -21,11 +21,12 @@ import torch
 
 from nsa import NativeSparseAttention, StepKeys, decode_attention, rope_table
 from nsa.backends import BackendName
-from validation.implementations import Implementation, load
-from validation.perf.precompile import OPTION, take_jobs
-from validation.perf.rivals import decoders, dense, flash, flex
-from validation.perf.stages import STAGES, WHOLE
-from validation.perf.workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, Workload, chosen
+
+from ..implementations import Implementation, load
+from .precompile import OPTION, take_jobs
+from .rivals import decoders, dense, flash, flex
+from .stages import STAGES, WHOLE
+from .workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, Workload, chosen
 
 K = 1024
 DRAWS = 2

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from validation.perf import records
-from validation.perf.records import Record
+from . import records
+from .records import Record
 
 TABLE = Path(__file__).with_name("promises.toml")
 K = 1024

@@ -26,14 +26,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from validation import reports
-from validation.perf import gates, records
-from validation.perf.benchmarks import size
-from validation.perf.records import Record, Report
-from validation.perf.report import TITLES, Results, curves, decoded, generated, pictured
-from validation.perf.stages import WHOLE
-from validation.perf.timing import machine_name
-from validation.perf.workloads import PARTS, WORKLOADS, Roofs
+from .. import reports
+from . import gates, records
+from .benchmarks import size
+from .records import Record, Report
+from .report import TITLES, Results, curves, decoded, generated, pictured
+from .stages import WHOLE
+from .timing import machine_name
+from .workloads import PARTS, WORKLOADS, Roofs
 
 # Okabe and Ito's colours, which are told apart by colour-blind people too; marks and dashes say it once more.
 BLUE, RED, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000"

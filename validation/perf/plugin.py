@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from validation import reports
-from validation.perf import gates, records
+from .. import reports
+from . import gates, records
 
 ROOFS = pytest.StashKey[Any]()
 """What the machine reached in this session."""
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @cache
 def machine() -> dict[str, Any]:
-    from validation.perf.timing import describe_machine
+    from .timing import describe_machine
 
     return describe_machine()
 
@@ -263,7 +263,7 @@ class Gatekeeper:
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, config: pytest.Config, output_json: dict[str, Any]) -> None:
         """What a saved run holds beside times; single rounds and the options of the fixture are nobody's interest."""
-        from validation.perf.timing import clocks
+        from .timing import clocks
 
         output_json["measured"] = dict(machine())
         with reports.attempt("the list of the GPU's clocks", self.notes.append):

@@ -23,10 +23,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from validation.perf import gates, records
-from validation.perf.records import Record
-from validation.perf.workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
-from validation.runs import ACTIVE_GIB, read_log
+from ..runs import ACTIVE_GIB, read_log
+from . import gates, records
+from .records import Record
+from .workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
 
 WHOLE = "nsa_attention"
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa.config import NSAConfig
-from validation.implementations import Implementation
+
+from ..implementations import Implementation
 
 
 def dense() -> Implementation:

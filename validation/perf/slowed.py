@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from validation.implementations import Implementation, load
-from validation.perf.timing import measure
+from ..implementations import Implementation, load
+from .timing import measure
 
 CYCLES = 10_000_000
 

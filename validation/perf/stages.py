@@ -24,10 +24,11 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
-from validation.implementations import Implementation, load
-from validation.perf.precompile import OPTION, precompile, take_jobs
-from validation.perf.rivals import RIVALS
-from validation.perf.timing import (
+
+from ..implementations import Implementation, load
+from .precompile import OPTION, precompile, take_jobs
+from .rivals import RIVALS
+from .timing import (
     describe_machine,
     device_ops,
     host_times,
@@ -36,7 +37,7 @@ from validation.perf.timing import (
     measure_roofs,
     peak_memory,
 )
-from validation.perf.workloads import WORKLOADS, Inputs, Workload
+from .workloads import WORKLOADS, Inputs, Workload
 
 PRECOMPILE_SECONDS = 240
 """For the kernels of one run; what is not ready by then is compiled when it is needed."""
@@ -204,7 +205,7 @@ def main() -> int:
         parser.error("--out is needed")
     if options.processes > 1:
         start = time.monotonic()
-        command = [sys.executable, "-m", "validation.perf.stages", *sys.argv[1:]]
+        command = [sys.executable, "-m", f"{__package__}.stages", *sys.argv[1:]]
         outcomes = precompile(command, options.processes, PRECOMPILE_SECONDS)
         print(f"precompiled {len(outcomes)} of {len(jobs)} in {time.monotonic() - start:.0f} s", flush=True)
 

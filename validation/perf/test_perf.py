@@ -15,13 +15,13 @@ from functools import partial
 import pytest
 import torch
 
-from validation.perf import benchmarks, timing
-from validation.perf.generation import GENERATION, STEPS, WARM_UP, generations, summary
-from validation.perf.plugin import FAILURES, ROOFS
-from validation.perf.precompile import precompile
-from validation.perf.rivals import dense
-from validation.perf.stages import STAGES, WHOLE, host_figures
-from validation.perf.workloads import WORKLOADS
+from . import benchmarks, timing
+from .generation import GENERATION, STEPS, WARM_UP, generations, summary
+from .plugin import FAILURES, ROOFS
+from .precompile import precompile
+from .rivals import dense
+from .stages import STAGES, WHOLE, host_figures
+from .workloads import WORKLOADS
 
 COMPILING = 150  # seconds at most, for all of it
 # About how many seconds of rounds, and how many rounds: a CPU has other things to do in between. Before them, seconds
@@ -51,7 +51,7 @@ def compiled(request):
     if not torch.cuda.is_available():
         return
     option = request.config.option
-    command = [sys.executable, "-m", "validation.perf.benchmarks"]
+    command = [sys.executable, "-m", f"{__package__}.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
     wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_speed"]
     command += [f"--only={name}" for name in wanted]

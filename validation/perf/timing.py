@@ -36,9 +36,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from validation import doctor
-from validation.perf.records import EVENTS, WALL, slug
-from validation.perf.workloads import Roofs
+from .. import doctor
+from .records import EVENTS, WALL, slug
+from .workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
 """Of a device's clock, rather too many: a sleep that is too long costs time, one too short its purpose."""

@@ -30,11 +30,12 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import configs
 from nsa.kernels.configs import Entry
-from validation.implementations import triton
-from validation.perf.precompile import OPTION, precompile, take_jobs
-from validation.perf.stages import STAGES
-from validation.perf.timing import describe_machine, measure
-from validation.perf.workloads import Workload
+
+from ..adapters.triton import triton
+from .precompile import OPTION, precompile, take_jobs
+from .stages import STAGES
+from .timing import describe_machine, measure
+from .workloads import Workload
 
 Launch = dict[str, Any]
 """Fields of a configuration that a candidate changes."""
@@ -308,7 +309,7 @@ def main() -> int:
     start = time.monotonic()
     outcomes: dict[int, str | None] = dict.fromkeys(range(len(jobs)))
     if options.processes > 1:
-        command = [sys.executable, "-m", "validation.perf.tune", *sys.argv[1:]]
+        command = [sys.executable, "-m", f"{__package__}.tune", *sys.argv[1:]]
         outcomes = precompile(command, options.processes, 0.6 * options.seconds)
         works = sum(error is None for error in outcomes.values())
         print(f"{len(jobs)} jobs: {works} work, {len(outcomes) - works} do not, {len(jobs) - len(outcomes)} not done")

@@ -18,9 +18,9 @@ from torch import Tensor
 from nsa import kernels
 from nsa.kernels.configs import override
 from validation import oracle
+from validation.cases import EVERY, Case, Tensors, compare, importance, select_blocks
 from validation.implementations import load
 from validation.numerics import assert_selection_matches
-from validation.unit.cases import EVERY, Case, Tensors, compare, importance, select_blocks
 from validation.unit.ways import fitting
 
 DTYPE = torch.float64 if kernels.INTERPRETED else torch.float32

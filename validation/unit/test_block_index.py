@@ -14,7 +14,7 @@ from nsa.kernels import block_index, primitives
 from nsa.kernels.block_index import BlockIndex, Packing, build_block_index
 from nsa.varlen import Varlen
 from validation.numerics import assert_equal
-from validation.unit.strategies import for_all
+from validation.strategies import for_all
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsa import CachedKeys, KVCache, NativeSparseAttention, NSAConfig, cached_attention, rope_table
+from validation.cases import config
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import config
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, pack_sequences, rope_table
 from nsa.ops import OPERATORS, sizes_of
 from nsa.varlen import tensors_of
+from validation.cases import Case, Tensors, config, cumulative, draw, whole
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import Case, Tensors, config, cumulative, draw, whole
 from validation.unit.forced import fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -19,8 +19,8 @@ from nsa import (
     rope_table,
 )
 from nsa.blocks import BlockFunction
+from validation.cases import Case, config, draw, draw_cotangent, whole
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import Case, config, draw, draw_cotangent, whole
 from validation.unit.forced import Watched, fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")

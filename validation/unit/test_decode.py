@@ -21,8 +21,8 @@ from nsa import (
     rope_table,
 )
 from nsa.decode_graphs import DecodeGraphs, can_capture
+from validation.cases import config
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import config
 from validation.unit.synchronisation import no_synchronisation
 
 pytestmark = pytest.mark.usefixtures("on_device")

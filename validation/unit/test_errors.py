@@ -1,6 +1,6 @@
 """Bad input is refused before any work, by an error that names the argument, what was expected and what came.
 
-Every implementation that says it checks its input is held to refusing it; ours also to the words.
+What every implementation that says it checks its input must refuse is in conformance/test_input.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,7 @@ from torch import Tensor
 from nsa import functional
 from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
-from validation.implementations import Implementation
-from validation.unit.cases import BY_ID, SHARED, STAGES, Case, config, cumulative, draw, fitted, whole
+from validation.cases import Case, config, cumulative, draw, whole
 
 T = 12
 GOOD = Case("errors", whole(T), config(selected=3), group=2)
@@ -430,34 +429,3 @@ def test_illegal_configurations(changes: dict[str, Any], error: type[Exception],
         NSAConfig(**changes)
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"the message lacks {missing}: {caught.value}"
-
-
-# 8. Any implementation.
-
-BAD: dict[str, tuple[str, dict[str, Callable[[Tensor], Tensor]]]] = {
-    "rank_of_q": ("sliding_window_attention", {"q": lambda x: x[0]}),
-    "dtype_of_k": ("sliding_window_attention", {"k": lambda x: x.to(torch.float8_e4m3fn)}),
-    "integer_v": ("selected_attention", {"v": lambda x: x.long()}),
-    "floating_indices": ("selected_attention", {"indices": lambda x: x.float()}),
-    "key_dim": ("compressed_attention", {"k_cmp": lambda x: x[..., :-1]}),
-    "tokens_of_v": ("sliding_window_attention", {"v": lambda x: x[:, :-1]}),
-    "batch_of_k": ("selected_attention", {"k": lambda x: x.repeat(2, 1, 1, 1)}),
-    "query_heads": ("sliding_window_attention", {"q": lambda x: torch.cat([x, x[:, :, :1]], 2)}),
-    "more_queries_than_keys": ("sliding_window_attention", {name: lambda x: x[:, :8] for name in ("k", "v")}),
-    "blocks_of_other_keys": ("compressed_attention", {name: lambda x: x[:, :-1] for name in ("k_cmp", "v_cmp")}),
-    "queries_of_indices": ("selected_attention", {"indices": lambda x: x[:, :-1]}),
-    "gates_of_two": ("nsa_attention_from_shared_keys", {"gates": lambda x: x[..., :-1]}),
-}
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_refused(impl: Implementation, kind: str) -> None:
-    if not impl.checks_input:
-        pytest.skip(f"{impl.name} lacks checks of input")
-    name, changes = BAD[kind]
-    stage, case = {**STAGES, SHARED.name: SHARED}[name], fitted(impl, BY_ID["mean"], BY_ID["pooled"])
-    tensors = draw(case, impl.widest)
-    stage.run(impl, case, tensors)
-    with pytest.raises((TypeError, ValueError)):
-        stage.run(impl, case, {**tensors, **{name: change(tensors[name]) for name, change in changes.items()}})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from validation.cases import STAGES, Case, compare, config, draw, whole
 from validation.implementations import load
-from validation.unit.cases import STAGES, Case, compare, config, draw, whole
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

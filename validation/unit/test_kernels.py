@@ -22,9 +22,7 @@ from nsa.kernels import (
     selected_by_query,
 )
 from nsa.varlen import tensors_of
-from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import (
+from validation.cases import (
     BY_ID,
     DIFFERENTIATED,
     STAGES,
@@ -38,7 +36,9 @@ from validation.unit.cases import (
     fitted,
     whole,
 )
-from validation.unit.conftest import ROUNDED, tried
+from validation.implementations import load
+from validation.numerics import assert_equal, assert_matches
+from validation.subjects import ROUNDED, tried
 from validation.unit.ways import SELECTED, WAYS, launched
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nsa import NSAConfig
+from validation.cases import Case, config, draw, select_blocks, whole, with_selection
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import Case, config, draw, select_blocks, whole, with_selection
 from validation.unit.forced import DTYPE, Calls, Path, at, force, launched_as, workspaces_are_guarded
 from validation.unit.ways import SELECTED, WAYS
 

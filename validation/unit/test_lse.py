@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nsa import selected_attention, sliding_window_attention
 from validation import oracle
+from validation.cases import BY_ID, Case, Tensors, draw, fitted
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import BY_ID, Case, Tensors, draw, fitted
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

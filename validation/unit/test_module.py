@@ -11,8 +11,8 @@ import torch
 
 from nsa import NativeSparseAttention, NSAConfig, RopeScaling, nsa_attention, rope_table
 from validation import oracle
+from validation.cases import cumulative
 from validation.numerics import PEAK_MEMORY_BYTES, assert_equal, assert_matches, gradcheck
-from validation.unit.cases import cumulative
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

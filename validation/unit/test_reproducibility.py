@@ -13,9 +13,9 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import launches
 from nsa.kernels.launches import Recording, direct
+from validation.cases import EVERY, Case, Tensors, config, draw, whole
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import EVERY, Case, Tensors, config, draw, whole
 from validation.unit.forced import fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from nsa import NativeSparseAttention, NSAConfig, apply_rope, eager, rope_table
 from nsa.kernels import rope as kernel
 from validation import oracle
+from validation.cases import cumulative
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import cumulative
 from validation.unit.forced import Watched, fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")

@@ -24,9 +24,7 @@ from torch import Tensor
 from nsa import kernels
 from nsa.config import NSAConfig
 from validation import oracle
-from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from validation.cases import (
     PARAMETERS,
     STAGES,
     Case,
@@ -38,6 +36,8 @@ from validation.unit.cases import (
     select_blocks,
     whole,
 )
+from validation.implementations import load
+from validation.numerics import assert_equal, assert_matches, assert_selection_matches
 
 pytestmark = pytest.mark.usefixtures("on_device", "memory_given_back")
 

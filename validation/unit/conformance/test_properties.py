@@ -17,10 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from ... import oracle
+from ...cases import (
     BY_ID,
     EVERY,
     SELECTION,
@@ -29,12 +27,15 @@ from validation.unit.cases import (
     Case,
     Stage,
     Tensors,
+    assert_selected,
     draw,
     importance,
     select_blocks,
     with_selection,
 )
-from validation.unit.strategies import cases, for_all, relations
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches, assert_selection_matches
+from ...strategies import cases, for_all, relations
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -546,4 +547,4 @@ def test_ties_go_to_the_lower_index(impl: Implementation, case: Case) -> None:
 
                 best = sorted(sorted(range(own + 1), key=order)[: c.num_selected_blocks])
                 expected[:, query, head, : len(best)] = torch.tensor(best, dtype=torch.int32)
-    assert_equal(select_blocks(impl, case, x), expected, what="indices under ties")
+    assert_selected(case, x, select_blocks(impl, case, x), expected, what="indices under ties")

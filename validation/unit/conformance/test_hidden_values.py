@@ -13,10 +13,9 @@ from torch import Tensor
 
 from nsa import kernels
 from nsa.config import NSAConfig
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import (
+
+from ... import oracle
+from ...cases import (
     BY_ID,
     STAGES,
     Case,
@@ -29,6 +28,8 @@ from validation.unit.cases import (
     upcast,
     whole,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa.functional import block_starts
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import (
+
+from ... import oracle
+from ...cases import (
     BY_ID,
     EVERY,
     SELECTION,
@@ -35,6 +34,8 @@ from validation.unit.cases import (
     select_blocks,
     whole,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

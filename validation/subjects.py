@@ -5,7 +5,7 @@ is to be tried on. A test that has cases of its own parametrises `case` indirect
 """
 
 from collections import defaultdict
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from validation import reports
-from validation.implementations import Implementation, load
-from validation.unit.cases import BY_ID, CASES, SHARED, STAGES, Case, Stage, fitted, require
+from . import reports
+from .cases import BY_ID, CASES, EVERY, SEEN, SELECTION, SHARED, STAGES, Case, Stage, fitted, require
+from .firstcall import Slip, first_calls
+from .implementations import Implementation, load
 
 if TYPE_CHECKING:
-    from validation.precision import Point
+    from .precision import Point
+
+UNIT = Path(__file__).with_name("unit")
+"""The folder of the tests that are about implementations."""
 
 NARROW = ("float32", "bfloat16", "float16")
 
@@ -115,10 +119,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what is not about the implementations asked for, and what takes one under the interpreter too long."""
     kept, left_out = [], []
     for item in items:
-        impl = subject(item) if Path(__file__).parent in item.path.parents else None
+        elsewhere = UNIT not in item.path.parents
+        impl = None if elsewhere else subject(item)
         if impl is not None:
             item.user_properties.append(("implementation", impl.name))
-        elsewhere = Path(__file__).parent not in item.path.parents
         wanted = impl is not None or elsewhere or not config.option.impl
         (kept if wanted and not (impl and impl.interpreted and _long(item)) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
@@ -127,6 +131,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Those that take turns begin at once, shuffled or not: the GPU's memory is free then, and begun last they would
     # still take turns when all others are done.
     items.sort(key=lambda item: "memory_given_back" not in getattr(item, "fixturenames", ()))
+    if config.option.shuffle_seed is None:  # rules by name come before what they explain
+        items.sort(key=lambda item: item.path.name != "test_rules.py")
 
 
 def _long(item: pytest.Item) -> bool:
@@ -136,6 +142,114 @@ def _long(item: pytest.Item) -> bool:
         return False
     params = {name: getattr(value, "id", getattr(value, "name", value)) for name, value in item.callspec.params.items()}
     return not mark.kwargs or any(params[name] not in enough for name, enough in mark.kwargs.items())
+
+
+# First calls, and the order.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Ends a run on an implementation that cannot even be called: hundreds of tests would say so, each at length."""
+    config = session.config
+    alone = config.option.collectonly or hasattr(config, "workerinput")
+    if not config.option.impl or alone or not _about_implementations(config):
+        return
+    torch.set_num_threads(1)
+    for impl in chosen(config):
+        slips = first_calls(impl)
+        if slips:
+            config.stash[SLIPS] = slips
+            lines = [f"{impl.name} cannot be called as it is declared; nothing was tested", *map(str, slips)]
+            pytest.exit("\n  ".join(lines), returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+def _about_implementations(config: pytest.Config) -> bool:
+    places = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    return any(UNIT in (place, *place.parents) or place in UNIT.parents for place in places)
+
+
+SLIPS = pytest.StashKey[list[Slip]]()
+"""What went wrong in first calls."""
+
+
+# What a test showed of an implementation, for the account of the run.
+
+
+def pytest_runtest_setup() -> None:
+    SEEN.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    impl = subject(item) if UNIT in item.path.parents else None
+    if impl is not None and (report.when == "call" or not report.passed):
+        report.claim = claim(item, impl, call.excinfo.value if call.excinfo else None)
+    return report
+
+
+def claim(item: pytest.Item, impl: Implementation, error: BaseException | None) -> dict[str, Any]:
+    """What a test was about and, where it failed, what with, as plain data."""
+    params = item.callspec.params  # type: ignore[attr-defined]
+    asked = params.get("stage", params.get("subject"))
+    stage = SEEN.stages[-1] if error is not None and SEEN.stages else getattr(asked, "name", asked)
+    if stage not in {*EVERY, SHARED.name}:
+        stage = SEEN.stages[-1] if SEEN.stages else SELECTION.name if "select" in item.name else "any"
+    mark = item.get_closest_marker("claim")
+    aspects = list(mark.args) if mark else ["selection" if stage == SELECTION.name else "properties"]
+    case, dtype = SEEN.case, params.get("dtype_name", "")
+    found: dict[str, Any] = {
+        "implementation": impl.name,
+        "layer": "precision" if item.path.name == "test_precision.py" else "unit",
+        "stage": stage,
+        "aspects": aspects,
+        "case": case.id if case else None,
+        "traits": traits(case, dtype) if case else [],
+        "size": case.num_keys * case.batch * case.kv_heads * case.group * case.key_dim if case else 0,
+        "dtype": dtype,
+        "seed": dict(item.user_properties).get("seed"),
+        "margins": [[*key, margin.error, margin.bound] for key, margin in SEEN.margins.items()],
+    }
+    if error is not None and not isinstance(error, pytest.skip.Exception):
+        text = str(error) or type(error).__name__
+        if not isinstance(error, AssertionError):
+            text = f"{type(error).__name__}: {text}"
+        if "gradient of" in text.partition("\n")[0] and "gradients" in aspects:
+            found["aspects"] = ["gradients"]
+        elif "forward" in aspects:
+            found["aspects"] = ["forward"]
+        lines = text.splitlines()
+        found["explanations"] = [line for line in lines if "agrees with the oracle" in line]
+        found["message"] = "\n".join(line for line in lines if "agrees with the oracle" not in line)
+        found["where"] = getattr(error, "where", [])
+    return found
+
+
+TRAITS: dict[str, Callable[[Case], bool]] = {
+    "l != d": lambda case: case.config.compress_block_size != case.config.compress_stride,
+    "l != l'": lambda case: case.config.compress_block_size != case.config.select_block_size,
+    "packed sequences": lambda case: case.packed,
+    "Tq < Tk": lambda case: case.num_queries < case.num_keys,
+    "G > 1": lambda case: case.group > 1,
+    "G is no power of two": lambda case: bool(case.group & (case.group - 1)),
+    "Hk > 1": lambda case: case.kv_heads > 1,
+    "B > 1": lambda case: case.batch > 1,
+    "Dk != Dv": lambda case: case.key_dim != case.value_dim,
+    "a head dim is no power of two": lambda case: any(d & (d - 1) for d in (case.key_dim, case.value_dim)),
+    "a scale is given": lambda case: case.scale is not None,
+    "indices are in any order": lambda case: case.scrambled,
+    "more tokens than the window": lambda case: case.num_keys > case.config.window_size,
+    "more blocks than are selected": lambda case: (
+        case.config.num_selectable(case.num_keys) > case.config.num_selected_blocks
+    ),
+    "keys that make a compressed block": lambda case: case.num_keys >= case.config.compress_block_size,
+}
+"""What cases may have in common, by name."""
+
+
+def traits(case: Case, dtype: str) -> list[str]:
+    narrow = [f"dtype {dtype}"] if dtype else []
+    return narrow + [name for name, has in TRAITS.items() if has(case)]
 
 
 # What tests measured of rounding, drawn when all are over.
@@ -153,7 +267,7 @@ def points(pytestconfig: pytest.Config) -> list["Point"]:
 def pytest_testnodedown(node: Any, error: object) -> None:
     found = getattr(node, "workeroutput", {}).get("points", ())
     if found:
-        from validation.precision import Point
+        from .precision import Point
 
         node.config.stash.setdefault(POINTS, []).extend(Point(**point) for point in found)
 
@@ -166,7 +280,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     elif found:
         picture = reports.folder(config) / "unit" / "precision.png"
         with reports.attempt(f"the picture {picture}", partial(reports.note, config)):
-            from validation.precision import plot
+            from .precision import plot
 
             plot(found, picture)
 

@@ -17,7 +17,7 @@ from validation.faults.trial import ROOT, UNIT
 PAGE = ROOT / "docs" / "faults.md"
 TESTS = {
     str(path.relative_to(ROOT)): set(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
-    for path in (ROOT / "validation").glob("*/test_*.py")
+    for path in (ROOT / "validation").rglob("test_*.py")
 }
 
 WITHOUT_FAULTS = {"backends.py", "train.py"}

@@ -7,27 +7,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+from ... import oracle
+from ...cases import (
     BY_ID,
     SHARED,
     STAGES,
     Case,
     Stage,
-    Tensors,
+    assert_selected,
+    check_selection,
     compare,
+    compare_selection,
     config,
     draw,
     fitted,
-    importance,
     pooled,
     require,
     select_blocks,
     upcast,
     whole,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -37,6 +38,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys()
 # 1. Values. In float64 nothing but the definition is left; narrow inputs are the same for the oracle, which upcasts.
 
 
+@pytest.mark.claim("forward", "gradients")
 def test_matches_the_oracle(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     beside_plain = dtype != torch.float64 and not impl.plain
@@ -53,17 +55,13 @@ def test_a_scale_of_0_weighs_all_visible_keys_alike(impl: Implementation, name: 
 
 
 @pytest.mark.every_dtype
+@pytest.mark.claim("selection")
 def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
-    tensors = draw(case, dtype)
-    check_selection(case, tensors, select_blocks(impl, case, tensors), dtype)
+    compare_selection(impl, case, draw(case, dtype), dtype)
 
 
-def check_selection(case: Case, tensors: Tensors, indices: Tensor, dtype: torch.dtype) -> None:
-    expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
-    assert_selection_matches(indices, expected, scores, case.config, dtype, **case.selection)
-
-
+@pytest.mark.claim("forward")
 @pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
 def test_the_whole_with_its_own_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype, stage = getattr(torch, dtype_name), SHARED if case.config.shared_kv else STAGES["nsa_attention"]
@@ -129,6 +127,7 @@ def test_returned_indices_are_those_of_the_selection(impl: Implementation, case:
 # 4. Exact ties: equal keys make every whole block equally important, and the lower index must win.
 
 
+@pytest.mark.claim("selection")
 @each_dtype
 @pytest.mark.parametrize("blocks", [(2, 2, 2), (4, 4, 4)])
 @pytest.mark.sparing(dtype_name=("float64", "float32", "bfloat16"), blocks=((4, 4, 4),))
@@ -141,7 +140,7 @@ def test_ties_go_to_the_lower_index(impl: Implementation, blocks: tuple[int, int
     tensors["k_cmp"] = key.expand_as(tensors["k_cmp"])
     tensors["lse"] = STAGES["compressed_attention"].run(impl, case, tensors)["lse"]
     indices = select_blocks(impl, case, tensors)
-    assert_equal(indices, tied_selection(case, indices), what="indices under ties")
+    assert_selected(case, tensors, indices, tied_selection(case, indices), what="indices under ties")
 
 
 def tied_selection(case: Case, like: Tensor) -> Tensor:

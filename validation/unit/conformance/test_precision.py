@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from nsa import NativeSparseAttention
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.precision import AXES, NARROW, SHOWN, Point, measure, plot
-from validation.unit.cases import (
+
+from ... import oracle
+from ...cases import (
     BY_ID,
     PARAMETERS,
     STAGES,
@@ -26,6 +24,9 @@ from validation.unit.cases import (
     select_blocks,
     whole,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches, assert_selection_matches
+from ...precision import AXES, NARROW, SHOWN, Point, measure, plot
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -64,6 +65,7 @@ def _rounds(request: pytest.FixtureRequest) -> None:
 @each_dtype
 @each_stage
 @each_shape
+@pytest.mark.claim("forward", "gradients")
 def test_stages_are_about_as_good_as_plain_pytorch(
     impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype
 ) -> None:

@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from validation import oracle
-from validation.implementations import Implementation, load
-from validation.numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
-from validation.unit.cases import (
+from ... import oracle
+from ...cases import (
     BY_ID,
     DIFFERENTIATED,
     SHARED,
@@ -32,8 +30,10 @@ from validation.unit.cases import (
     upcast,
     whole,
 )
+from ...implementations import Implementation, load
+from ...numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
 
-pytestmark = pytest.mark.usefixtures("on_device")
+pytestmark = [pytest.mark.usefixtures("on_device"), pytest.mark.claim("gradients")]
 
 SMALL = (BY_ID["small"], BY_ID["pooled"])
 ATTENTION = [name for name in STAGES if not name.startswith("compress_")]

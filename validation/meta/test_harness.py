@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from docs.examples.my_nsa import my_nsa
-from validation import reports, seeds
+from validation import plugin, reports, seeds
+from validation.cases import BY_ID, draw, draw_cotangent, fitted
 from validation.faults.trial import LEFT_OUT
 from validation.implementations import Implementation, Sizes, load
-from validation.unit.cases import BY_ID, draw, draw_cotangent, fitted
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "docs.examples.my_nsa:my_nsa"
-STAGES = "validation/unit/test_stages.py"
-SEMANTICS = "validation/unit/test_semantics.py"
+STAGES = "validation/unit/conformance/test_stages.py"
+SEMANTICS = "validation/unit/conformance/test_semantics.py"
 WINDOW = f"{SEMANTICS}::test_a_window_of_one_is_the_value_itself"
 
 
@@ -72,7 +72,7 @@ def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
 
 
 def own(name: str) -> str:
-    return f"validation.unit.test_harness:{name}"
+    return f"validation.meta.test_harness:{name}"
 
 
 # 1. Implementations and what they declare.
@@ -135,7 +135,7 @@ def test_an_unknown_implementation_is_a_usage_error():
 
 def test_a_missing_peer_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
-    monkeypatch.delitem(sys.modules, "validation.peers.fla", raising=False)
+    monkeypatch.delitem(sys.modules, "validation.adapters.fla", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"fla-core, of the extra `peers`: pip install .*\[peers\]"):
         load("fla")
 
@@ -198,12 +198,11 @@ def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path, processes):
 @pytest.mark.parametrize(
     ("text", "message"), [("a::b", ":1: a::b needs a reason"), ("a::b # c\na::b # d", ":2: a::b is there twice")]
 )
-def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path, request, text, message):
-    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path, text, message):
     file = tmp_path / "xfails"
     file.write_text(text)
     with pytest.raises(pytest.UsageError, match=message):
-        conftest._read_xfails(file)
+        plugin._read_xfails(file)
 
 
 # 3. Gates.
@@ -216,11 +215,10 @@ def test_gpus_that_are_required_and_not_there_fail():
 
 
 @pytest.mark.parametrize(("required", "outcome"), [(0, pytest.skip.Exception), (1, pytest.fail.Exception)])
-def test_a_gpu_that_is_not_there_skips_unless_required(monkeypatch, request, required, outcome):
-    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
-    monkeypatch.setattr(conftest, "GPUS", [])
+def test_a_gpu_that_is_not_there_skips_unless_required(monkeypatch, required, outcome):
+    monkeypatch.setattr(plugin, "GPUS", [])
     with pytest.raises(outcome, match="missing hardware: 1 GPU of 80 GiB, 0 found"):
-        conftest._need_gpus(SimpleNamespace(option=SimpleNamespace(require_gpus=required)), 1, gib=80)
+        plugin._need_gpus(SimpleNamespace(option=SimpleNamespace(require_gpus=required)), 1, gib=80)
 
 
 def test_a_run_that_executed_nothing_fails():
@@ -232,7 +230,7 @@ def test_a_run_that_executed_nothing_fails():
 
 # 4. Reports at the end of a run.
 
-GROWTH = "validation/unit/test_precision.py::test_error_grows_no_faster_than_the_policy_lets_it"
+GROWTH = "validation/unit/conformance/test_precision.py::test_error_grows_no_faster_than_the_policy_lets_it"
 
 
 @pytest.mark.parametrize("processes", ["0", "1"])

@@ -431,7 +431,7 @@ def test_a_baseline_that_cannot_be_written_is_an_error(perf: Any, pytester: pyte
 CLOCK = """
 from dataclasses import replace
 
-from validation import implementations
+from validation.adapters import eager, triton
 from validation.perf import slowed, timing
 
 elapsed = 0.0
@@ -464,7 +464,7 @@ def made(make):
 timing.now, slowed.wait = now, wait
 machine = {**timing.describe_machine(), "name": "quiet"}
 timing.describe_machine = lambda: machine
-implementations.ADAPTERS.update({name: made(make) for name, make in implementations.ADAPTERS.items()})
+eager.eager, triton.triton = made(eager.eager), made(triton.triton)
 """
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from nsa.config import NSAConfig
-from validation.implementations import Implementation
-from validation.seeds import seed_of
-from validation.unit.cases import Case, config, fitted, whole
+
+from .cases import Case, config, fitted, whole
+from .implementations import Implementation
+from .seeds import seed_of
 
 Blocks = tuple[int, int, int]
 Shape = tuple[Blocks, int, int, int]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from validation import oracle
+from validation.cases import BY_ID, config, cumulative, draw
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.cases import BY_ID, config, cumulative, draw
 
 LOG2 = math.log(2.0)
 LOG3 = math.log(3.0)

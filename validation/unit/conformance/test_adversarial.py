@@ -1,20 +1,19 @@
 """Inputs that random numbers never are: where softmax, its rescaling and the selection go wrong first.
 
-Every stage of the Triton backend, forward and backward, held to the oracle beside plain PyTorch in the same dtype,
-finiteness first. Compiled kernels are tried in shapes whose selected branch goes by query and by block; under Triton's
-interpreter a small case in float64 proves the algebra, and these tests themselves.
+Every stage of attention, forward and backward, held to the oracle beside plain PyTorch in the same dtype, finiteness
+first. On a GPU in shapes whose selected branch our kernels take by query and by block, and in narrow dtypes too.
+Elsewhere a small case in the widest dtype proves the algebra, and these tests themselves.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from nsa import kernels
 from nsa.config import NSAConfig
-from nsa.ops import accumulation_dtype
-from validation import oracle
-from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.unit.cases import (
+
+from ... import oracle
+from ...cases import (
     STAGES,
     Case,
     Stage,
@@ -23,38 +22,51 @@ from validation.unit.cases import (
     config,
     draw_inputs,
     importance,
+    pooled,
     select_blocks,
     upcast,
     whole,
     with_selection,
 )
+from ...implementations import Implementation
+from ...numerics import assert_equal, assert_matches, assert_selection_matches
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-TRITON = load("triton")
+SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
+SHAPE = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
 DIMS = {"key_dim": 128, "value_dim": 128}
-if kernels.INTERPRETED:
-    SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
-    SHAPE = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
+POOLED = pooled("pooled", whole(52), 4)
+if torch.cuda.is_available():
     TRIED = [
-        Case("by_query", whole(44), SMALL, group=8, **SHAPE),
-        Case("by_tile", whole(40), SMALL, group=8, **SHAPE),
-        Case("small", whole(52), SMALL, **SHAPE),
+        (Case("by_query", whole(1300), NSAConfig(), kv_heads=1, group=64, **DIMS), POOLED),
+        (Case("by_tile", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS), POOLED),
+        (Case("by_block", whole(1200), NSAConfig(), group=4, **DIMS), POOLED),
     ]
-    DTYPES, SKIPPED = ["float64"], ("compress_keys", "compress_values", "nsa_attention")  # the last takes longest
+    DTYPES = ("widest", "float16", "bfloat16")
 else:
     TRIED = [
-        Case("by_query", whole(1300), NSAConfig(), kv_heads=1, group=64, **DIMS),
-        Case("by_tile", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS),
-        Case("by_block", whole(1200), NSAConfig(), group=4, **DIMS),
+        (Case("by_query", whole(44), SMALL, group=8, **SHAPE), POOLED),
+        (Case("by_tile", whole(40), SMALL, group=8, **SHAPE), POOLED),
+        (Case("small", whole(52), SMALL, **SHAPE), POOLED),
     ]
-    DTYPES, SKIPPED = ["float32", "float16", "bfloat16"], ("compress_keys", "compress_values")
+    DTYPES = ("widest",)
 
-ATTENTION = [stage for stage in STAGES.values() if stage.name not in SKIPPED]
+ATTENTION = [stage for stage in STAGES.values() if not stage.name.startswith("compress_")]
+# Interpreted, the whole takes longest.
+PARTS = [stage.name for stage in ATTENTION if stage.name != "nsa_attention"]
 KEYS, VALUES = ("k", "k_cmp", "k_slc", "k_win"), ("v", "v_cmp", "v_slc", "v_win")
 
 
+@pytest.fixture
+def dtype(impl: Implementation, dtype_name: str) -> torch.dtype:
+    """The dtype of that name, or the one that leaves least to rounding."""
+    return impl.widest if dtype_name == "widest" else getattr(torch, dtype_name)
+
+
 # What is done to unit normal inputs, in place.
+
+Adversity = Callable[[Tensors], None]
 
 
 def logits_a_hundredfold(x: Tensors) -> None:
@@ -119,11 +131,12 @@ ADVERSITIES = [
 
 each_adversity = pytest.mark.parametrize("adversity", ADVERSITIES, ids=lambda function: function.__name__)
 each_stage = pytest.mark.parametrize("stage", ATTENTION, ids=lambda stage: stage.name)
-each_case = pytest.mark.parametrize("case", TRIED, ids=lambda case: case.id)
-each_dtype = pytest.mark.parametrize("dtype", [getattr(torch, name) for name in DTYPES], ids=DTYPES)
+each_case = pytest.mark.parametrize("case", TRIED, ids=lambda cases: cases[0].id, indirect=True)
+each_dtype = pytest.mark.parametrize("dtype_name", DTYPES)
+parts = pytest.mark.sparing(stage=PARTS)
 
 
-def adverse(case: Case, dtype: torch.dtype, adversity) -> Tensors:
+def adverse(case: Case, dtype: torch.dtype, adversity: Adversity) -> Tensors:
     tensors = draw_inputs(case, dtype)
     adversity(tensors)
     return with_selection(case, tensors)
@@ -138,38 +151,46 @@ def largest_logit(tensors: Tensors) -> float:
 @each_adversity
 @each_stage
 @each_case
-def test_matches_the_oracle(stage: Stage, case: Case, adversity, dtype: torch.dtype) -> None:
+@parts
+def test_matches_the_oracle(
+    impl: Implementation, stage: Stage, case: Case, adversity: Adversity, dtype: torch.dtype
+) -> None:
     tensors = adverse(case, dtype, adversity)
-    narrow = dtype != torch.float64
-    compare(TRITON, stage, case, tensors, dtype, beside_plain=narrow, logit=largest_logit(tensors))
+    narrow = dtype != torch.float64 and not impl.plain
+    compare(impl, stage, case, tensors, dtype, beside_plain=narrow, logit=largest_logit(tensors))
 
 
 @each_dtype
 @each_adversity
 @each_case
-def test_selection(case: Case, adversity, dtype: torch.dtype) -> None:
+def test_selection(impl: Implementation, case: Case, adversity: Adversity, dtype: torch.dtype) -> None:
     tensors = adverse(case, dtype, adversity)
     bound = {**case.selection, "logit": largest_logit(tensors)}
-    indices, scores = select_blocks(TRITON, case, tensors), importance(case, tensors)
+    indices, scores = select_blocks(impl, case, tensors), importance(case, tensors)
     assert_selection_matches(indices, tensors["indices"], scores, case.config, dtype, **bound)
 
 
 @each_dtype
 @each_case
-def test_slots_are_filled_from_the_lower_end_where_importance_underflows(case: Case, dtype: torch.dtype) -> None:
+def test_slots_are_filled_from_the_lower_end_where_importance_underflows(
+    impl: Implementation, case: Case, dtype: torch.dtype
+) -> None:
     tensors = adverse(case, dtype, underflow)
     # Not even float64 tells the free candidates apart, so the rule for ties decides every slot.
-    assert_equal(select_blocks(TRITON, case, tensors), tensors["indices"], what="indices under underflow")
+    assert_equal(select_blocks(impl, case, tensors), tensors["indices"], what="indices under underflow")
 
 
 @each_dtype
 @each_stage
 @each_case
-def test_large_logits_cost_outputs_no_precision(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+@parts
+def test_large_logits_cost_outputs_no_precision(
+    impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype
+) -> None:
     tensors = adverse(case, dtype, logits_a_hundredfold)
     expected = stage.run(oracle, case, upcast(tensors))
     bound = {"reduction": stage.reduction(case), "logit": largest_logit(tensors), "dtype": dtype}
-    for name, actual in stage.run(TRITON, case, tensors).items():
+    for name, actual in stage.run(impl, case, tensors).items():
         # Plain PyTorch rounds logits to the dtype, and is no guide where they are hundreds.
         assert_matches(actual, expected[name], what=f"{name} of {stage.name}", **bound)
 
@@ -177,11 +198,13 @@ def test_large_logits_cost_outputs_no_precision(stage: Stage, case: Case, dtype:
 @each_dtype
 @each_stage
 @each_case
-def test_the_largest_values_pass(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+@parts
+def test_the_largest_values_pass(impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype) -> None:
     tensors = draw_inputs(case, dtype)
     # Three gated branches add up to less than four times a value. Before a branch is divided by the sum of its
     # exponentials, each of them at most 1, the accumulator holds up to so many times a value.
-    accumulator = torch.finfo(accumulation_dtype(dtype)).max / case.num_keys
+    wide = dtype if dtype == torch.float64 else torch.float32
+    accumulator = torch.finfo(wide).max / case.num_keys
     largest = min(torch.finfo(dtype).max, accumulator) / 4
     for name in VALUES:
         tensors[name].sign_().mul_(largest)
@@ -189,7 +212,7 @@ def test_the_largest_values_pass(stage: Stage, case: Case, dtype: torch.dtype) -
     with oracle.computing_in(dtype):
         nearest = stage.run(oracle, case, tensors)["out"]
     actual, expected = (
-        stage.run(subject, case, x)["out"] for subject, x in ((TRITON, tensors), (oracle, upcast(tensors)))
+        stage.run(subject, case, x)["out"] for subject, x in ((impl, tensors), (oracle, upcast(tensors)))
     )
     baseline = nearest if dtype != torch.float64 else None
     assert_matches(actual, expected, what=f"output of {stage.name}", baseline=baseline, reduction=stage.reduction(case))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.functional import CompressionParams
-from validation import oracle
-from validation.implementations import Implementation
-from validation.numerics import assert_matches, gradcheck
-from validation.seeds import seed_of
+
+from . import oracle
+from .implementations import Implementation
+from .numerics import Margin, Mismatch, assert_equal, assert_matches, assert_selection_matches, gradcheck
+from .seeds import seed_of
 
 Tensors = dict[str, Any]
 
@@ -50,6 +51,14 @@ class Case:
     """Indices in any order with -1 among them."""
     emptied: float = 0.25
     """Part of the scrambled slots that is emptied; some queries are then left without any block."""
+
+    def __str__(self) -> str:
+        c = self.config
+        sizes = f"l {c.compress_block_size}, d {c.compress_stride}, l' {c.select_block_size}, w {c.window_size}"
+        counts = f"n {c.num_selected_blocks} ({c.num_initial_blocks} initial, {c.num_local_blocks} local)"
+        shape = f"B {self.batch}, Hk {self.kv_heads}, G {self.group}, Dk {self.key_dim}, Dv {self.value_dim}"
+        scale = "" if self.scale is None else f", scale {self.scale:g}"
+        return f"{self.id}: (Tq, Tk) {self.lengths}, {sizes}, {counts}, {c.compression}, {shape}{scale}"
 
     @property
     def packed(self) -> bool:
@@ -341,6 +350,9 @@ class Stage:
     def run(self, subject: Any, case: Case, tensors: Mapping[str, Any]) -> Tensors:
         """What it gives, by name; skips the test where the subject does not declare what that takes."""
         require(subject, case, self.functions, tensors[self.inputs[0]].dtype, own_keys=self.own_keys)
+        if isinstance(subject, Implementation):
+            SEEN.stages.append(self.name)
+            SEEN.case = case
         return self.call(subject, case, tensors)
 
     def leaves(self, tensors: Mapping[str, Any]) -> Tensors:
@@ -376,6 +388,28 @@ class Stage:
         yield from ((f"gradient of {name}", gradient) for name, gradient in zip(leaves, gradients, strict=True))
 
 
+@dataclass
+class Seen:
+    """What a test did: the plugin empties it before one and reads it after it."""
+
+    stages: list[str] = field(default_factory=list)
+    """Those that were run on an implementation, in order."""
+    case: Case | None = None
+    """The last that an implementation was run on."""
+    margins: dict[tuple[str, str, str], Margin] = field(default_factory=dict)
+    """The worst by stage, tensor and dtype."""
+
+    def clear(self) -> None:
+        self.stages, self.case, self.margins = [], None, {}
+
+    def note(self, stage: str, tensor: str, dtype: torch.dtype, margin: Margin) -> None:
+        key = stage, tensor, str(dtype).removeprefix("torch.")
+        self.margins[key] = max(self.margins.get(key, Margin()), margin, key=lambda margin: margin.ratio)
+
+
+SEEN = Seen()
+
+
 def compare(
     impl: Any,
     stage: Stage,
@@ -388,27 +422,83 @@ def compare(
 ) -> None:
     """Hold everything a stage gives to the oracle's value of it, beside plain PyTorch's in the same dtype if asked.
 
-    `logit` is the magnitude of the logits, where inputs make it more than the scale does.
+    `logit` is the magnitude of the logits, where inputs make it more than the scale does. A mismatch says which
+    mistakes would give what came.
     """
+    __tracebackhide__ = True
     expected = dict(stage.results(oracle, case, upcast(tensors), dtype))
     nearest: Tensors = {}
     if beside_plain:
         with oracle.computing_in(dtype):
             nearest = dict(stage.results(oracle, case, tensors, dtype))
+    given: Tensors = {}
     for name, actual in stage.results(impl, case, tensors, dtype):
-        what = f"{stage.name}, case {case.id}, {name}"
-        queries, blocks = case.num_queries * case.group, case.batch * case.config.num_compressed(case.num_keys)
-        # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
-        beyond = stage is SHARED and name.endswith(PARAMETERS)
-        reduction = max(stage.reduction(case), queries * blocks if beyond else queries)
-        shifts = blocks if name.endswith("_position") else 0
-        if stage is SHARED and name.startswith("gradient of k_"):  # all keys of a query have the position in common
-            largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
-            shifts = queries * largest**2
-        # Inputs are exact for the oracle, too: what is kept in a wider dtype is held to that.
-        kept = actual.dtype if name == "lse" else dtype
-        bound = {"baseline": nearest.get(name), "reduction": reduction, "logit": max(logit, case.logit), "dtype": kept}
-        assert_matches(actual, expected[name], what=what, shifts=shifts, **bound)
+        given[name] = actual
+        bound = {**bounds(stage, case, tensors, name, actual, dtype), "baseline": nearest.get(name)}
+        bound["logit"] = max(logit, case.logit)
+        try:
+            margin = assert_matches(actual, expected[name], what=f"{stage.name}, case {case.id}, {name}", **bound)
+        except Mismatch as mismatch:
+            SEEN.note(stage.name, name, dtype, mismatch.margin or Margin())
+            mismatch.notes.append(f"case {case}, {dtype}")
+            from .mutants import explain  # they are made of cases
+
+            mismatch.notes += explain(impl, stage, case, tensors, dtype, given, bound)
+            raise
+        SEEN.note(stage.name, name, dtype, margin)
+
+
+def bounds(
+    stage: Stage, case: Case, tensors: Mapping[str, Any], name: str, actual: Tensor, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Keyword arguments of `assert_matches` for one of a stage's results, without a baseline."""
+    queries, blocks = case.num_queries * case.group, case.batch * case.config.num_compressed(case.num_keys)
+    # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
+    beyond = stage.name == SHARED.name and name.endswith(PARAMETERS)
+    reduction = max(stage.reduction(case), queries * blocks if beyond else queries)
+    shifts = blocks if name.endswith("_position") else 0
+    if stage.name == SHARED.name and name.startswith(
+        "gradient of k_"
+    ):  # all keys of a query have the position in common
+        largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
+        shifts = queries * largest**2
+    # Inputs are exact for the oracle, too: what is kept in a wider dtype is held to that.
+    kept = actual.dtype if name == "lse" else dtype
+    axes = None if not name.endswith(PARAMETERS) else ("head", "in", "out")
+    axes = ("batch", "block", "head", "dim") if name.endswith("_cmp") else axes
+    return {"reduction": reduction, "shifts": shifts, "logit": case.logit, "dtype": kept, "axes": axes}
+
+
+def assert_selected(case: Case, tensors: Mapping[str, Any], indices: Tensor, expected: Tensor, *, what: str) -> None:
+    """Fail unless indices are exactly these; a mismatch says which mistakes would give what came."""
+    __tracebackhide__ = True
+    try:
+        assert_equal(indices, expected, what=what)
+    except Mismatch as mismatch:
+        from .mutants import explain_selection
+
+        mismatch.notes += [f"case {case}", *explain_selection(case, tensors, indices)]
+        raise
+
+
+def compare_selection(impl: Any, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Hold a selection to the oracle's importances."""
+    __tracebackhide__ = True
+    check_selection(case, tensors, select_blocks(impl, case, tensors), dtype)
+
+
+def check_selection(case: Case, tensors: Mapping[str, Any], indices: Tensor, dtype: torch.dtype) -> None:
+    """Hold indices to the oracle's importances; a mismatch says which mistakes would give what came."""
+    __tracebackhide__ = True
+    expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
+    try:
+        assert_selection_matches(indices, expected, scores, case.config, dtype, **case.selection)
+    except Mismatch as mismatch:
+        from .mutants import explain_selection
+
+        mismatch.notes.append(f"case {case}, {dtype}")
+        mismatch.notes += explain_selection(case, tensors, indices)
+        raise
 
 
 def check_gradients(subject: Any, stage: Stage, case: Case, *, fast: bool = True) -> None:
@@ -537,3 +627,6 @@ SHARED = Stage(
     lambda case: case.num_keys + case.config.compress_block_size * case.key_dim,
 )
 """Compression and all three branches from one `k` and one `v`, for cases with `shared_kv`."""
+
+FUNCTIONS = {**EVERY, SHARED.name: SHARED}
+"""Every stage by its name."""

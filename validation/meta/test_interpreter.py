@@ -16,9 +16,9 @@ from packaging.version import Version
 
 from nsa import kernels
 from validation import interpreter
+from validation.cases import STAGES, Case, config, draw, select_blocks
 from validation.implementations import load
 from validation.numerics import assert_equal
-from validation.unit.cases import STAGES, Case, config, draw, select_blocks
 
 
 def everything() -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def test_this_version_of_triton_is_accelerated():
     reason="Triton 3.6's own interpreter does not run with NumPy 2.4",
 )
 def test_results_are_bit_for_bit_those_of_triton():
-    command = [sys.executable, "-m", "validation.unit.test_interpreter"]
+    command = [sys.executable, "-m", "validation.meta.test_interpreter"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,141 @@
+"""Validates an implementation of Native Sparse Attention, from any folder; the exit status is the verdict.
+
+    nsa-validate package.module:object [--layers unit,precision,perf] [--json FILE] [--report FILE.html]
+    nsa-validate compare BEFORE.json AFTER.json
+
+What is named is an `Implementation` (see nsa_validation.implementations) or a function that makes one, or one of those
+that ship or that a package declares by an entry point. 0: every claim holds; 1: one does not, or nothing was tested; 2:
+the command is wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CONFORMANCE = HERE / "unit" / "conformance"
+LAYERS = ("unit", "precision", "perf")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["compare"]:
+        return _compare(given[1:])
+    options = _parse(given)
+    missing = [name for name in ("pytest", "hypothesis", "matplotlib") if find_spec(name) is None]
+    if missing:
+        print(f"nsa-validate needs {', '.join(missing)}: pip install 'nsa[testing]'", file=sys.stderr)
+        return 2
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the folder with the implementation
+
+    import pytest
+
+    from .verdict import Collector, text
+
+    collector = Collector(options.subject, options.layers)
+    status = 0
+    if set(options.layers) & {"unit", "precision"} or options.only:
+        status = int(pytest.main(_pytest_arguments(options), plugins=[collector]))
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
+        return 2
+    verdict = collector.verdict()
+    if "perf" in options.layers and verdict["verdict"] == "passed":
+        verdict["performance"], failed = _measure(options.subject)
+        verdict["verdict"] = "failed" if failed else verdict["verdict"]
+    if options.json:
+        options.json.write_text(json.dumps(verdict, indent=1) + "\n")
+    if options.report:
+        from .page import page
+
+        options.report.write_text(page(verdict))
+    print()
+    for line in text(verdict):
+        print(line)
+    return 0 if verdict["verdict"] == "passed" else 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nsa-validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("subject", metavar="NAME|package.module:object", help="the implementation")
+    parser.add_argument("--layers", type=_layers, default=["unit"], help="of unit, precision, perf (unit)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict for machines")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write the verdict as a page")
+    parser.add_argument("--xfails", type=Path, metavar="FILE", help="tests that are to fail, one id a line # reason")
+    parser.add_argument("--only", action="append", default=[], metavar="ID", help="these tests alone, by their ids")
+    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="tests whose names match, as pytest's -k")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, where pytest-xdist is installed (1)")
+    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="an order and numbers of N's")
+    parser.add_argument("--require-gpus", type=int, metavar="N", help="lack of N GPUs is a failure")
+    return parser.parse_args(arguments)
+
+
+def _layers(text: str) -> list[str]:
+    layers = text.split(",")
+    if not set(layers) <= set(LAYERS):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(LAYERS)}, got {text!r}")
+    return layers
+
+
+def _pytest_arguments(options: argparse.Namespace) -> list[str]:
+    files = sorted(CONFORMANCE.glob("test_*.py"))
+    precision = CONFORMANCE / "test_precision.py"
+    chosen = [file for file in files if ("precision" if file == precision else "unit") in options.layers]
+    package = __package__ or HERE.name
+    arguments = [
+        "-p",
+        f"{package}.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-c",
+        str(HERE / "conformance.ini"),
+    ]
+    arguments += [f"--rootdir={HERE.parent}", f"--impl={options.subject}", "-q", "--tb=no", "-rN"]
+    arguments += [f"--xfails-file={options.xfails}"] if options.xfails else []
+    arguments += ["-k", options.keyword] if options.keyword else []
+    arguments += ["-n", str(options.jobs), "--dist", "worksteal"] if options.jobs > 1 else []
+    arguments += [] if options.shuffle_seed is None else [f"--shuffle-seed={options.shuffle_seed}"]
+    arguments += [] if options.require_gpus is None else [f"--require-gpus={options.require_gpus}"]
+    return arguments + ([str(CONFORMANCE / name) for name in options.only] or [str(file) for file in chosen])
+
+
+def _measure(subject: str) -> tuple[list[dict[str, Any]], bool]:
+    """Figures of every stage beside dense attention, and whether a stage failed."""
+    import subprocess
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "stages.json")
+        command = [sys.executable, "-m", f"{__package__}.perf.stages", f"--out={file}", f"--impl={subject}", "--quick"]
+        # The folder with the implementation is where this runs; a console script does not look there by itself.
+        path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+        return json.loads(file.read_text())["results"] if file.exists() else [], done.returncode != 0
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from .verdict import compare, read
+
+    parser = argparse.ArgumentParser(prog="nsa-validate compare", description="What changed between two verdicts.")
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        lines, worse = compare(read(options.before), read(options.after))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(lines))
+    return int(worse)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

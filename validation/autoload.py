@@ -1,0 +1,14 @@
+"""The entry point for pytest: a run that names `nsa_validation` gets the harness's plugin, any other gets nothing.
+
+`pytest --pyargs nsa_validation.unit.conformance --impl=package.module:object` is such a run.
+"""
+
+import re
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
+    if any(re.match(r"nsa_validation(\.|$)", argument) for argument in args):
+        early_config.pluginmanager.import_plugin("nsa_validation.plugin")
