@@ -34,8 +34,8 @@ def check_scale(scale: float | None, q: Tensor) -> float:
         return float(q.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {scale!r} ({type(scale).__name__})")
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and not negative, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
     return float(scale)
 
 

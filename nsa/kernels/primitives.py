@@ -46,8 +46,9 @@ def next_power_of_2(x: int) -> int:
 
 
 def logit_factor(scale: float) -> float:
-    """What products of queries and keys are multiplied by in base 2; not 0, which would make NaN of a hidden `-inf`."""
-    return max(scale * LOG2E.value, 1e-30)
+    """What products of queries and keys are multiplied by in base 2, positive: kernels change the sign of the products
+    where the scale is negative, so that the largest stays the largest, and 0 would make NaN of a hidden `-inf`."""
+    return max(abs(scale) * LOG2E.value, 1e-30)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

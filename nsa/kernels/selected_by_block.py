@@ -71,6 +71,7 @@ def _forward_kernel(
     NUM_SELECTED: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Partial results of the pairs of one piece and the log-sum-exps of their rows, in base 2."""
     poisoned = 1.0
@@ -110,6 +111,8 @@ def _forward_kernel(
                     q0, q1 = load_chunks(q_head, query * q_strides[1] + of_group * q_strides[2], inside, DK, K0, K1)
                     reach = query_positions(query_table, query, shift, inside, PACKED) - position
                     s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
+                    if NEGATIVE:
+                        s = -s
                     visible = within[None, :] <= reach[:, None]
                     if rank + step // G < BLOCK_SIZE:
                         s = tl.where(visible, s, float("-inf"))
@@ -202,7 +205,7 @@ def _bwd_dkdv_kernel(
     G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, WEIGHTED: tl.constexpr,
-    CLEAN: tl.constexpr,
+    CLEAN: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """`dk` and `dv` of one part of a block from one piece of its list; tiles are `[BLOCK_N, BLOCK_M]`. WITH_DQ also the
     summands of `dq`, where `_forward_kernel` has its partial results.
@@ -262,6 +265,8 @@ def _bwd_dkdv_kernel(
                 row_lse2 = tl.load(lse2 + of_row, mask=inside, other=0.0)
                 row_delta = tl.load(delta + of_row, mask=inside, other=0.0)
                 s = dot_chunks(k0, k1, q0, q1, K1, ACC, PRECISION)
+                if NEGATIVE:
+                    s = -s
                 if rank + step // G < BLOCK_SIZE:
                     s = tl.where(within[:, None] <= reach[None, :], s, float("-inf"))
                 p = probability(s * factor, row_lse2[None, :], ACC, WEIGHTED)
@@ -426,7 +431,8 @@ def forward(
         _forward_kernel[(count * index.pieces_per_head, parts)](
             q, k, v, index.members, index.offsets, index.pieces, partial, partial_lse2, packing.query_table,
             packing.cu_keys, packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
-            index.pieces_per_head, first, logit_factor(scale), heads, **constants, **config.options,
+            index.pieces_per_head, first, logit_factor(scale), heads, NEGATIVE=scale < 0, **constants,
+            **config.options,
         )  # fmt: skip
         _merge_kernel[(cdiv(num_queries * group, merged["BLOCK_M"]), count)](
             partial, partial_lse2, indices, out, lse, packing.query_table, indices.stride(), num_queries, shift,
@@ -475,7 +481,8 @@ def bwd_dkdv(
                 dv, partial_dk, partial_dv, partial_dq, again, packing.query_table, packing.cu_keys,
                 packing.num_sequences, *strides, num_queries, num_keys, shift, packing.num_blocks,
                 index.pieces_per_head, index.partials_per_head, first, scale, logit_factor(scale), heads,
-                WITH_DQ=dq is not None, WEIGHTED=weighted, CLEAN=clean, **constants, **config.options,
+                WITH_DQ=dq is not None, WEIGHTED=weighted, CLEAN=clean, NEGATIVE=scale < 0, **constants,
+                **config.options,
             )  # fmt: skip
         if dq is not None:
             _merge_dq_kernel[(cdiv(num_queries * group, merged["BLOCK_M"]), count)](

@@ -126,7 +126,7 @@ def _forward_kernel(
     v_strides, num_queries, num_keys, shift, num_tiles, factor, HEADS, NUM_SELECTED: tl.constexpr,
     QUERIES: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
     poisoned = 1.0
@@ -164,6 +164,8 @@ def _forward_kernel(
                     TMA and not CLEAN,
                 )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
+                if NEGATIVE:
+                    s = -s
                 visible = (token + tl.arange(0, BLOCK_N))[None, :] <= limit[:, None]
                 if CLEAN:
                     visible = visible & chosen[:, None]
@@ -205,7 +207,7 @@ def _bwd_dq_kernel(
     NUM_SELECTED: tl.constexpr, QUERIES: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """`dq` times the gate, added to what is there with ADD."""
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -245,6 +247,8 @@ def _bwd_dq_kernel(
                     TMA and not CLEAN,
                 )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
+                if NEGATIVE:
+                    s = -s
                 dp = dot_chunks(do0, do1, v0, v1, V1, ACC, PRECISION)
                 visible = (token + tl.arange(0, BLOCK_N))[None, :] <= limit[:, None]
                 if CLEAN:
@@ -322,7 +326,7 @@ def forward(
     described = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _forward_kernel[(tiles * heads * batch,)](
         q, k, v, *chain(*described), schedule, counts, out, lse, packing.query_table, *strides, num_queries, num_keys,
-        num_keys - num_queries, tiles, logit_factor(scale), heads, **options,
+        num_keys - num_queries, tiles, logit_factor(scale), heads, NEGATIVE=scale < 0, **options,
     )  # fmt: skip
 
 
@@ -349,5 +353,6 @@ def bwd_dq(
     described = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _bwd_dq_kernel[(tiles * heads * batch,)](
         q, k, v, *chain(*described), dout, lse, delta, gate, schedule, counts, dq, packing.query_table, *strides,
-        num_queries, num_keys, num_keys - num_queries, tiles, scale, logit_factor(scale), heads, ADD=add, **options,
+        num_queries, num_keys, num_keys - num_queries, tiles, scale, logit_factor(scale), heads, ADD=add,
+        NEGATIVE=scale < 0, **options,
     )  # fmt: skip

@@ -347,7 +347,7 @@ def test_scale_of_another_type(stage: str, scale: Any) -> None:
 
 
 @each_attention
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -0.1])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_scale_that_is_no_number(stage: str, scale: float) -> None:
     refused(ValueError, stage, "scale", "finite", str(scale), scale=scale)
 

@@ -85,7 +85,7 @@ def test_kernels_that_are_not_there_are_refused(name):
 
 
 def test_fields_that_a_kernel_has_not_got_are_refused():
-    unknown = "selected_forward has BLOCK_N, TMA, key_major, num_stages, num_warps, not key_mayor$"
+    unknown = "selected_forward has BLOCK_N, TMA, key_major, maxnreg, num_stages, num_warps, not key_mayor$"
     with pytest.raises(ValueError, match=unknown), configs.override("selected_forward", key_mayor=False):
         pass
     with pytest.raises(ValueError, match=r"window_forward has .*, not CHUNK$"):

@@ -80,7 +80,8 @@ def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: str, kind: str, d
         cotangents = cotangents if not interleaved else [x[..., order] for x in cotangents]
         outs.append([*rotated, *torch.autograd.grad(rotated, list(tensors.values()), cotangents)])
     for x, y in zip(*outs, strict=True):
-        assert_equal(x[..., order], y, what="rotated, and gradients")
+        # Compiled, one of the two products of a sum is not rounded, and which one depends on the order of the pairs.
+        assert_matches(x[..., order], y.double(), what="rotated, and gradients", reduction=2, dtype=torch.float32)
 
 
 @each_backend

@@ -155,6 +155,8 @@ def largest_logit(tensors: Tensors) -> float:
 def test_matches_the_oracle(
     impl: Implementation, stage: Stage, case: Case, adversity: Adversity, dtype: torch.dtype
 ) -> None:
+    if impl.plain and dtype != impl.widest:
+        pytest.skip(f"{impl.name} lacks a claim for narrow dtypes, in which others are compared with what it does")
     tensors = adverse(case, dtype, adversity)
     narrow = dtype != torch.float64 and not impl.plain
     compare(impl, stage, case, tensors, dtype, beside_plain=narrow, logit=largest_logit(tensors))
