@@ -1,6 +1,7 @@
 """The entry point for pytest: a run that names `nsa_validation` gets the harness's plugin, any other gets nothing.
 
-`pytest --pyargs nsa_validation.unit.conformance --impl=package.module:object` is such a run.
+Such a run is
+`pytest --import-mode=importlib --pyargs nsa_validation.unit.conformance --impl=package.module:object`.
 """
 
 import re

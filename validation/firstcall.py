@@ -26,17 +26,18 @@ class Slip:
 
 def first_calls(impl: Implementation) -> list[Slip]:
     """What the first calls show: exceptions and results of another form than the oracle's; equal ones are one."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, tuple[str, list[str]]] = {}
     for stage in EVERY.values():
         case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
         if impl.lacks(case, stage.functions, impl.widest, own_keys=stage.own_keys) is None:
-            message = _first_call(impl, stage, case)
+            message, place = _first_call(impl, stage, case)
             if message:
-                found.setdefault(message, []).append(stage.name)
-    return [Slip(tuple(stages), message) for message, stages in found.items()]
+                found.setdefault(message, (place, []))[1].append(stage.name)
+    return [Slip(tuple(stages), f"{message}{place}") for message, (place, stages) in found.items()]
 
 
-def _first_call(impl: Implementation, stage: Stage, case: object) -> str:
+def _first_call(impl: Implementation, stage: Stage, case: object) -> tuple[str, str]:
+    """What went wrong, if anything, and where."""
     device = "cpu" if "cpu" in impl.devices or not torch.cuda.is_available() else "cuda"
     with torch.device(device):
         tensors = draw(case, impl.widest)  # type: ignore[arg-type]
@@ -45,14 +46,14 @@ def _first_call(impl: Implementation, stage: Stage, case: object) -> str:
             if impl.backward and not impl.interpreted and stage.name != "select_blocks":
                 list(stage.results(impl, case, tensors))  # type: ignore[arg-type]
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}{_place(error)}"
+            return f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error)
         for name, expected in stage.run(oracle, case, upcast(tensors)).items():  # type: ignore[arg-type]
             got = outputs[name]
             if not isinstance(got, torch.Tensor):
-                return f"{name} must be a tensor, got {type(got).__name__}"
+                return f"{name} must be a tensor, got {type(got).__name__}", ""
             if got.shape != expected.shape:
-                return f"{name} must be of shape {tuple(expected.shape)}, got {tuple(got.shape)}"
-    return ""
+                return f"{name} must be of shape {tuple(expected.shape)}, got {tuple(got.shape)}", ""
+    return "", ""
 
 
 def _place(error: BaseException) -> str:

@@ -202,7 +202,7 @@ def test_pytest_beside_it_is_left_alone(environment: Path, tmp_path: Path) -> No
 def test_pytest_that_names_the_harness_has_its_options(environment: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(EXAMPLE)
     command = [environment / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--impl=theirs:mine"]
-    command += ["--pyargs", "nsa_validation.unit.conformance.test_rules"]
+    command += ["--import-mode=importlib", "--pyargs", "nsa_validation.unit.conformance.test_rules"]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
