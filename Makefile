@@ -32,7 +32,8 @@ endif
 
 PYTEST = $(PY) -m pytest --out='$(OUT)' $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
 
-.PHONY: help setup lint unit meta smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test doctor clean
+.PHONY: help setup lint unit meta smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test \
+        docs doctor clean
 
 help:  ## list the targets and variables
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -119,6 +120,9 @@ coverage: $(READY)  ## unit, smoke and system, and how much of nsa/ they reach, 
 	$(PY) -m coverage report
 
 test: lint coverage meta  ## what any machine can run while you wait; `make integration` has the rest
+
+docs: $(READY)  ## the API reference, as pages in out/docs; warnings are errors
+	$(PY) -m mkdocs build --strict --site-dir '$(abspath $(OUT))/docs'
 
 doctor: $(READY)  ## what this machine has, and which layers it can run
 	$(PY) -m validation.doctor

@@ -5,6 +5,8 @@
 is the only part that needs it installed.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from nsa.cache import CachedKeys, DenseCache, KVCache, StepKeys
 from nsa.config import NSAConfig
 from nsa.decode import cached_attention, decode_attention, dense_decode_attention
@@ -47,4 +49,8 @@ __all__ = [
     "selected_attention",
     "sliding_window_attention",
 ]
-__version__ = "0.1.0"
+
+try:
+    __version__ = version("nsa")
+except PackageNotFoundError:  # sources that are imported without being installed
+    __version__ = "0+unknown"

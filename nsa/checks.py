@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from nsa.backends import BackendName
 from nsa.blocks import CompressionParams
 from nsa.config import NSAConfig
-from nsa.varlen import PackedSequences, block_sizes
+from nsa.varlen import PackedSequences, Varlen, block_sizes, make_tables
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -206,6 +206,46 @@ def check_packing(
         )
     longest = int(lengths_k.max()) if len(lengths_k) else 0
     return Offsets(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), longest)
+
+
+def pack_tokens(
+    x: Tensor, cu_seqlens: Tensor | PackedSequences | None, config: NSAConfig, *, keys_alone: bool = False
+) -> PackedSequences | None:
+    """Tables of the sequences packed in `x [1, T, ...]`; `None` where nothing is packed.
+
+    With `keys_alone`, tables that were made before may be for fewer queries.
+    """
+    if cu_seqlens is None:
+        return None
+    num_tokens, names = x.shape[1], ("cu_seqlens", "cu_seqlens")
+    num_queries = None if keys_alone else num_tokens
+    check_one_row("cu_seqlens", x)
+    packed = check_packing(x, num_queries, num_tokens, cu_seqlens, None, config, names=names)
+    if isinstance(packed, PackedSequences):
+        return packed
+    return make_tables(packed.queries, packed.keys, num_tokens, num_tokens, packed.longest, config)
+
+
+def attention_tables(
+    q: Tensor,
+    num_keys: int,
+    config: NSAConfig,
+    cu_seqlens_q: Tensor | PackedSequences | None,
+    cu_seqlens_k: Tensor | None,
+) -> Varlen | None:
+    """Tables of packed sequences with queries `q [1, Tq, Hq, Dk]`; `None` where nothing is packed."""
+    num_queries = q.shape[1]
+    if cu_seqlens_q is None:
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
+        if num_queries > num_keys:
+            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {num_queries}")
+        return None
+    check_one_row("cu_seqlens_q", q)
+    packed = check_packing(q, num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, config)
+    if isinstance(packed, PackedSequences):
+        return packed.varlen
+    return Varlen.of(packed.queries, packed.keys, num_queries, config)
 
 
 def _check_tables(

@@ -27,15 +27,23 @@ def cached_attention(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`nsa_attention` of the last tokens of sequences whose keys are in a cache; nothing is differentiated.
+    """`nsa_attention` (section 3.2) of the last tokens of sequences whose keys are in a cache, without derivatives.
 
     Args:
         q: `[B, Tq, Hq, Dk]`, the last `Tq` of `keys.num_keys` tokens.
         keys: what `KVCache.append` returned.
         gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+        config: block sizes and counts.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"`, `"eager"` or `"triton"`.
 
     Returns:
         `[B, Tq, Hq, Dv]` and the indices used, int32 `[B, Tq, Hk, N]`.
+
+    Raises:
+        TypeError: keys of another kind, tensors of several dtypes.
+        ValueError: tensors of other shapes or devices, keys that lack tokens, an unknown backend or one that does not
+            support the tensors.
     """
     if not isinstance(keys, CachedKeys):
         raise TypeError(f"keys must be CachedKeys, from KVCache.append, got {type(keys).__name__}")
@@ -68,7 +76,7 @@ def decode_attention(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`nsa_attention` of the last `Tq` tokens of sequences of any lengths, which the device alone need know.
+    """`nsa_attention` (section 3.2) of the last `Tq` tokens of sequences, whose lengths the device alone need know.
 
     With the Triton backend neither shapes nor launches depend on the lengths, and nothing waits for the device: steps
     can be captured in a CUDA graph. Nothing is differentiated.
@@ -78,6 +86,7 @@ def decode_attention(
         keys: what `KVCache.step` returned. The host does not look at `keys.lengths`: one beyond the room there is for
             tokens is taken for that room.
         gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+        config: block sizes and counts.
         scale: of the logits; `Dk ** -0.5` unless given.
         backend: `"auto"`, `"eager"` or `"triton"`.
 

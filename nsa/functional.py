@@ -8,12 +8,10 @@ offsets functions take what `pack_sequences` makes of them.
 Legend: `B` batch, `T` tokens, `C` compressed blocks, `S` selection blocks, `Hq`, `Hk` query and key/value heads,
 `G = Hq / Hk`, `Dk`, `Dv` head dims, `N` selected blocks. Section and equation numbers are those of arXiv 2502.11089.
 
-Errors raised by every function, before any work starts, naming the argument, what was expected and what came:
-`TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, size, device or value, and for
-`backend="triton"` where Triton's kernels do not support the arguments: they want a GPU (or `TRITON_INTERPRET=1`), head
-dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'` from 16. Derivatives are those of
-`torch.autograd`; forward-mode ones and those of `torch.func` (`grad`, `vjp`, `jacrev`, ...) are refused with a
-`ValueError`.
+Errors are raised before any work starts and name the argument, what was expected and what came. Triton's kernels want a
+GPU (or `TRITON_INTERPRET=1`), head dims from 16 to 256 and block sizes that are powers of two, `d` from 8 and `l`, `l'`
+from 16. Derivatives are those of `torch.autograd`; forward-mode ones and those of `torch.func` (`grad`, `vjp`,
+`jacrev`, ...) are refused with a `ValueError`.
 
 `torch.compile`, `torch.export` and the capture of a CUDA graph see no values, so offsets of packed sequences cannot be
 refused there. They are made legal instead: clamped to the tokens there are, and never falling. Tokens that lie in no
@@ -30,6 +28,7 @@ from nsa import eager
 from nsa.backends import Backend, BackendName
 from nsa.blocks import BlockFunction, CompressionParams, block_starts, compress_by
 from nsa.checks import (
+    attention_tables,
     check_attention,
     check_backend,
     check_blocks,
@@ -38,7 +37,6 @@ from nsa.checks import (
     check_derivatives,
     check_indices,
     check_no_block_twice,
-    check_one_row,
     check_packing,
     check_params,
     check_positions,
@@ -46,9 +44,10 @@ from nsa.checks import (
     check_rope_length,
     check_scale,
     check_tensor,
+    pack_tokens,
 )
 from nsa.config import NSAConfig
-from nsa.varlen import PackedSequences, Varlen, make_tables
+from nsa.varlen import PackedSequences, make_tables
 
 
 def compress(
@@ -69,10 +68,16 @@ def compress(
         params: what `config.compression` calls for; cast to the dtype of `x`. Or any function of blocks,
             `[B, C, Hk, l, D] -> [B, C, Hk, D]`, whatever `config.compression` is; the blocks take `l / d` times the
             memory of `x`.
-        cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences.
+        config: block sizes and counts.
+        cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences; or what `pack_sequences` makes of them.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         `[B, C, Hk, D]` with `C = max(0, (T - l) // d + 1)`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     return _compress({"x": x}, [params], config, cu_seqlens, backend)[0]
 
@@ -87,15 +92,21 @@ def compress_keys_and_values(
     cu_seqlens: Tensor | PackedSequences | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`compress` of keys and of values with parameters of their own, in fewer launches than two calls take.
+    """`compress` of keys and of values with parameters of their own, in fewer launches than two calls take
+    (section 3.3.1, equation 7).
 
     Args:
         k: `[B, T, Hk, Dk]`, unrotated.
         v: `[B, T, Hk, Dv]`.
-        k_params, v_params, cu_seqlens: as `compress` takes them.
+        k_params, v_params: as `compress` takes them.
+        config, cu_seqlens, backend: as `compress` takes them.
 
     Returns:
         `[B, C, Hk, Dk]` and `[B, C, Hk, Dv]`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     k_cmp, v_cmp = _compress({"k": k, "v": v}, [k_params, v_params], config, cu_seqlens, backend)
     return k_cmp, v_cmp
@@ -143,24 +154,6 @@ def _compress(
     return tuple(out.to(x.dtype) for out, x in zip(outs, xs, strict=True))
 
 
-def pack_tokens(
-    x: Tensor, cu_seqlens: Tensor | PackedSequences | None, config: NSAConfig, *, keys_alone: bool = False
-) -> PackedSequences | None:
-    """Tables of the sequences packed in `x [1, T, ...]`; `None` where nothing is packed.
-
-    With `keys_alone`, tables that were made before may be for fewer queries.
-    """
-    if cu_seqlens is None:
-        return None
-    num_tokens, names = x.shape[1], ("cu_seqlens", "cu_seqlens")
-    num_queries = None if keys_alone else num_tokens
-    check_one_row("cu_seqlens", x)
-    packed = check_packing(x, num_queries, num_tokens, cu_seqlens, None, config, names=names)
-    if isinstance(packed, PackedSequences):
-        return packed
-    return make_tables(packed.queries, packed.keys, num_tokens, num_tokens, packed.longest, config)
-
-
 def apply_rope(
     q: Tensor,
     k_cmp: Tensor,
@@ -184,13 +177,19 @@ def apply_rope(
         k_cmp: `[B, C, Hk, D]`, from `compress`.
         k_slc, k_win: `[B, T, Hk, D]`.
         rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
+        config: block sizes and counts.
         positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
             must be below `L`, which is checked on a CPU; rows of others come out as NaN.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
         interleaved: pairs are dimensions `2 i` and `2 i + 1`; else `i` and `i + D / 2`, as in `transformers`.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         The four rotated, contiguous, in their dtype.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     check_tensor("q", q, "[B, T, Hq, D]")
@@ -228,9 +227,13 @@ def pack_sequences(
 
     Args:
         cu_seqlens: int32 `[N + 1]`, offsets of the sequences among the queries, rising from 0 to `Tq`.
+        config: block sizes and counts.
         num_tokens: `Tq`.
         cu_seqlens_k: int32 `[N + 1]`, offsets among the keys; those of the queries unless given.
         num_keys: `Tk`; `Tq` unless given.
+
+    Returns:
+        Tables for every stage, which stand for `cu_seqlens_q` or `cu_seqlens`.
 
     Raises:
         TypeError: offsets that are not int32.
@@ -257,23 +260,31 @@ def compressed_attention(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention over compressed keys: query `t` sees block `i` once all of it has passed, `i d + l - 1 <= t`.
+    """Attention over compressed keys: query `t` sees block `i` once all of it has passed, `i d + l - 1 <= t`
+    (sections 3.3.1 and 3.2).
 
     Args:
         q: `[B, Tq, Hq, Dk]`.
         k_cmp: `[B, C, Hk, Dk]`.
         v_cmp: `[B, C, Hk, Dv]`.
+        config: block sizes and counts.
         num_keys: tokens `Tk` behind `k_cmp`; `Tq` unless given.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, offsets of packed sequences; or what `pack_sequences` gave, alone.
         scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         Output `[B, Tq, Hq, Dv]` and log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
         differentiable). A query that sees no block gets 0, `-inf` and zero gradients.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     check_attention(q, k_cmp, v_cmp, ("k_cmp", "v_cmp"), "C")
     tokens = check_blocks(q, k_cmp, config, num_keys)
-    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
+    varlen = attention_tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v_cmp)
     check_derivatives(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
     return implementation.compressed_attention(q, k_cmp, v_cmp, config, tokens, varlen, factor)
@@ -301,16 +312,24 @@ def select_blocks(
         q: `[B, Tq, Hq, Dk]`.
         k_cmp: `[B, C, Hk, Dk]`.
         lse: `[B, Tq, Hq]`, as `compressed_attention` returned it for the same `q`, `k_cmp` and `scale`.
+        config: block sizes and counts.
         num_keys: tokens `Tk` behind `k_cmp`; `Tq` unless given.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, offsets of packed sequences; or what `pack_sequences` gave, alone.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         int32 `[B, Tq, Hk, N]`, ascending, `-1` at the end where there are fewer candidates than `N = n`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     check_attention(q, k_cmp, None, ("k_cmp", ""), "C")
     check_tensor("lse", lse, "[B, Tq, Hq]", like=q, shape=tuple(q.shape[:3]), dtype=None)
     tokens = check_blocks(q, k_cmp, config, num_keys)
-    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
+    varlen = attention_tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, lse=lse)
     return implementation.select_blocks(q, k_cmp, lse, config, tokens, varlen, factor)
@@ -338,16 +357,24 @@ def selected_attention(
         indices: int32 `[B, Tq, Hk, N]`, any order, any `N`. What names no block that the query sees is skipped
             wherever it stands: `-1`, blocks beyond the query, any number below 0 or too large. A block listed twice
             for one query is an error, which only the eager backend looks for, uncompiled.
+        config: block sizes and counts.
         return_lse: also return the log-sum-exps, with which attention to other keys can be merged.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, offsets of packed sequences; or what `pack_sequences` gave, alone.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         Output `[B, Tq, Hq, Dv]`, or that and the log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
         differentiable). A query with no block gets 0 and `-inf`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
     check_indices(indices, q, k)
-    varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
+    varlen = attention_tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v)
     if implementation is eager:
         check_no_block_twice(indices, config.num_selectable(k.shape[1]))
@@ -374,15 +401,23 @@ def sliding_window_attention(
         q: `[B, Tq, Hq, Dk]`.
         k: `[B, Tk, Hk, Dk]`.
         v: `[B, Tk, Hk, Dv]`.
+        config: block sizes and counts.
         return_lse: also return the log-sum-exps, with which attention to other keys can be merged.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, offsets of packed sequences; or what `pack_sequences` gave, alone.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         Output `[B, Tq, Hq, Dv]`, or that and the log-sum-exp `[B, Tq, Hq]` (float32, float64 for float64 inputs; not
         differentiable).
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     check_attention(q, k, v, ("k", "v"), "Tk")
-    varlen = _tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
+    varlen = attention_tables(q, k.shape[1], config, cu_seqlens_q, cu_seqlens_k)
     factor, implementation = check_scale(scale, q), load_backend(backend, config, q, v)
     check_derivatives(q=q, k=k, v=v)
     out, lse = implementation.sliding_window_attention(q, k, v, config, varlen, factor)
@@ -415,15 +450,23 @@ def nsa_attention(
         k_slc, v_slc: `[B, Tk, Hk, Dk]`, `[B, Tk, Hk, Dv]`, of the selected branch.
         k_win, v_win: the same, of the window branch.
         gates: `[B, Tq, Hq, 3]` in the order compressed, selected, window.
+        config: block sizes and counts.
         indices: int32 `[B, Tq, Hk, N]`, replaces the selection.
         return_indices: also return the indices used.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, offsets of packed sequences; or what `pack_sequences` gave, alone.
+        scale: of the logits; `Dk ** -0.5` unless given.
+        backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
 
     Returns:
         `[B, Tq, Hq, Dv]`, or that and the indices `[B, Tq, Hk, N]`.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
     tokens = check_branches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
-    varlen = _tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
+    varlen = attention_tables(q, tokens, config, cu_seqlens_q, cu_seqlens_k)
     factor = check_scale(scale, q)
     implementation = load_backend(backend, config, q, v_slc)
     if indices is not None:
@@ -435,28 +478,6 @@ def nsa_attention(
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     out, indices = implementation.nsa_attention(*tensors, indices, config, varlen, factor)
     return (out, indices) if return_indices else out
-
-
-def _tables(
-    q: Tensor,
-    num_keys: int,
-    config: NSAConfig,
-    cu_seqlens_q: Tensor | PackedSequences | None,
-    cu_seqlens_k: Tensor | None,
-) -> Varlen | None:
-    """Tables of packed sequences with queries `q [1, Tq, Hq, Dk]`; `None` where nothing is packed."""
-    num_queries = q.shape[1]
-    if cu_seqlens_q is None:
-        if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_q must be given where cu_seqlens_k is, got None")
-        if num_queries > num_keys:
-            raise ValueError(f"q must have at most as many tokens as there are keys ({num_keys}), got {num_queries}")
-        return None
-    check_one_row("cu_seqlens_q", q)
-    packed = check_packing(q, num_queries, num_keys, cu_seqlens_q, cu_seqlens_k, config)
-    if isinstance(packed, PackedSequences):
-        return packed.varlen
-    return Varlen.of(packed.queries, packed.keys, num_queries, config)
 
 
 def load_backend(backend: str, config: NSAConfig, *tensors: Tensor) -> Backend:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa.backends import BackendName
 from nsa.blocks import BlockFunction, CompressionParams
 from nsa.cache import KVCache
-from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor
+from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor, pack_tokens
 from nsa.config import NSAConfig, integer
 from nsa.decode import cached_attention, decode_attention
 from nsa.eager.rope import rotate
@@ -21,7 +21,6 @@ from nsa.functional import (
     compress_keys_and_values,
     load_backend,
     nsa_attention,
-    pack_tokens,
 )
 from nsa.stores import computed_dtype
 from nsa.varlen import PackedSequences
@@ -66,6 +65,7 @@ def rope_table(
         head_dim: `D`, even.
         theta: base of the frequencies.
         scaling: of the frequencies; none unless given.
+        device: of the table; PyTorch's default unless given.
 
     Returns:
         float32 `[length, head_dim / 2, 2]`.
@@ -322,7 +322,7 @@ class NativeSparseAttention(nn.Module):
         """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`, and the indices used."""
         packed = pack_tokens(x, cu_seqlens, self.config)
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        k_cmp, v_cmp = self._compress(k_cmp, v_cmp, packed)
+        k_cmp, v_cmp = self.compress(k_cmp, v_cmp, packed)
         if rope is not None:
             if self.head_dim % 2:
                 raise ValueError(f"rope must be None where head_dim is odd ({self.head_dim}), got a table")
@@ -346,7 +346,8 @@ class NativeSparseAttention(nn.Module):
         )
         return out.flatten(2), used
 
-    def _compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
+    def compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
+        """Blocks `[B, C, Hk, D]` of keys and of values `[B, T, Hk, D]`, each as one vector."""
         params = _params(self.compress_k), _params(self.compress_v)
         return compress_keys_and_values(k, v, *params, self.config, cu_seqlens=packed, backend=self.backend)
 
@@ -393,7 +394,7 @@ class NativeSparseAttention(nn.Module):
             return rotate(tensor, rope[first : first + tensor.shape[1] * step : step], self.rope_interleaved)
 
         def compressed(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
-            k_cmp, v_cmp = self._compress(k, v)
+            k_cmp, v_cmp = self.compress(k, v)
             stride = self.config.compress_stride
             return rotated(k_cmp, block * stride, stride), v_cmp
 
@@ -432,7 +433,7 @@ class NativeSparseAttention(nn.Module):
             return rotate(tensor.transpose(0, 1), rope[positions], self.rope_interleaved).transpose(0, 1)
 
         def compressed(k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-            k_cmp, v_cmp = self._compress(k, v)
+            k_cmp, v_cmp = self.compress(k, v)
             return rotated(k_cmp, first.clamp(min=0)), v_cmp
 
         positions = cache.lengths_on_device()

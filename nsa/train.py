@@ -20,6 +20,9 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
+import nsa.titan.release  # says which extra is missing
+
+# isort: split
 import torch
 import torch.distributed as dist
 import torchtitan.train

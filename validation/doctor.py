@@ -58,9 +58,22 @@ class Layer:
 
 def supported(name: str) -> str:
     """The range of versions pyproject.toml asks for, such as `>=3.6,<3.8`; empty where any will do."""
-    pattern = r'^requires-python = "([^"]*)"' if name == "python" else rf'^ *"{name} *([<>=][^";]*)'
+    pattern = r'^requires-python = "([^"]*)"' if name == "python" else rf'"{name} *([<>=][^";]*)'
     match = re.search(pattern, declared(), re.MULTILINE)
     return match[1].strip() if match else ""
+
+
+def extra_of(name: str) -> str:
+    """The extra that brings a package; empty for what comes with `nsa` itself."""
+    if not PYPROJECT.exists():
+        lines = metadata.metadata("nsa").get_all("Requires-Dist") or ()
+        found = [line for line in lines if re.match(rf"{name}\b(?!-)", line)]
+        extras = [re.search(r'extra == "(\w+)"', line) for line in found]
+        return "" if not all(extras) or not extras else str(extras[0][1])  # type: ignore[index]
+    own, _, rest = PYPROJECT.read_text().partition("[project.optional-dependencies]")
+    groups = re.findall(r"(?ms)^(\w+) = \[(.*?)\]$", rest.partition("\n[")[0])
+    named = re.compile(rf'"{name}[ "<>=]')
+    return next((extra for extra, packages in groups if named.search(packages) and not named.search(own)), "")
 
 
 def declared() -> str:
@@ -89,13 +102,14 @@ def inspect_package(name: str, imports: bool) -> Package:
     if name == "triton" and platform.system() != "Linux":
         return Package(name, None)  # nothing requires it there: the kernels stay unused
     bounds = supported(name)
+    of = f", of the extra {extra}," if (extra := extra_of(name)) else ""
     try:
         version = platform.python_version() if name == "python" else metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Package(name, None, f"missing: {name}{bounds} is needed: {REMEDY}")
+        return Package(name, None, f"missing: {name}{bounds}{of} is needed: {REMEDY}")
     if not within(version, bounds):
         remedy = "make setup PYTHON=python3.12" if name == "python" else REMEDY
-        return Package(name, version, f"{name} {version} is not supported, {name}{bounds} is needed: {remedy}")
+        return Package(name, version, f"{name} {version} is not supported, {name}{bounds}{of} is needed: {remedy}")
     if imports and name in ("torch", "triton", "torchtitan"):
         try:
             importlib.import_module(name)

@@ -15,10 +15,13 @@ for bit:
 
 Kernels of other people that tune themselves at the first call find no clock there: they get the first configuration.
 
-Together they are worth a factor of about four. Triton 3.6 to 3.7.1 have these places.
+Together they are worth a factor of about four. Triton 3.6 to 3.9 have these places.
 
 `round_to_nearest` does change results. Where a GPU rounds a float32 to the nearest bfloat16, the interpreter cuts it
 off: twice as far from it on average, and always towards zero, so that errors add up which else cancel.
+
+`keep_conditions` mends a fault: a condition on a scalar becomes a block of integers, which loads of Triton 3.9 refuse
+as a mask.
 """
 
 import sys
@@ -75,6 +78,21 @@ def round_to_nearest() -> None:
         return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16), target.scalar)
 
     InterpreterBuilder.cast_impl = cast_impl
+
+
+@cache
+def keep_conditions() -> None:
+    """Makes blocks of conditions from scalar conditions, whatever was compared. There is no way back."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, kind: Any, scalar: Any) -> Any:
+        # What comparing integers gave is labelled as an integer.
+        return splat(self, kind, TensorHandle(scalar.data, tl.int1) if scalar.data.dtype == np.bool_ else scalar)
+
+    InterpreterBuilder.create_splat = create_splat
 
 
 def _remembering(numpy_dtype: Callable[..., Any]) -> Callable[..., Any]:

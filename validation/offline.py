@@ -68,6 +68,7 @@ def _stop_at_llvm(backend: Any = None, stages: dict[str, Any] | None = None, *_:
 
     def stop(source: Any, metadata: dict[str, Any]) -> None:
         lower(source, metadata)
+        assert metadata["enable_fp_fusion"], "products and sums are not fused: their bits are those of another release"
         raise Found(metadata["shared"])
 
     stages["llir"] = stop

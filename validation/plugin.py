@@ -131,6 +131,7 @@ def _mended_interpreter():
 
         interpreter.accelerate()
         interpreter.round_to_nearest()
+        interpreter.keep_conditions()
 
 
 def _need_gpus(config, count=1, gib=0):

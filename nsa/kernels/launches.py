@@ -54,9 +54,13 @@ def direct() -> Iterator[None]:
 
 
 class Kernel(JITFunction):
-    """A kernel whose launches can be written down."""
+    """A kernel whose launches can be written down, and whose products and sums are fused whatever Triton's default is.
+
+    Bits depend on it, and releases of Triton differ.
+    """
 
     def run(self, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kwargs.setdefault("enable_fp_fusion", True)
         compiled = super().run(*args, grid=grid, warmup=warmup, **kwargs)
         recorder = getattr(_state, "recorder", None)
         if recorder is not None and not warmup:

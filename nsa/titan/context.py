@@ -25,7 +25,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nsa.backends import BackendName
 from nsa.config import NSAConfig
-from nsa.functional import nsa_attention
+from nsa.functional import apply_rope, nsa_attention
+from nsa.module import NativeSparseAttention
 
 GATHERED_BYTES = 1 << 30
 """Of the keys and values gathered at a time; heads wait for their turn beyond that."""
@@ -71,6 +72,12 @@ class ContextParallel:
     def chunks(self, rank: int) -> tuple[int, ...]:
         """Numbers of the chunks that process `rank` holds, in the order in which it holds them."""
         return (rank, self.num_chunks - 1 - rank) if self.balanced else (rank,)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Positions `[t]` of the tokens `x [B, t, ...]` of this process in their sequence."""
+        mine = self.chunks(self.mesh.get_local_rank())
+        length = x.shape[1] // len(mine)
+        return torch.cat([torch.arange(length, device=x.device) + chunk * length for chunk in mine])
 
     def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Whole sequences `[B, T, ...]` of one dtype from the parts `[B, t, ...]` of all processes, in one exchange.
@@ -171,6 +178,19 @@ def nsa_attention_over(
         return out
 
     return context.attend(attention, (q, gates), (k_slc, v_slc, k_win, v_win), (k_cmp, v_cmp))
+
+
+def attend_over(
+    layer: NativeSparseAttention, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor
+) -> Tensor:
+    """`layer.attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
+    q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = layer.project(x)
+    k_cmp, v_cmp = context.compress(layer.compress, k_cmp, v_cmp, layer.config)
+    kind: dict[str, Any] = {"interleaved": layer.rope_interleaved, "backend": layer.backend}
+    tensors = (q, k_cmp, k_slc, k_win)
+    q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, layer.config, positions=positions, **kind)
+    inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    return nsa_attention_over(context, *inputs, layer.config, backend=layer.backend).flatten(2)
 
 
 def dense_attention_over(context: ContextParallel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def prepare_cpu() -> None:
     device = SimpleNamespace(
         **{name: getattr(torch.cpu, name) for name in ("set_device", "synchronize")},
         current_device=lambda: 0,
+        device_count=lambda: 1,
         get_device_name=lambda device=None: "CPU",
         get_device_properties=lambda device=None: SimpleNamespace(total_memory=_total_memory()),
         memory_stats=lambda device=None: dict.fromkeys(

@@ -1,5 +1,8 @@
 """Models from checkpoints, in one process, whatever layout saved them."""
 
+import nsa.titan.release  # noqa: F401  (says which extra is missing)
+
+# isort: split
 import re
 import warnings
 from collections.abc import Callable
@@ -19,9 +22,10 @@ from nsa.config import NSAConfig
 from nsa.module import INIT_STD
 from nsa.titan import runs
 from nsa.titan.data import ByteTokenizer, tokenizer_name
-from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config, weight_files
+from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
+from nsa.titan.weights import weight_files
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -4,19 +4,14 @@ Everything but attention and the drawing of initial weights is llama3's own, so 
 activation checkpointing and `torch.compile` apply as they are, and a dense twin differs in nothing else.
 """
 
-import math
 import os
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.attention import VarlenMetadata
@@ -28,11 +23,13 @@ from nsa.backends import BackendName
 from nsa.cache import DenseCache, KVCache
 from nsa.checks import check_backend
 from nsa.config import NSAConfig, integer
-from nsa.functional import apply_rope, pack_sequences
-from nsa.module import INIT_STD, PAPER, Compressor, NativeSparseAttention
-from nsa.titan.context import ContextParallel, nsa_attention_over
+from nsa.functional import pack_sequences
+from nsa.module import PAPER, NativeSparseAttention
+from nsa.titan.context import ContextParallel, attend_over
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.dense import DenseAttention, DocumentAttention, Documents
+from nsa.titan.flavors import layer_kinds, num_params_and_flops
+from nsa.titan.initial import complete_gradient, gate_logits, init_parameters
 from nsa.titan.refusals import JobError, require
 
 ATTENTION_KINDS = ("dense", "nsa")
@@ -91,7 +88,7 @@ class ModelArgs(TransformerModelArgs):
         if unknown:
             raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
         check_backend(self.backend)
-        self.gate_logits = _logits(self.initial_gates)
+        self.gate_logits = gate_logits(self.initial_gates)
         if self.attn_mask_type not in MASK_KINDS:
             raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
         if self.dim % self.n_heads:
@@ -108,7 +105,7 @@ class ModelArgs(TransformerModelArgs):
     @property
     def layer_kinds(self) -> list[str]:
         """The kind of attention of every layer."""
-        return list(islice(cycle(self.attention.split(",")), self.n_layers))
+        return layer_kinds(self.attention, self.n_layers)
 
     def update_from_config(self, job_config: JobConfig, **kwargs: Any) -> None:
         """Takes over what the job says; NSA's own options where the job has an `[nsa]` section."""
@@ -126,39 +123,7 @@ class ModelArgs(TransformerModelArgs):
         self.__post_init__()
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and FLOPs a token of a training step, counting the keys that each kind of attention looks at.
-
-        Weights of compressors are gone through once a block, every `d` tokens. As is the custom for dense attention,
-        causal masking is not discounted.
-        """
-        num_params = sum(p.numel() for p in model.parameters())
-        apart = sum(p.numel() for m in model.children() if isinstance(m, nn.Embedding) for p in m.parameters())
-        once_a_block = 0
-        for compressor in (module for module in model.modules() if isinstance(module, Compressor)):
-            for name, parameter in compressor.named_parameters():
-                apart += parameter.numel()
-                once_a_block += parameter.numel() if name != "position" else 0  # those are only added
-        config = self.nsa
-        selected = min(config.num_selected_blocks * config.select_block_size, seq_len)
-        sparse = config.num_compressed(seq_len) + selected + min(config.window_size, seq_len)
-        keys = sum(seq_len if kind == "dense" else sparse for kind in self.layer_kinds)
-        products = num_params - apart + once_a_block // config.compress_stride
-        return num_params, 6 * products + 12 * self.dim * keys
-
-
-def _logits(gates: str) -> tuple[float, ...]:
-    """Logits of gates; those of 0 and 1 are finite, and round to them.
-
-    Raises:
-        ValueError: they are not three such numbers.
-    """
-    try:
-        values = [float(x) for x in gates.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != 3 or not all(0 <= x <= 1 for x in values):
-        raise ValueError(f"initial_gates must be three numbers from 0 to 1 with commas between, got {gates!r}")
-    return tuple(max(-30.0, min(30.0, math.log(x) - math.log1p(-x))) if 0 < x < 1 else 60.0 * x - 30 for x in values)
+        return num_params_and_flops(model, seq_len, self.dim, self.layer_kinds, self.nsa)
 
 
 class NSAAttention(NativeSparseAttention):
@@ -201,7 +166,7 @@ class NSAAttention(NativeSparseAttention):
             if indices is not None or return_indices:
                 raise ValueError("indices must be None under context parallelism, and return_indices false")
             assert positions is not None  # TorchTitan gives them to whom it gives a part of a sequence
-            return self.wo(self._attend_over(self.context, x, rope, positions[0]))
+            return self.wo(attend_over(self, self.context, x, rope, positions[0]))
         if attention_masks is None:
             out, used = self.attend(x, rope, indices=indices)
         else:
@@ -210,16 +175,6 @@ class NSAAttention(NativeSparseAttention):
             # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
             out, used = (y.view(*x.shape[:2], *y.shape[2:]) for y in (out, used))
         return (self.wo(out), used) if return_indices else self.wo(out)
-
-    def _attend_over(self, context: ContextParallel, x: Tensor, rope: Tensor, positions: Tensor) -> Tensor:
-        """`attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
-        q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
-        k_cmp, v_cmp = context.compress(self._compress, k_cmp, v_cmp, self.config)
-        kind: dict[str, Any] = {"interleaved": self.rope_interleaved, "backend": self.backend}
-        tensors = (q, k_cmp, k_slc, k_win)
-        q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, self.config, positions=positions, **kind)
-        inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        return nsa_attention_over(context, *inputs, self.config, backend=self.backend).flatten(2)
 
 
 class Block(LlamaBlock):
@@ -257,44 +212,6 @@ class Block(LlamaBlock):
         out = h + self.feed_forward(self.ffn_norm(h))
         return (out, *used) if used else out
 
-    def initial_std(self, name: str) -> float:
-        """Standard deviation this parameter starts with: smaller, by depth, where the residual is written."""
-        if name in ("attention.wo.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"):
-            return float(self.weight_init_std)
-        if isinstance(self.attention, NSAAttention) and name.startswith("attention."):
-            return self.attention.initial_std()[name.removeprefix("attention.")]
-        return INIT_STD
-
-
-def complete_gradient(parameter: Tensor) -> None:
-    """Sums a gradient that tensor parallelism left in parts: torch 2.11 clips by the norm of a part."""
-    if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
-        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-
-
-DRAWN = 1 << 18
-"""Numbers from one generator: a process draws what it has of a parameter, in whole pieces of so many."""
-
-
-def _draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:
-    """Fills `local`, which lies at `offset` in a parameter of `shape`, with numbers that belong to the parameter.
-
-    They are drawn on the CPU: generators of other devices give other numbers.
-    """
-    if not local.numel():
-        return
-    rows = max(1, DRAWN // math.prod(shape[1:]))
-    begin, end = offset[0], offset[0] + len(local)
-    columns = tuple(slice(first, first + size) for first, size in zip(offset[1:], local.shape[1:], strict=True))
-    for piece in range(begin // rows, -(-end // rows)):
-        first = piece * rows
-        drawn = torch.empty(min(rows, shape[0] - first), *shape[1:], device="cpu")
-        code = zlib.crc32((f"{name} {piece}" if piece else name).encode()) ^ seed
-        generator = torch.Generator("cpu").manual_seed(code)
-        nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
-        start, stop = max(begin, first), min(end, first + rows)
-        local[start - begin : stop - begin].copy_(drawn[(slice(start - first, stop - first), *columns)])
-
 
 class Transformer(LlamaTransformer):
     """llama3 whose layers are dense or NSA as `ModelArgs.attention` says."""
@@ -309,32 +226,13 @@ class Transformer(LlamaTransformer):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draws every parameter from generators of its own, seeded by its name.
-
-        A parameter's values then depend on the seed and its name alone: not on how it is sharded, on which pipeline
-        stage or device it lies, or in which order layers are made. Distributions are llama3's, cut at three standard
-        deviations.
-        """
+        """Makes the rotary table and draws every parameter, see `nsa.titan.initial`."""
         with torch.device(buffer_device or self.freqs_cis.device):
             self.freqs_cis = self._precompute_freqs_cis()
-        for wrapped_name, parameter in self.named_parameters():
-            name = re.sub(r"_orig_mod\.|_checkpoint_wrapped_module\.", "", wrapped_name)
-            local, offset = parameter.data, (0,) * parameter.dim()
+        init_parameters(self, self.model_args.dim, self.model_args.gate_logits, self.model_args.seed)
+        for parameter in self.parameters():
             if isinstance(parameter, DTensor):
-                _, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                local = parameter.to_local()
                 parameter.register_post_accumulate_grad_hook(complete_gradient)
-            if re.search(r"norm\.weight$", name):
-                local.fill_(1)
-            elif name.endswith("attention.wg.bias"):
-                rows = torch.arange(offset[0], offset[0] + len(local), device=local.device)
-                local.copy_(torch.tensor(self.model_args.gate_logits, device=local.device)[rows % 3])
-            elif std := self._initial_std(name):
-                _draw(local, offset, parameter.shape, std, name, self.model_args.seed)
-            else:
-                local.zero_()
 
     def forward(
         self,
@@ -441,14 +339,6 @@ class Transformer(LlamaTransformer):
     def _kinds(self) -> dict[str, str]:
         """The kind of attention of each layer here; a stage of a pipeline has some of them."""
         return {name: self.model_args.layer_kinds[int(name)] for name in self.layers}
-
-    def _initial_std(self, name: str) -> float:
-        if name == "tok_embeddings.weight":
-            return 1.0
-        if name == "output.weight":
-            return float(self.model_args.dim**-0.5)
-        _, layer_id, name = name.split(".", 2)
-        return self.layers[layer_id].initial_std(name)
 
     def get_attention_masks(
         self, input_batch: Tensor, tokenizer: BaseTokenizer, extra_inputs: dict[str, Tensor] | None = None

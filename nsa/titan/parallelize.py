@@ -22,7 +22,8 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from nsa.module import Compressor
 from nsa.ops import forward_operators
 from nsa.titan.context import ContextParallel
-from nsa.titan.model import ModelArgs, NSAAttention, Transformer, complete_gradient
+from nsa.titan.initial import complete_gradient
+from nsa.titan.model import ModelArgs, NSAAttention, Transformer
 from nsa.titan.refusals import JobError, require
 
 if find_spec("triton"):

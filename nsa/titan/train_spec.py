@@ -5,6 +5,9 @@ section of its options with `job.custom_config_module = "nsa.titan.train_spec"`,
 `python -m nsa.train` does both. Without either TorchTitan knows neither the model nor how to run on a CPU.
 """
 
+import nsa.titan.release  # noqa: F401  (says which extra is missing)
+
+# isort: split
 import copy
 import inspect
 import os
@@ -29,6 +32,7 @@ from torchtitan.tools.logging import logger
 from nsa.config import NSAConfig
 from nsa.titan.cpu import prepare_cpu
 from nsa.titan.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
+from nsa.titan.flavors import FLAVORS
 from nsa.titan.hugging_face import HuggingFaceAdapter
 from nsa.titan.job_checks import check_job
 from nsa.titan.metrics import build_metrics_processor
@@ -36,36 +40,19 @@ from nsa.titan.model import ModelArgs, Transformer, build_tokenizer
 from nsa.titan.parallelize import parallelize_nsa, pipeline_nsa
 from nsa.titan.refusals import naming, require
 
-# Flavors. A twin differs in nothing but its attention.
-
-_SMALL = NSAConfig(
-    compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
-)
-_SIZES: dict[str, dict[str, Any]] = {
-    "debug": {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "nsa": _SMALL},
-    "debug_parallel": {"dim": 128, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "nsa": _SMALL},
-    "100m": {"dim": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4},
-    "1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 4, "ffn_dim_multiplier": 1.5},
-}
-_FLAVORS: dict[str, dict[str, Any]] = {
-    **_SIZES,
-    **{f"{name}_dense": {**sizes, "attention": "dense"} for name, sizes in _SIZES.items()},
-    "100m_hybrid": {**_SIZES["100m"], "attention": "dense,nsa,nsa,nsa"},
-}
-
 
 class _Flavors(Mapping[str, ModelArgs]):
     """Model arguments by flavor, made anew each time: TorchTitan writes the job's options into what it gets."""
 
     def __getitem__(self, flavor: str) -> ModelArgs:
-        require(flavor in _FLAVORS, "model.flavor", f"be one of {tuple(_FLAVORS)}", flavor)
-        return ModelArgs(**copy.deepcopy(_FLAVORS[flavor]))
+        require(flavor in FLAVORS, "model.flavor", f"be one of {tuple(FLAVORS)}", flavor)
+        return ModelArgs(**copy.deepcopy(FLAVORS[flavor]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_FLAVORS)
+        return iter(FLAVORS)
 
     def __len__(self) -> int:
-        return len(_FLAVORS)
+        return len(FLAVORS)
 
 
 # Job options: TorchTitan's, with defaults that need no network, and one section more.

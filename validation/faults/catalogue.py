@@ -355,7 +355,7 @@ _HUGGING_FACE = [
     Fault(
         "halves-as-neighbours",
         "exported keys of dense layers stay in the order of another rotary layout",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         'heads = {"wq": self.model_args.n_heads, "wk": self.model_args.kv_heads}',
         'heads = {"wq": self.model_args.n_heads}',
         ("test_hugging_face.py::test_transformers_computes_what_a_dense_model_does",),
@@ -364,7 +364,7 @@ _HUGGING_FACE = [
     Fault(
         "branches-before-heads",
         "keys of a dense layer are given to the branches of an NSA layer in the order of other heads",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         "x.view(args.kv_heads, 1, -1, args.dim).expand(-1, branches, -1, -1)",
         "x.view(1, args.kv_heads, -1, args.dim).expand(branches, -1, -1, -1)",
         ("test_hugging_face.py::test_a_sparse_model_of_a_dense_one_computes_the_same[{}-nsa]",),
@@ -373,7 +373,7 @@ _HUGGING_FACE = [
     Fault(
         "parts-of-a-head-permuted",
         "what a process has of a parameter is permuted as if it were all of it",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         "return x.full_tensor() if isinstance(x, DTensor) else x",
         "return x.to_local() if isinstance(x, DTensor) else x",
         ("test_hugging_face.py::test_layouts_begin_with_the_same_and_export_the_same[fsdp2]",),
@@ -382,7 +382,7 @@ _HUGGING_FACE = [
     Fault(
         "extra-weights-unseen",
         "weights of layers that the model has not got are left out without a word",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         "extra = sorted(name for name in shapes.keys() - expected.keys() if not _NEVER_LOADED.fullmatch(name))",
         "extra = sorted(name for name in shapes.keys() - expected.keys() if _NEVER_LOADED.fullmatch(name))",
         ("test_hugging_face.py::test_what_does_not_fit_is_named[nsa-extra]",),
@@ -391,7 +391,7 @@ _HUGGING_FACE = [
     Fault(
         "exports-of-what-it-began-with",
         "a model that began with dense weights is exported as if it were to be loaded from them",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         "        self.from_dense, self.tied, self._native = frozenset(), False, {}\n        return found\n",
         "        return found\n",
         ("test_hugging_face.py::test_what_a_model_began_with_does_not_matter_when_it_is_saved[nsa]",),
@@ -400,7 +400,7 @@ _HUGGING_FACE = [
     Fault(
         "compressors-begin-with-a-sum",
         "a compressor made from a dense layer begins with the sum of a block",
-        "titan/hugging_face.py",
+        "titan/weights.py",
         "((_HIDDEN_SCALE if mlp else 1) / length)",
         "(_HIDDEN_SCALE if mlp else 1)",
         ("test_hugging_face.py::test_compressors_begin_with_the_mean[linear]",),
@@ -1639,7 +1639,7 @@ _LARGE_SIZES = [
     Fault(
         "pieces-of-a-parameter-drawn-alike",
         "all pieces of a large parameter are drawn from the same numbers",
-        "titan/model.py",
+        "titan/initial.py",
         'f"{name} {piece}" if piece else name',
         'f"{name}"',
         ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
@@ -1648,7 +1648,7 @@ _LARGE_SIZES = [
     Fault(
         "piece-of-a-parameter-misplaced",
         "a process whose part begins within a piece takes the beginning of the piece",
-        "titan/model.py",
+        "titan/initial.py",
         "drawn[(slice(start - first, stop - first), *columns)]",
         "drawn[(slice(0, stop - start), *columns)]",
         ("test_model.py::test_a_part_of_a_parameter_is_drawn_as_in_the_whole",),
@@ -2257,6 +2257,17 @@ _RUNS = [
     ),
 ]
 
+_EXTRAS = [
+    Fault(
+        "other-releases-accepted",
+        "any release of an optional package is taken for the one that is needed",
+        "extras.py",
+        'if release and not re.match(rf"{re.escape(release)}(?!\\d)", found):',
+        "if not found:",
+        ("test_extras.py::test_another_release_is_refused",),
+    ),
+]
+
 FAULTS = [
     *_CONFIG,
     *_FUNCTIONS,
@@ -2280,4 +2291,5 @@ FAULTS = [
     *_LARGE_SIZES,
     *_UNDER_PYTORCH,
     *_HIDDEN_VALUES,
+    *_EXTRAS,
 ]

@@ -79,6 +79,7 @@ def compare(case):
 
         interpreter.accelerate()
         interpreter.round_to_nearest()
+        interpreter.keep_conditions()
     from torch.distributed.device_mesh import init_device_mesh
     from torchtitan.distributed.context_parallel import cp_shard
     from torchtitan.models.llama3.infra.parallelize import apply_tp

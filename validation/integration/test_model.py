@@ -16,7 +16,8 @@ from torchtitan.protocols.train_spec import get_train_spec
 from nsa.config import NSAConfig
 from nsa.ops import forward_operators
 from nsa.titan.data import ByteTokenizer
-from nsa.titan.model import ModelArgs, NSAAttention, Transformer, _draw
+from nsa.titan.initial import draw
+from nsa.titan.model import ModelArgs, NSAAttention, Transformer
 from nsa.titan.train_spec import JobConfig, NSAOptions
 from validation.numerics import assert_equal, assert_matches
 
@@ -111,13 +112,13 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 
 
 def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
-    monkeypatch.setattr("nsa.titan.model.DRAWN", 24)  # three rows
+    monkeypatch.setattr("nsa.titan.initial.DRAWN", 24)  # three rows
     whole = torch.empty(10, 8)
-    _draw(whole, (0, 0), whole.shape, 0.02, "weight", 0)
+    draw(whole, (0, 0), whole.shape, 0.02, "weight", 0)
     assert len(whole.unique()) > 75  # no piece is drawn twice
     for rows, columns in ((slice(2, 9), slice(0, 8)), (slice(4, 5), slice(2, 5)), (slice(10, 10), slice(0, 8))):
         part = torch.empty_like(whole[rows, columns])
-        _draw(part, (rows.start, columns.start), whole.shape, 0.02, "weight", 0)
+        draw(part, (rows.start, columns.start), whole.shape, 0.02, "weight", 0)
         assert_equal(part, whole[rows, columns], what=f"rows {rows}, columns {columns}")
 
 
@@ -126,7 +127,7 @@ def test_initial_weights_are_the_same_on_any_device():
     drawn = {}
     for device in ("cpu", "cuda"):
         drawn[device] = torch.empty(300, 8, device=device)
-        _draw(drawn[device], (0, 0), (300, 8), 0.02, "weight", 0)
+        draw(drawn[device], (0, 0), (300, 8), 0.02, "weight", 0)
     assert_equal(drawn["cuda"].cpu(), drawn["cpu"], what="weight")
 
 

@@ -72,8 +72,17 @@ def test_ranges_are_those_of_the_package():
     for name in ("torch", "triton", "torchtitan"):
         bounds = doctor.supported(name)
         assert bounds
-        assert any(line.partition(";")[0].strip() == name + bounds for line in project["dependencies"])
+        lines = project["optional-dependencies"]["titan"] if name == "torchtitan" else project["dependencies"]
+        assert any(line.partition(";")[0].strip() == name + bounds for line in lines)
     assert doctor.supported("hypothesis") == ""
+
+
+def test_extras_are_those_of_the_package():
+    extras = tomllib.loads(doctor.PYPROJECT.read_text())["project"]["optional-dependencies"]
+    found = {name: doctor.extra_of(name) for needs in doctor.NEEDS.values() for name in needs}
+    assert {name for name, extra in found.items() if not extra} == {"python", "torch", "triton"}
+    for name, extra in found.items():
+        assert not extra or any(line.startswith(name) for line in extras[extra])
 
 
 # 2. Packages
@@ -93,7 +102,7 @@ def test_all_is_well(installed, capsys):
         ("triton", "3.5.1", {"unit", "integration", "system", "perf"}),
         ("triton", None, {"unit", "integration", "system", "perf"}),
         ("torch", "2.10.0", {"unit", "integration", "system", "perf"}),
-        ("torch", "2.14.0", {"unit", "integration", "system", "perf"}),
+        ("torch", "2.16.0", {"unit", "integration", "system", "perf"}),
         ("torchtitan", "0.3.0", {"integration", "system"}),
         ("torchtitan", None, {"integration", "system"}),
         ("hypothesis", None, {"unit"}),
@@ -105,6 +114,7 @@ def test_what_is_missing_or_unsupported_is_named_with_a_remedy(installed, capsys
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith(f"!!  {name} ")]
     assert doctor.supported(name) in line
+    assert doctor.extra_of(name) in line
     assert "make setup" in line
     assert version is None or version in line
     found = {layer.name: layer for layer in doctor.layers(doctor.inspect())}

@@ -1,6 +1,6 @@
 """The accelerated interpreter against Triton's own: run as a module, this file asks the one and then the other.
 
-And its rounding against PyTorch's.
+And its rounding against PyTorch's, and conditions as they are on a GPU.
 """
 
 import os
@@ -63,7 +63,22 @@ def test_a_bfloat16_is_the_nearest_one(on_device):
     assert_equal(out, x.bfloat16(), what="float32 as bfloat16")
 
 
+@triton.jit
+def _first_kernel(x, out, count, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    kept = (places < 3) & (count > 0)
+    tl.store(out + places, tl.load(x + places, mask=kept, other=0.0), mask=kept)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_condition_on_a_scalar_is_part_of_a_mask(on_device, count):
+    out = torch.zeros(8)
+    _first_kernel[(1,)](torch.arange(1.0, 9), out, count, COUNT=8)
+    assert out.tolist() == [*([1.0, 2.0, 3.0] if count else [0.0] * 3), *[0.0] * 5]
+
+
 if __name__ == "__main__":
+    interpreter.keep_conditions()
     own = everything()
     assert interpreter.accelerate()
     accelerated = everything()

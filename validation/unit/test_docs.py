@@ -1,4 +1,4 @@
-"""Commands and output in the README and in docs/: commands name what is there, and output is what a run prints.
+"""Links, commands and output in the README and in docs/: they lead somewhere, name what is there, are what is printed.
 
 Output that depends on counts or rounding has `...` in their place. What takes long is run in a cheap form.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCED = re.compile(r"(?ms)^```(\w*)\n(.*?)^```")
 VALIDATE = (ROOT / "docs" / "validate-your-own.md").read_text()
 STAGES, SEMANTICS = (f"validation/unit/conformance/test_{name}.py" for name in ("stages", "semantics"))
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 # 1. Commands.
@@ -63,7 +63,27 @@ INVENTED = {"test_semantics.py::test_a_window_of_one_is_the_value"}
 """Ids that a page shows for what is said of them: that they are not there."""
 
 
-# 2. Output.
+# 2. Links.
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", FENCED.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+# 3. Output.
 
 
 def block(beginning: str) -> str:

@@ -26,7 +26,8 @@ TOKENS_A_STEP = 16384
 UNITS = "ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times|passed|failed|skipped|xfailed|tests|lines"
 FIGURE = rf"(?m)\d+\.\d+|\d+%|\b[\d,]+ (?:{UNITS})\b|(?:failed|passed) \d+|^ +\d+  "
 """What is taken for measured: whatever has decimals or a unit, or is counted; versions aside."""
-VERSIONS = r"(PyTorch|Python|Triton|fla-core|version|or) \d[\d.]*\d|arXiv 2502\.11089|arxiv\.org/abs/2502\.11089"
+NAMED = "PyTorch|Python|Triton|TorchTitan|fla-core|version|or"
+VERSIONS = rf"({NAMED}) \d[\d.]*\d|arXiv 2502\.11089|arxiv\.org/abs/2502\.11089"
 
 
 def figures(text: str, tables: bool = False) -> list[str]:
@@ -75,6 +76,15 @@ def suite() -> str:
     """The sentence on what came of the unit tests on fla."""
     failed, passed, skipped = re.findall(r"\d+", (RUNS / "h200-fla-suite.txt").read_text().partition("\n")[0])
     return f"{passed} tests passed, {failed} failed, {skipped} were skipped"
+
+
+def test_versions_that_were_run_are_those_of_the_saved_runs() -> None:
+    saved = json.loads((RUNS / "versions.json").read_text())
+    page = (ROOT / "docs" / "versions.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"(?m)^\|.*\|$", page)]
+    expected = [list(run.values()) for run in saved["runs"]]
+    expected += [[name, f"`{command}`"] for name, command in saved["commands"].items()]
+    assert [row for row in rows if row[0] not in ("PyTorch", "run", "---")] == expected
 
 
 @pytest.mark.parametrize(

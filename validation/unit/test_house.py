@@ -70,9 +70,9 @@ def test_the_package_does_not_import_its_tests() -> None:
     assert not found, f"nsa must work without validation: {'; '.join(found)}"
 
 
-@pytest.mark.parametrize("package", ["torchtitan", "nsa.titan"])
+@pytest.mark.parametrize("package", ["torchtitan", "nsa.titan", "nsa.titan3"])
 def test_only_titan_and_the_entry_points_know_torchtitan(package: str) -> None:
-    others = (file for file in FILES if not file.startswith("nsa/titan/") and file not in ENTRY_POINTS)
+    others = (file for file in FILES if not file.startswith(("nsa/titan/", "nsa/titan3/")) and file not in ENTRY_POINTS)
     found = breaches(package, others)
     assert not found, f"nsa must work without TorchTitan: {'; '.join(found)}"
 

@@ -1,0 +1,48 @@
+"""What is said where a package of an extra is missing or of another release."""
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from nsa import extras
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions by package, as far as `nsa` can see."""
+    versions: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(extras, "version", version)
+    return versions
+
+
+@pytest.mark.parametrize("found", ["0.3", "0.3.0", "0.3.12+cpu"])
+def test_a_release_that_fits_is_taken(installed: dict[str, str], found: str) -> None:
+    installed["torchtitan"] = found
+    extras.require("titan3", "torchtitan", "0.3")
+
+
+def test_a_missing_package_names_its_extra(installed: dict[str, str]) -> None:
+    message = r'torchtitan 0\.2\.2 is missing, of the extra `titan`: pip install "nsa\[titan\]"'
+    with pytest.raises(ModuleNotFoundError, match=message):
+        extras.require("titan", "torchtitan", "0.2.2")
+
+
+@pytest.mark.parametrize("found", ["0.3.0", "0.2.20", "0.2.1", "10.2.2"])
+def test_another_release_is_refused(installed: dict[str, str], found: str) -> None:
+    installed["torchtitan"] = found
+    with pytest.raises(ModuleNotFoundError, match=rf"torchtitan 0\.2\.2 is needed, .*`titan`.*torchtitan {found} is"):
+        extras.require("titan", "torchtitan", "0.2.2")
+
+
+def test_the_model_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
+    for name in [name for name in sys.modules if name == "nsa.titan" or name.startswith("nsa.titan.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match=r"nsa\[titan\]"):
+        import nsa.titan.release  # noqa: F401
