@@ -85,6 +85,11 @@ class ByteTokenizer:
         return self.vocab_size
 
 
+def padded_vocab_size(tokenizer: Any) -> int:
+    """The vocabulary of a model for `tokenizer`: a multiple of 64, so that matrix products stay aligned."""
+    return -(-tokenizer.get_vocab_size() // 64) * 64
+
+
 def corpus_files(split: Split, path: str | os.PathLike[str] | None = None) -> list[Path]:
     """Files of a split, in the order in which they are read.
 

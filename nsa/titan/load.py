@@ -21,7 +21,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from nsa.config import NSAConfig
 from nsa.module import INIT_STD
 from nsa.titan import runs
-from nsa.titan.data import ByteTokenizer, tokenizer_name
+from nsa.titan.data import ByteTokenizer, padded_vocab_size, tokenizer_name
 from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config
 from nsa.titan.model import ModelArgs, Transformer
 from nsa.titan.refusals import JobError
@@ -125,7 +125,7 @@ def untrained_model(
 
     tokenizer, arguments = ByteTokenizer(), get_train_spec("nsa").model_args[flavor]
     assert isinstance(arguments, ModelArgs)
-    arguments.vocab_size = -(-tokenizer.get_vocab_size() // 64) * 64
+    arguments.vocab_size = padded_vocab_size(tokenizer)
     if room_for is not None:
         arguments.max_seq_len = max(arguments.max_seq_len, room_for(tokenizer))
     model = _empty(arguments, dtype or torch.float32, device)

@@ -26,7 +26,7 @@ from nsa.config import NSAConfig, integer
 from nsa.functional import pack_sequences
 from nsa.module import PAPER, NativeSparseAttention
 from nsa.titan.context import ContextParallel, attend_over
-from nsa.titan.data import ByteTokenizer
+from nsa.titan.data import ByteTokenizer, padded_vocab_size
 from nsa.titan.dense import DenseAttention, DocumentAttention, Documents
 from nsa.titan.flavors import layer_kinds, num_params_and_flops
 from nsa.titan.initial import complete_gradient, gate_logits, init_parameters
@@ -113,7 +113,7 @@ class ModelArgs(TransformerModelArgs):
         if job_config.validation.enable:
             self.max_seq_len: int = max(job_config.training.seq_len, job_config.validation.seq_len)
         if not self.vocab_size:
-            self.vocab_size = -(-build_tokenizer(job_config).get_vocab_size() // 64) * 64
+            self.vocab_size = padded_vocab_size(build_tokenizer(job_config))
         self.seed = job_config.debug.seed or 0
         options = {k: v for k, v in vars(getattr(job_config, "nsa", object)).items() if v is not None}
         sizes = {field.name for field in fields(NSAConfig)}

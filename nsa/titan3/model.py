@@ -16,7 +16,7 @@ from torchtitan.models.llama3.model import Llama3TransformerBlock
 from nsa.backends import BackendName
 from nsa.config import NSAConfig
 from nsa.module import PAPER
-from nsa.titan.data import ByteTokenizer
+from nsa.titan.data import ByteTokenizer, padded_vocab_size
 from nsa.titan.flavors import layer_kinds, num_params_and_flops
 from nsa.titan.initial import gate_logits, init_parameters
 from nsa.titan3.attention import DenseAttention, HeadCompressor, NSAAttention
@@ -117,7 +117,7 @@ def model_config(
         ffn_dim_multiplier: of the hidden width, as llama3 has it.
         max_seq_len: the longest sequence.
     """
-    vocab_size = vocab_size or -(-ByteTokenizer().get_vocab_size() // 64) * 64
+    vocab_size = vocab_size or padded_vocab_size(ByteTokenizer())
     kinds, head_dim = layer_kinds(attention, n_layers), dim // n_heads
     norm = partial(RMSNorm.Config, normalized_shape=dim, param_init=_DRAWN_LATER)
     hidden = compute_ffn_hidden_dim(dim, multiple_of=256, ffn_dim_multiplier=ffn_dim_multiplier)

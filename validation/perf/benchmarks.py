@@ -295,12 +295,12 @@ def _training_step(flavor: str, length: int) -> Calls:
     from torchtitan.protocols.train_spec import get_train_spec
 
     import nsa.titan.train_spec  # noqa: F401 (registers the spec)
-    from nsa.titan.data import ByteTokenizer
+    from nsa.titan.data import ByteTokenizer, padded_vocab_size
 
     release()
     spec = get_train_spec("nsa")
     args: Any = spec.model_args[flavor]
-    args.vocab_size, args.max_seq_len = -(-ByteTokenizer().get_vocab_size() // 64) * 64, length
+    args.vocab_size, args.max_seq_len = padded_vocab_size(ByteTokenizer()), length
     args.n_layers = LAYERS or args.n_layers
     with torch.device(device()):
         model: Any = spec.model_cls(args)

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
-from nsa.titan.data import DATASETS, ByteTokenizer, CorpusLoader, Split, corpus_files, corpus_tokens, tokenizer_name
+from nsa.titan.data import (
+    DATASETS,
+    ByteTokenizer,
+    CorpusLoader,
+    Split,
+    corpus_files,
+    corpus_tokens,
+    padded_vocab_size,
+    tokenizer_name,
+)
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -64,8 +74,14 @@ def test_the_vocabulary_is_the_bytes_and_three_special_tokens() -> None:
     assert tokenizer.encode("a") == [97]  # nothing is added unasked
     assert tokenizer.decode([258, 97, 258]) == "a"
     assert tokenizer.decode([258, 97], skip_special_tokens=False) == "<pad>a"
+
     assert tokenizer == ByteTokenizer()
     assert hash(tokenizer) == hash(ByteTokenizer())
+
+
+@pytest.mark.parametrize(("tokens", "padded"), [(1, 64), (64, 64), (65, 128), (259, 320)])
+def test_the_vocabulary_of_a_model_is_the_next_multiple_of_64(tokens: int, padded: int) -> None:
+    assert padded_vocab_size(SimpleNamespace(get_vocab_size=lambda: tokens)) == padded
 
 
 @pytest.mark.parametrize("bad", [-1, 259])

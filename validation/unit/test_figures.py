@@ -223,11 +223,11 @@ def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
 
 def parameters(flavor: str) -> int:
     """How many a model has, at the vocabulary of bytes."""
-    from nsa.titan.data import ByteTokenizer
+    from nsa.titan.data import ByteTokenizer, padded_vocab_size
     from nsa.titan.model import Transformer
     from nsa.titan.train_spec import _Flavors
 
     args = _Flavors()[flavor]
-    args.vocab_size = -(-ByteTokenizer().get_vocab_size() // 64) * 64
+    args.vocab_size = padded_vocab_size(ByteTokenizer())
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(args).parameters())
