@@ -237,13 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hf-assets-path", type=Path, metavar="DIR", help="the tokenizer, if it was moved")
     parser.add_argument("--benchmark", action="store_true", help="print latencies as JSON instead of text")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of --benchmark: any N tokens are the prompt")
-    parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="sequences at a time of --benchmark; default 1"
-    )
+    parser.add_argument("--batch", type=int, metavar="N", help="sequences at a time of --benchmark; default 1")
     given = parser.parse_args(arguments)
     if (given.prompt is None) == (given.prompt_tokens is None):
         parser.error("either --prompt or --prompt-tokens must be given")
-    for name in ("flavor", "prompt_tokens"):
+    for name in ("flavor", "prompt_tokens", "batch"):
         if getattr(given, name) is not None and not given.benchmark:
             parser.error(f"--{name.replace('_', '-')} is for --benchmark alone")
     from nsa.titan.load import load_model, untrained_model
@@ -267,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, tokenizer = load_model(given.checkpoint, hf_assets_path=given.hf_assets_path, **options)
         prompt = encode(tokenizer)
         if given.benchmark:
-            print(json.dumps(benchmark(model, prompt, given.max_new_tokens, 5, given.batch)))
+            batch = 1 if given.batch is None else given.batch
+            print(json.dumps(benchmark(model, prompt, given.max_new_tokens, 5, batch)))
             return
         _print_tokens(model, tokenizer, prompt, given)
     except (JobError, ValueError) as error:

@@ -252,6 +252,7 @@ def test_a_flavor_is_measured_without_a_checkpoint(capsys):
         (["--flavor=debgu", "--benchmark", "--prompt-tokens=3"], 1, "model.flavor must be one of ('debug', "),
         (["--flavor=debug", "--prompt=x"], 2, "--flavor is for --benchmark alone"),
         (["--checkpoint=x", "--prompt-tokens=3"], 2, "--prompt-tokens is for --benchmark alone"),
+        (["--checkpoint=x", "--prompt=x", "--batch=2"], 2, "--batch is for --benchmark alone"),
         (["--checkpoint=x"], 2, "either --prompt or --prompt-tokens must be given"),
         (["--flavor=debug", "--prompt=x", "--prompt-tokens=3", "--benchmark"], 2, "either --prompt or --prompt-tokens"),
         (["--flavor=debug", "--checkpoint=x", "--prompt=x"], 2, "not allowed with argument"),

@@ -74,7 +74,6 @@ def test_the_vocabulary_is_the_bytes_and_three_special_tokens() -> None:
     assert tokenizer.encode("a") == [97]  # nothing is added unasked
     assert tokenizer.decode([258, 97, 258]) == "a"
     assert tokenizer.decode([258, 97], skip_special_tokens=False) == "<pad>a"
-
     assert tokenizer == ByteTokenizer()
     assert hash(tokenizer) == hash(ByteTokenizer())
 
