@@ -1,4 +1,4 @@
-"""Packages that `nsa` itself does not need: what is said where one is missing."""
+"""Packages that `nsa` itself does not need, and the error where one is missing."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -10,17 +10,16 @@ def require(extra: str, package: str, release: str = "") -> None:
     Args:
         extra: its name in `pip install "nsa[extra]"`.
         package: as `pip` names it.
-        release: what its version begins with; `"0.3"` is every 0.3.x.
+        release: beginning of its version; `"0.3"` is every 0.3.x; any version unless given.
 
     Raises:
         ModuleNotFoundError: the package is missing, or another release of it is installed; the message names the extra.
     """
     wanted = " ".join(filter(None, (package, release)))
-    remedy = f'pip install "nsa[{extra}]"'
+    remedy = f'the extra `{extra}` brings it: pip install "nsa[{extra}]"'
     try:
         found = version(package)
     except PackageNotFoundError:
-        raise ModuleNotFoundError(f"{wanted} is missing, of the extra `{extra}`: {remedy}", name=package) from None
+        raise ModuleNotFoundError(f"{wanted} is missing; {remedy}", name=package) from None
     if release and not re.match(rf"{re.escape(release)}(?!\d)", found):
-        message = f"{wanted} is needed, of the extra `{extra}`, and {package} {found} is installed: {remedy}"
-        raise ModuleNotFoundError(message, name=package)
+        raise ModuleNotFoundError(f"{wanted} is needed, but {found} is installed; {remedy}", name=package)

@@ -1,9 +1,9 @@
-"""The release of TorchTitan that this package is for: to import this module is to check that it is installed.
+"""Checks, when it is imported, that the release of TorchTitan is installed that this package is for.
 
 It is imported before anything of TorchTitan's.
 
 Raises:
-    ModuleNotFoundError: it is not; the message names the extra.
+    ModuleNotFoundError: another release is installed, or none; the message names the extra.
 """
 
 from nsa.extras import require

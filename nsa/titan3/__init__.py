@@ -6,7 +6,7 @@
 which is for TorchTitan 0.2.2. Checkpoints, metrics, signals and CUDA graphs are TorchTitan's own.
 
 Raises:
-    ModuleNotFoundError: TorchTitan 0.3 is not installed; the message names the extra.
+    ModuleNotFoundError: another release of TorchTitan is installed, or none; the message names the extra.
 """
 
 from nsa.extras import require
