@@ -1,4 +1,4 @@
-"""What is refused before anything is built: jobs that would fail later, or train something else without a word."""
+"""Refusals before anything is built: jobs that would fail later, or would silently train something else."""
 
 from typing import Any
 
@@ -33,8 +33,8 @@ def check_job(config: Any, model: Any) -> None:
         schedule = parallelism.pipeline_parallel_schedule
         known = ("GPipe", "1F1B", "Interleaved1F1B")
         require(schedule in known, "parallelism.pipeline_parallel_schedule", f"be one of {known}", schedule)
-    if compiler.enable_async_tensor_parallel:
-        require(False, "compile.enable_async_tensor_parallel", "be false for NSA models", True)
+    asynchronous = compiler.enable_async_tensor_parallel
+    require(not asynchronous, "compile.enable_async_tensor_parallel", "be false for NSA models", asynchronous)
     if not config.training.disable_cuda_graphs and torch.cuda.is_available() and "nsa" in model.kinds:
         _check_graphs(model)
 
@@ -61,6 +61,6 @@ def _check_graphs(model: Any) -> None:
 
     attention = next(layer.attention for layer in model.layers if hasattr(layer.attention, "nsa"))
     head = torch.empty(model.dim // attention.n_heads, device="cuda")
-    reason = "as its backend says" if attention.backend == "eager" else kernels.why_not(model.nsa, head)
-    must = f"be true where NSA layers run on the eager backend, {reason}"
+    reason = 'backend is "eager"' if attention.backend == "eager" else kernels.why_not(model.nsa, head)
+    must = f"be true where NSA layers run on the eager backend ({reason})"
     require(reason is None, "training.disable_cuda_graphs", must, False)

@@ -13,7 +13,7 @@ from nsa.titan3.model import Transformer, other_name, own_name
 
 
 class _Sizes:
-    """What `Weights` asks of the arguments of a model."""
+    """The sizes that `Weights` needs, from a configuration."""
 
     def __init__(self, config: Transformer.Config):
         attention = config.layers[0].attention
@@ -29,7 +29,7 @@ class HuggingFaceAdapter(Weights, StateDictAdapter):
         Weights.__init__(self, _Sizes(model_config))
         is_folder = hf_assets_path is not None and os.path.isdir(hf_assets_path)
         StateDictAdapter.__init__(self, model_config, hf_assets_path if is_folder else None)
-        # Which file each weight was in over there says nothing of ours.
+        # The files that loaded weights came from do not decide the files of saved ones.
         self.fqn_to_index_mapping = None
         self._asked_for: dict[str, Any] = {}
 
@@ -41,9 +41,10 @@ class HuggingFaceAdapter(Weights, StateDictAdapter):
         return {own_name(name): value for name, value in super().from_hf(hf_state_dict).items()}
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
-        """A reader of the folder, in which all that `to_hf` gave last is there to be loaded.
+        """A reader of the folder, after its tensors were compared with those that `to_hf` gave last.
 
-        TorchTitan asks for names before it says where they are: what it was given is filled anew.
+        TorchTitan calls `to_hf` before it names the folder. The names depend on the folder, so the dictionary that
+        `to_hf` gave is filled anew.
 
         Raises:
             JobError: weights are missing, superfluous or of another shape.
@@ -56,5 +57,5 @@ class HuggingFaceAdapter(Weights, StateDictAdapter):
         asked_for.update(found)
         wrong = misfits({name: tuple(x.shape) for name, x in found.items()}, shapes)
         if wrong:
-            raise JobError(f"{path!r} does not fit the model: {'; '.join(wrong[:5])}")
+            raise JobError(f"{path!r} must hold the weights of the model: {'; '.join(wrong[:5])}")
         return super().get_hf_storage_reader(path, from_quantized)
