@@ -1,8 +1,8 @@
 """Native Sparse Attention (arXiv 2502.11089): three gated branches in place of dense attention.
 
-`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer and `nsa.cache` its key/value cache;
-`nsa.titan` plugs a model made of such layers into TorchTitan and, with the entry points `nsa.train` and `nsa.generate`,
-is the only part that needs it installed.
+`nsa.functional` has the stages and `nsa_attention`, `nsa.module` the layer and `nsa.cache` its key/value cache.
+`nsa.titan` has a model of such layers for TorchTitan 0.2.2, and `nsa.titan3` has it for TorchTitan 0.3. Only they and
+the entry points, `nsa.train` and `nsa.generate`, need TorchTitan.
 """
 
 from importlib.metadata import PackageNotFoundError, version
