@@ -1,9 +1,9 @@
 """Key/value caches of a layer, for prefill in chunks and for decoding.
 
 Of earlier tokens a query needs the keys and values of the selected branch, all of them; the compressed ones; and of the
-window branch the last `w - 1`. Compression needs the last `l - 1` at most as they were before it and before rotation:
-those that no compressed block has taken in yet. The latter two are kept in rings, which do not grow with the context: a
-ring has the token at position `p` in slot `p % size`.
+window branch the last `w - 1`. Compression needs at most the last `l - 1`, not rotated: those that are not in a
+compressed block yet. The latter two are kept in rings, which do not grow with the context: a ring has the token at
+position `p` in slot `p % size`.
 """
 
 import copy

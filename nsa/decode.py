@@ -76,7 +76,7 @@ def decode_attention(
     scale: float | None = None,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`nsa_attention` (section 3.2) of the last `Tq` tokens of sequences, whose lengths the device alone need know.
+    """`nsa_attention` (section 3.2) of the last `Tq` tokens of sequences whose lengths are on the device.
 
     With the Triton backend neither shapes nor launches depend on the lengths, and nothing waits for the device: steps
     can be captured in a CUDA graph. Nothing is differentiated.
@@ -126,9 +126,9 @@ _ENDLESS = 1 << 30
 def dense_decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, scale: float | None = None, backend: BackendName = "auto"
 ) -> Tensor:
-    """Dense attention of the last `Tq` tokens of sequences of any lengths, which the device alone need know.
+    """Dense attention of the last `Tq` tokens of sequences whose lengths are on the device.
 
-    It is `decode_attention` with a window as wide as the room, which no other branch stands beside.
+    It is `decode_attention` with a window as wide as the room and no other branches.
 
     Args:
         q: `[B, Tq, Hq, Dk]`, the last `Tq` tokens of each sequence, few.
@@ -154,7 +154,7 @@ def dense_decode_attention(
 
 
 def window_of(capacity: int) -> NSAConfig:
-    """Sizes with which nothing but a window over all of `capacity` tokens is attended to."""
+    """The configuration of a window over all of `capacity` tokens, without other branches."""
     blocks = dict.fromkeys(("compress_block_size", "compress_stride", "select_block_size"), _ENDLESS)
     none = dict.fromkeys(("num_selected_blocks", "num_initial_blocks", "num_local_blocks"), 0)
     sizes: dict[str, Any] = {**blocks, **none, "window_size": capacity, "compression": "mean"}

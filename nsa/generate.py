@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nsa.generate", description=__doc__.partition("\n\n")[2])
     model_of = parser.add_mutually_exclusive_group(required=True)
     model_of.add_argument("--checkpoint", type=Path, metavar="DIR", help="step-N, or the folder of a run")
-    model_of.add_argument("--flavor", metavar="NAME", help="of a model that nobody has trained, for --benchmark")
+    model_of.add_argument("--flavor", metavar="NAME", help="measure an untrained model, with --benchmark")
     parser.add_argument("--prompt", metavar="TEXT", help="what is continued; - reads standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default 0.8")

@@ -64,10 +64,10 @@ LAYOUT_BOUND = 5e-5
 """Difference of a float32 loss, gradient norm or parameter between layouts: sums in another order, over a few steps."""
 
 KNOWN_WORDS = 2 / 3
-"""Words of generated text that the corpus has, at least. Of tokens drawn as often as the corpus has them it is 0.4."""
+"""At least this part of the words of generated text is in the corpus; for tokens drawn by their frequency it is 0.4."""
 
 PARSED_LINES = 1 / 3
-"""Lines of generated text that are lines of Python, at least. Of tokens drawn like that it is 0.1."""
+"""At least this part of the lines of generated text is Python; for tokens drawn by their frequency it is 0.1."""
 
 TRANSFORMERS_BOUND = 1e-5
 """Difference of a float32 logit between `transformers` and a dense model, as a part of the largest: the design's."""

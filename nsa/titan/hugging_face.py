@@ -29,7 +29,7 @@ class HuggingFaceAdapter(Weights, StateDictAdapter):
         Weights.__init__(self, model_args)
         is_folder = hf_assets_path is not None and os.path.isdir(hf_assets_path)
         StateDictAdapter.__init__(self, model_args, hf_assets_path if is_folder else None)
-        # Which file each weight was in over there says nothing of ours.
+        # The files that loaded weights came from do not decide the files of saved ones.
         self.fqn_to_index_mapping = None
 
     def read(self, folder: Path) -> list[str]:

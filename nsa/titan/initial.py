@@ -39,7 +39,7 @@ def complete_gradient(parameter: Tensor) -> None:
 
 
 DRAWN = 1 << 18
-"""Numbers from one generator: a process draws what it has of a parameter, in whole pieces of so many."""
+"""Numbers from one generator: a parameter is drawn in pieces of so many, and a process draws those it has a part of."""
 
 
 def draw(local: Tensor, offset: Sequence[int], shape: Sequence[int], std: float, name: str, seed: int) -> None:

@@ -72,7 +72,7 @@ class Weights:
         self._native: dict[str, Any] = {}
 
     def look(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Finds out what is made of what by the next `from_hf`, from the shapes of the tensors there are, by name."""
+        """Decides what the next `from_hf` makes of tensors, from their shapes by name."""
         theirs = {i for i in range(self.model_args.n_layers) if f"model.layers.{i}.self_attn.k_proj.weight" in shapes}
         self.from_dense = frozenset(self._sparse if theirs & self._sparse else ())
         self.tied = "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes

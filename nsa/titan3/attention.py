@@ -1,7 +1,8 @@
 """Attention modules of TorchTitan's kind: NSA, and its dense twin.
 
-Both have the parameters that `nsa.titan` has, by the same names, and take part in context parallelism by themselves:
-TorchTitan's serves two kernels of its own. What their tokens attend to is what stands before them, documents or not.
+Both have the parameters that `nsa.titan` has, by the same names. They do context parallelism themselves, because
+TorchTitan's works only with two kernels of its own. A token attends to all tokens before it: documents are not kept
+apart.
 
 Legend: `B` batch, `t` tokens of this process, `H` heads, `D` head dim.
 """
@@ -68,7 +69,7 @@ class NSAAttention(NativeSparseAttention, BaseAttention):
         self.rope = config.rope.build()
 
     def forward(self, x: Tensor, attention_masks: Any = None, positions: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Attention of `x [B, t, dim]`. Masks and positions are not looked at: both follow from the layout."""
+        """Attention of `x [B, t, dim]`. Masks and positions are ignored: both follow from the layout."""
         rope = torch.view_as_real(self.rope.cache)
         if self.context is None:
             return self.wo(self.attend(x, rope[: x.shape[1]])[0])
@@ -102,7 +103,7 @@ class DenseAttention(BaseAttention):
         self.rope = config.rope.build()
 
     def forward(self, x: Tensor, attention_masks: Any = None, positions: Tensor | None = None) -> Tensor:
-        """Attention of `x [B, t, dim]`. Masks and positions are not looked at: both follow from the layout."""
+        """Attention of `x [B, t, dim]`. Masks and positions are ignored: both follow from the layout."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.wq, self.wk, self.wv))
         if self.context is None:
             q, k = self.rope(q, k)

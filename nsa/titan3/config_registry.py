@@ -1,7 +1,7 @@
 """Configurations by name: `python -m torchtitan.train --module nsa.titan3 --config nsa_debug`.
 
-Options of TorchTitan come behind. For another model, name a function of your own module that returns what one of these
-does, with another `model_spec`.
+Options of TorchTitan come last. For another model, name a function of your own module that returns one of these
+configurations with another `model_spec`.
 """
 
 import os
@@ -31,7 +31,7 @@ from nsa.titan3.state_dict_adapter import HuggingFaceAdapter
 if not torch.accelerator.is_available():
     prepare_cpu()
 
-# A lone process is its own world, as torchrun would say; port 0 lets the system choose one.
+# A single process is a group of one, as under torchrun; port 0 lets the system choose a port.
 for _name, _value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
     os.environ.setdefault(_name, _value)
 os.environ.setdefault("MASTER_ADDR", "localhost")

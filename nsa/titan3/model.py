@@ -130,7 +130,7 @@ def model_config(
             "dim": dim,
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
-            "inner_attention": Identity.Config(),  # what TorchTitan would look at; nothing calls it
+            "inner_attention": Identity.Config(),  # TorchTitan looks at it; nothing calls it
             "wq": _Linear(in_features=dim, out_features=dim),
             "wk": _Linear(in_features=dim, out_features=keys),
             "wv": _Linear(in_features=dim, out_features=keys),

@@ -23,7 +23,7 @@ def parallelize_nsa(
             block.attention.context = context
     parallelize_llama(model, parallel_dims=parallel_dims, parallelism=parallelism, **options)
     for module in model.modules():
-        # Gloo knows no scaled sums, which is how FSDP2 reduces gradients otherwise.
+        # Gloo has no scaled sums, with which FSDP2 reduces gradients by default.
         if isinstance(module, FSDPModule) and parallel_dims.world_mesh.device_type == "cpu":
             module.set_force_sum_reduction_for_comms(True)
     return model

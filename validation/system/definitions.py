@@ -1,7 +1,7 @@
 """What `make train` trains on: functions and classes of the installed Python, and a tokenizer made of them.
 
 A model this small learns within minutes to write lines that look like Python only if every step shows it many of them.
-So documents are short definitions, in an order without order, instead of whole files one after the other, and tokens
+So documents are short definitions in a mixed order, instead of whole files one after the other, and tokens
 are pieces of words by byte-pair encoding (arXiv 1508.07909). Nothing is downloaded.
 """
 
