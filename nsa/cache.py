@@ -63,6 +63,11 @@ class CachedKeys(NamedTuple):
     num_keys: int
 
 
+def _joined(earlier: Pair, new: Pair) -> Pair:
+    """Keys and values `[b, t, Hk, D]`, the new ones behind the earlier ones."""
+    return torch.cat((earlier[0], new[0]), 1), torch.cat((earlier[1], new[1]), 1)
+
+
 class KVCache(Stores):
     """Keys and values of one NSA layer for `batch` sequences, each of its own length.
 
@@ -134,9 +139,9 @@ class KVCache(Stores):
         blocks, after = config.num_compressed(length), config.num_compressed(stop)
         if after > blocks:
             waiting = self._read("tail", rows, blocks * config.compress_stride, length)
-            raw_keys, raw_values = (torch.cat((x, y), 1) for x, y in zip(waiting, (k[0], v[0]), strict=True))
-            new = compress(raw_keys, raw_values, blocks)
-            self._check_blocks(new, (raw_keys.shape[0], after - blocks))
+            raw = _joined(waiting, (k[0], v[0]))
+            new = compress(*raw, blocks)
+            self._check_blocks(new, (len(raw[0]), after - blocks))
             self._put("compressed", rows, blocks, *new)
         k_cmp, v_cmp = (x[rows, :after] for x in self._pairs["compressed"])
         k_slc, v_slc = self._put("selected", rows, length, k[1], v[1])
@@ -145,7 +150,7 @@ class KVCache(Stores):
             k_win, v_win = k_slc[:, begin:], v_slc[:, begin:]
         else:
             earlier = self._read("window", rows, begin, length)
-            k_win, v_win = (torch.cat((x, y), 1) for x, y in zip(earlier, (k[2], v[2]), strict=True))
+            k_win, v_win = _joined(earlier, (k[2], v[2]))
             self._write("window", rows, length, k[2], v[2])
         self._write("tail", rows, length, k[0], v[0])
         self._set_lengths(rows, stop)
@@ -170,17 +175,15 @@ class KVCache(Stores):
         Returns:
             The stores and the lengths themselves, which the next step changes.
         """
-        self._check_tensors(self.batch, 1, k, v)
-        self._check_capacity(max(self._lengths), 1)
+        self._check_step(k, v)
         config, lengths = self.config, self.lengths_on_device()
         rows = torch.arange(self.batch, device=lengths.device)
         first, new = lengths + 1 - config.compress_block_size, None
         if self.completes_block():
             of_block = torch.arange(config.compress_block_size - 1, device=lengths.device)
             slots = (first[:, None] + of_block) % self._pairs["tail"][0].shape[1]
-            earlier = (store[rows[:, None], slots] for store in self._pairs["tail"])
-            raw_keys, raw_values = (torch.cat((x, y), 1) for x, y in zip(earlier, (k[0], v[0]), strict=True))
-            new = compress(raw_keys, raw_values, first)
+            keys, values = self._pairs["tail"]
+            new = compress(*_joined((keys[rows[:, None], slots], values[rows[:, None], slots]), (k[0], v[0])), first)
             self._check_blocks(new, (self.batch, 1))
         for name, i in (("tail", 0), ("selected", 1), ("window", 2)):
             self._put_next(name, k[i], v[i])
@@ -303,8 +306,7 @@ class DenseCache(Stores):
         Raises:
             ValueError, TypeError: as `KVCache.step` does.
         """
-        self._check_tensors(self.batch, 1, [k], [v])
-        self._check_capacity(max(self._lengths), 1)
+        self._check_step([k], [v])
         lengths = self.lengths_on_device()
         self._put_next("all", k, v)
         lengths += 1

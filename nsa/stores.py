@@ -121,6 +121,11 @@ class Stores:
         self._check_capacity(length, k[0].shape[1])
         return length
 
+    def _check_step(self, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        """Refuses tensors that are not one token of every sequence, and a step that there is no room for."""
+        self._check_tensors(self.batch, 1, k, v)
+        self._check_capacity(max(self._lengths), 1)
+
     def _check_tensors(self, rows: int, tokens: int, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
         own = self.keys
         for name, tensors, width in (("k", k, self._widths[0]), ("v", v, self._widths[1])):
