@@ -55,7 +55,7 @@ TWIN_LOSS_RATIO = 1.03
 """A sparse model's loss over its dense twin's, at most: the price it may have."""
 
 CONVERTED_LOSS_RATIO = 1.02
-"""Loss of a sparse model that was made from a dense one, over the dense one's, at most: the design's 2%."""
+"""Loss of a sparse model that was made from a dense one, over the dense one's, at most."""
 
 LEARNING_RATIO = 0.7
 """A loss over what it was at first, at most, after the few steps of a test: far from chance, and reached early."""
@@ -70,7 +70,7 @@ PARSED_LINES = 1 / 3
 """At least this part of the lines of generated text is Python; for tokens drawn by their frequency it is 0.1."""
 
 TRANSFORMERS_BOUND = 1e-5
-"""Difference of a float32 logit between `transformers` and a dense model, as a part of the largest: the design's."""
+"""Difference of a float32 logit between `transformers` and a dense model, as a part of the largest."""
 
 PEAK_MEMORY_BYTES = 4 * 2**30
 """Of the eager backend, forward and backward, at 16k tokens, 4 heads of 64."""
