@@ -1,7 +1,6 @@
 """Generation by whole models, beside their dense twins: how long a prompt takes, and each token after it.
 
-Times are those of the wall clock, as whoever waits for tokens sees them: sampling and the host are in them. Weights are
-noise, which changes no time.
+Times are of the wall clock, so they include sampling and the host. Weights are noise, which changes no time.
 """
 
 import gc

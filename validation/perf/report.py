@@ -103,7 +103,7 @@ PROMISES = """## What is promised
 
 From [`promises.toml`](../validation/perf/promises.toml); unless something else is named, for the whole op, forward and
 backward, against dense attention (cuDNN) in the same run. `make perf` fails on a GPU of this kind where a promise is
-broken. A target is what the design asks for; nothing fails where it is not reached."""
+broken. A target is an aim; nothing fails where it is not reached."""
 BESIDE = """## Beside {peers}
 
 In ms, all in one run, of {date}: a few rounds each, without waiting until the clock of a GPU at
