@@ -23,8 +23,9 @@ from validation.implementations import Implementation, Sizes, load
 
 ROOT = Path(__file__).parents[2]
 RIGHT = "docs.examples.my_nsa:my_nsa"
-STAGES = "validation/unit/conformance/test_stages.py"
-SEMANTICS = "validation/unit/conformance/test_semantics.py"
+CONFORMANCE = "validation/unit/conformance"
+STAGES = f"{CONFORMANCE}/test_stages.py"
+SEMANTICS = f"{CONFORMANCE}/test_semantics.py"
 WINDOW = f"{SEMANTICS}::test_a_window_of_one_is_the_value_itself"
 
 
@@ -62,6 +63,11 @@ def not_finite() -> Implementation:
     return replace(my_nsa, name="wrong", nsa_attention=nsa_attention)
 
 
+def no_stage() -> Implementation:
+    """Declares every capability and has no stage."""
+    return Implementation("no_stage")
+
+
 def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
     """The exit status and the output of the suite on an implementation."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--impl={impl}", *arguments]
@@ -91,6 +97,12 @@ def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
     properties = ElementTree.parse(report).getroot().findall("./testsuite/properties/property")
     counts = {x.get("name"): x.get("value") for x in properties}
     assert int(counts["skipped: my_nsa lacks packed sequences"]) > 0
+
+
+def test_a_stage_that_is_not_there_is_skipped_everywhere():
+    status, output = run(CONFORMANCE, impl=own("no_stage"))
+    assert status == 1, output
+    assert "no_stage: not tested (" in output
 
 
 def test_whoever_ends_the_process_has_failed():

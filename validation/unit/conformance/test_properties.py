@@ -264,7 +264,8 @@ def separately(impl: Implementation, case: Case) -> Implementation:
         blocks = torch.cat(parts, 1)
         return pad(blocks, (0, 0, 0, 0, 0, config.num_compressed(x.shape[1]) - blocks.shape[1]))
 
-    return replace(impl, compress=compress, **{name: cut(name) for name in PARTS})
+    calls = {"compress": compress, **{name: cut(name) for name in PARTS}}
+    return replace(impl, **{name: call for name, call in calls.items() if impl.has(name)})
 
 
 @each_subject
