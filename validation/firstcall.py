@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import oracle
-from .cases import BY_ID, EVERY, Stage, draw, fitted, upcast
+from .cases import BY_ID, EVERY, Case, Stage, draw, fitted, upcast
 from .implementations import Implementation
 
 HERE = Path(__file__).parent
@@ -30,24 +30,26 @@ def first_calls(impl: Implementation) -> list[Slip]:
     for stage in EVERY.values():
         case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
         if impl.lacks(case, stage.functions, impl.widest, own_keys=stage.own_keys) is None:
-            message, place = _first_call(impl, stage, case)
+            message, where = _first_call(impl, stage, case)
             if message:
-                found.setdefault(message, (place, []))[1].append(stage.name)
-    return [Slip(tuple(stages), f"{message}{place}") for message, (place, stages) in found.items()]
+                found.setdefault(message, (where, []))[1].append(stage.name)
+    return [Slip(tuple(stages), f"{message}{where}") for message, (where, stages) in found.items()]
 
 
-def _first_call(impl: Implementation, stage: Stage, case: object) -> tuple[str, str]:
+def _first_call(impl: Implementation, stage: Stage, case: Case) -> tuple[str, str]:
     """What went wrong, if anything, and where."""
     device = "cpu" if "cpu" in impl.devices or not torch.cuda.is_available() else "cuda"
     with torch.device(device):
-        tensors = draw(case, impl.widest)  # type: ignore[arg-type]
+        tensors = draw(case, impl.widest)
+        wanted = stage.run(oracle, case, upcast(tensors))
         try:
-            outputs = stage.run(impl, case, tensors)  # type: ignore[arg-type]
+            outputs = stage.run(impl, case, tensors)
             if impl.backward and not impl.interpreted and stage.name != "select_blocks":
-                list(stage.results(impl, case, tensors))  # type: ignore[arg-type]
+                list(stage.results(impl, case, tensors))
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error)
-        for name, expected in stage.run(oracle, case, upcast(tensors)).items():  # type: ignore[arg-type]
+            # An error in the harness alone comes of what it was given.
+            return described(error), place(error) or f" (it must return {' and '.join(wanted)})"
+        for name, expected in wanted.items():
             got = outputs[name]
             if not isinstance(got, torch.Tensor):
                 return f"{name} must be a tensor, got {type(got).__name__}", ""
@@ -56,8 +58,18 @@ def _first_call(impl: Implementation, stage: Stage, case: object) -> tuple[str, 
     return "", ""
 
 
-def _place(error: BaseException) -> str:
-    """The last line of somebody else's code that the error went through."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if HERE not in Path(frame.filename).parents]
+def described(error: BaseException) -> str:
+    """The kind of an error and its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def place(error: BaseException) -> str:
+    """The last line of somebody else's code that the error went through, in parentheses; `""` if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _ours(frame.filename)]
     frames = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _ours(file: str) -> bool:
+    """Whether a file is of the harness, or of Python's import of somebody else's."""
+    return HERE in Path(file).parents or "importlib" in file

@@ -77,12 +77,13 @@ def _implementations(names):
     """Those asked for, or None: the layer that has a use for them knows what to take by default."""
     if not names:
         return None
+    from .firstcall import described, place
     from .implementations import load
 
     try:
         return [load(name) for name in names]
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise pytest.UsageError(f"--impl: {error}") from error
+    except Exception as error:  # somebody else's module may raise anything
+        raise pytest.UsageError(f"--impl: {described(error)}{place(error)}") from error
 
 
 def pytest_report_header(config):

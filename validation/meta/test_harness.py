@@ -68,6 +68,10 @@ def no_stage() -> Implementation:
     return Implementation("no_stage")
 
 
+def not_made() -> Implementation:
+    raise RuntimeError("it cannot be made here")
+
+
 def run(*arguments: str, impl: str = RIGHT) -> tuple[int, str]:
     """The exit status and the output of the suite on an implementation."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--impl={impl}", *arguments]
@@ -139,10 +143,17 @@ def test_an_unknown_implementation_is_refused(name, error, message):
         load(name)
 
 
-def test_an_unknown_implementation_is_a_usage_error():
-    status, output = run(WINDOW, impl="nobody")
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("nobody", "ValueError: name must be one of"),
+        (own("not_made"), "RuntimeError: it cannot be made here"),
+    ],
+)
+def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(subject, message):
+    status, output = run(WINDOW, impl=subject)
     assert status == pytest.ExitCode.USAGE_ERROR, output
-    assert "--impl: name must be one of" in output
+    assert f"--impl: {message}" in output
 
 
 def test_a_missing_peer_names_the_extra(monkeypatch):
