@@ -71,5 +71,5 @@ def place(error: BaseException) -> str:
 
 
 def _ours(file: str) -> bool:
-    """Whether a file is of the harness, or of Python's import of somebody else's."""
-    return HERE in Path(file).parents or "importlib" in file
+    """Whether a file is of the harness, of Python's import system, or none at all (generated code)."""
+    return HERE in Path(file).parents or "importlib" in file or file.startswith("<")

@@ -39,6 +39,9 @@ INVARIANCES = {
 }
 """What a result's bits may be independent of."""
 
+DEVICES = frozenset({"cpu", "cuda"})
+"""Device types on which the harness makes inputs."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -59,7 +62,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One subject of the harness. A stage it lacks is None; a capability declared is a capability tested."""
+    """One subject of the harness. A stage it lacks is None; a capability declared is a capability tested.
+
+    Raises:
+        ValueError: a capability has a name that no test knows, or there is no dtype.
+    """
 
     name: str
     compress: Callable[..., Any] | None = None
@@ -73,7 +80,7 @@ class Implementation:
 
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     """Floating dtypes of the inputs."""
-    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    devices: frozenset[str] = DEVICES
     """Device types of the inputs."""
     backward: bool = True
     """Whether gradients flow."""
@@ -118,6 +125,15 @@ class Implementation:
     """Whether it runs under Triton's interpreter: seconds a call, and rounding like no GPU's."""
     plain: bool = False
     """Whether it is plain PyTorch, as the baseline of others is: it is then held to the oracle without any."""
+
+    def __post_init__(self) -> None:
+        # Under a misspelt name nothing would be tested.
+        for field, known in (("devices", DEVICES), ("invariant", INVARIANCES), ("compressions", COMPRESSIONS)):
+            unknown = sorted(set(getattr(self, field)) - set(known))
+            if unknown:
+                raise ValueError(f"{field} of {self.name} must be of {sorted(known)}, got {unknown}")
+        if not self.dtypes:
+            raise ValueError(f"dtypes of {self.name} must hold one at least")
 
     def has(self, stage: str) -> bool:
         """Whether the stage of that name (one of `STAGES`) is there."""

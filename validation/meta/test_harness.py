@@ -156,6 +156,20 @@ def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(subject, messa
     assert f"--impl: {message}" in output
 
 
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"devices": {"gpu"}}, r"devices of x must be of \['cpu', 'cuda'\], got \['gpu'\]"),
+        ({"invariant": {"gradient"}}, "invariant of x must be of"),
+        ({"compressions": {"average"}}, "compressions of x must be of"),
+        ({"dtypes": frozenset()}, "dtypes of x must hold one at least"),
+    ],
+)
+def test_a_capability_that_no_test_knows_is_refused(declared, message):
+    with pytest.raises(ValueError, match=message):
+        Implementation("x", **declared)
+
+
 def test_a_missing_peer_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
     monkeypatch.delitem(sys.modules, "validation.adapters.fla", raising=False)
