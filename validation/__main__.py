@@ -24,13 +24,13 @@ LAYERS = ("unit", "precision", "perf")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["compare"]:
-        return _compare(given[1:])
-    options = _parse(given)
     missing = [name for name in ("pytest", "hypothesis", "matplotlib") if find_spec(name) is None]
     if missing:
         print(f"nsa-validate needs {', '.join(missing)}: pip install 'nsa[testing]'", file=sys.stderr)
         return 2
+    if given[:1] == ["compare"]:
+        return _compare(given[1:])
+    options = _parse(given)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the folder with the implementation
 
@@ -66,8 +66,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("subject", metavar="NAME|package.module:object", help="the implementation")
     parser.add_argument("--layers", type=_layers, default=["unit"], help="of unit, precision, perf (unit)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict for machines")
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write the verdict as a page")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the verdict for machines")
+    parser.add_argument("--report", type=_file, metavar="FILE.html", help="write the verdict as a page")
     parser.add_argument("--xfails", type=Path, metavar="FILE", help="tests that are to fail, one id a line # reason")
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="these tests alone, by their ids")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="tests whose names match, as pytest's -k")
@@ -82,6 +82,14 @@ def _layers(text: str) -> list[str]:
     if not set(layers) <= set(LAYERS):
         raise argparse.ArgumentTypeError(f"must be of {', '.join(LAYERS)}, got {text!r}")
     return layers
+
+
+def _file(text: str) -> Path:
+    """A file that can be written when the run is over."""
+    file = Path(text)
+    if file.is_dir() or not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return file
 
 
 def _pytest_arguments(options: argparse.Namespace) -> list[str]:

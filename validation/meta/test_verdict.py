@@ -79,6 +79,13 @@ def test_comparisons(tmp_path: Path, capsys, before: dict, after: dict, line: st
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_a_file_that_could_not_be_written_is_refused_before_the_run(option: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["eager", f"{option}={tmp_path / 'none' / 'file'}"])
+    assert f"{option}: must be a file in a folder that exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [({"schema": "other"}, "holds no verdict"), ({"schema": SCHEMA, "version": 99}, "version 99")],
