@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = collector.verdict()
     if "perf" in options.layers and verdict["verdict"] == "passed":
         verdict["performance"], failed = _measure(options.subject)
-        verdict["verdict"] = "failed" if failed else verdict["verdict"]
+        if failed:
+            verdict["verdict"] = "failed"
+            verdict["problems"].append("a stage failed while it was timed; the output above says which")
     if options.json:
         options.json.write_text(json.dumps(verdict, indent=1) + "\n")
     if options.report:
@@ -81,6 +83,8 @@ def _layers(text: str) -> list[str]:
     layers = text.split(",")
     if not set(layers) <= set(LAYERS):
         raise argparse.ArgumentTypeError(f"must be of {', '.join(LAYERS)}, got {text!r}")
+    if layers == ["perf"]:
+        raise argparse.ArgumentTypeError("perf needs unit or precision beside it: what is wrong is not timed")
     return layers
 
 

@@ -79,6 +79,16 @@ def test_comparisons(tmp_path: Path, capsys, before: dict, after: dict, line: st
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [("unit,speed", "must be of unit, precision, perf"), ("perf", "perf needs unit or precision")],
+)
+def test_layers_that_cannot_be_run_are_refused(layers: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["eager", f"--layers={layers}"])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--json", "--report"])
 def test_a_file_that_could_not_be_written_is_refused_before_the_run(option: str, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
