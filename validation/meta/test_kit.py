@@ -82,6 +82,7 @@ def test_sixty_lines_of_somebody_else_pass(run: Run, tmp_path: Path) -> None:
     status, output, verdict = run(EXAMPLE, f"--report={tmp_path / 'page.html'}")
     assert status == 0, output
     assert output.rstrip().splitlines()[-1].startswith("mine: passed (")
+    assert "Warning" not in output
     assert verdict["verdict"] == "passed"
     assert {"compress_keys", "select_blocks", "nsa_attention"} <= verdict["stages"].keys()
     assert max(error["ratio"] for error in verdict["errors"]) <= 1
