@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from .verdict import ASPECTS, BAD, _cell
+from .verdict import ASPECTS, BAD, cell, command, smallest
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -28,7 +28,7 @@ def page(verdict: Mapping[str, Any]) -> str:
             f"<p class=failed>first call of {escape(', '.join(slip['stages']))}: {escape(slip['message'])}</p>"
         )
     rows = [
-        [stage, *(_cell(row["aspects"].get(aspect)) for aspect in ASPECTS)] for stage, row in verdict["stages"].items()
+        [stage, *(cell(row["aspects"].get(aspect)) for aspect in ASPECTS)] for stage, row in verdict["stages"].items()
     ]
     parts += ["<h2>Claims by stage</h2>", table(["stage", *ASPECTS], rows)]
     for stage, row in verdict["stages"].items():
@@ -40,11 +40,10 @@ def page(verdict: Mapping[str, Any]) -> str:
     ]
     head = ["stage", "tensor", "dtype", "error", "bound", "part of the bound", "case"]
     parts += ["<h2>Worst errors</h2>", table(head, errors)]
-    parts += ["<h2>Not tested</h2>", table(["reason", "times"], [[k, str(v)] for k, v in verdict["skips"].items()])]
-    for name in ("capabilities",):
-        pairs = [[key, str(value)] for key, value in implementation.get(name, {}).items()]
-        parts += ["<h2>What it declares</h2>", table(["capability", "declared"], pairs)]
-    parts += ["<h2>Versions</h2>", table(["package", "version"], [[k, v] for k, v in verdict["versions"].items()])]
+    parts += ["<h2>Not tested</h2>", table(["reason", "times"], verdict["skips"].items())]
+    declared = implementation.get("capabilities", {}).items()
+    parts += ["<h2>What it declares</h2>", table(["capability", "declared"], declared)]
+    parts += ["<h2>Versions</h2>", table(["package", "version"], verdict["versions"].items())]
     return f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>{''.join(parts)}\n"
 
 
@@ -68,8 +67,7 @@ def failing(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> l
         if counts.get("common"):
             parts.append(f"<p>{escape(aspect)}: {escape(counts['common'])}</p>")
     bad = [claim for claim in verdict["claims"] if claim.get("stage") == stage and claim["outcome"] in BAD]
-    # One with a picture, if any has one, and of these the smallest.
-    first = min(bad, key=lambda claim: (not claim.get("where"), claim.get("size") or 1 << 60))
+    first = smallest([claim for claim in bad if claim.get("where")] or bad)  # one with a picture, if any has one
     parts.append(
         f"<p>The smallest failing case: {escape(first['id'])}</p><pre>{escape(first.get('message', ''))}</pre>"
     )
@@ -82,9 +80,9 @@ def failing(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> l
 
 def snippet(verdict: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
     """Five lines that repeat a comparison with the oracle; for another test, the command."""
-    subject = verdict["implementation"]["subject"]
     if not claim["id"].startswith("test_stages.py::test_matches") or not claim.get("dtype"):
-        return f"nsa-validate {subject} --only '{claim['id']}'"
+        return command(verdict, claim)
+    subject = verdict["implementation"]["subject"]
     return f"""import torch; from nsa_validation import cases; from nsa_validation.implementations import load
 impl, stage, dtype = load("{subject}"), cases.FUNCTIONS["{claim["stage"]}"], torch.{claim["dtype"]}
 case = cases.fitted(impl, cases.BY_ID["{claim["case"]}"], stages=stage.functions)

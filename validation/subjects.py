@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from . import reports
-from .cases import BY_ID, CASES, EVERY, SEEN, SELECTION, SHARED, STAGES, Case, Stage, fitted, require
+from .cases import BY_ID, CASES, FUNCTIONS, SEEN, SELECTION, SHARED, STAGES, Case, Stage, fitted, require
 from .firstcall import Slip, first_calls
 from .implementations import Implementation, load
 
@@ -193,7 +193,7 @@ def claim(item: pytest.Item, impl: Implementation, error: BaseException | None) 
     params = item.callspec.params  # type: ignore[attr-defined]
     asked = params.get("stage", params.get("subject"))
     stage = SEEN.stages[-1] if error is not None and SEEN.stages else getattr(asked, "name", asked)
-    if stage not in {*EVERY, SHARED.name}:
+    if stage not in FUNCTIONS:
         stage = SEEN.stages[-1] if SEEN.stages else SELECTION.name if "select" in item.name else "any"
     mark = item.get_closest_marker("claim")
     aspects = list(mark.args) if mark else ["selection" if stage == SELECTION.name else "properties"]

@@ -133,7 +133,7 @@ def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
             failed = [claim for claim, good in outcomes if good is False]
             counts = {"passed": sum(good is True for _, good in outcomes), "failed": len(failed)}
             if failed:
-                counts["first"] = min(failed, key=lambda claim: claim.get("size") or sys.maxsize)["id"]  # type: ignore[assignment]
+                counts["first"] = smallest(failed)["id"]  # type: ignore[assignment]
                 good = [claim for claim, holds in outcomes if holds]
                 counts["common"] = common(failed, good)  # type: ignore[assignment]
             if counts["passed"] or failed:
@@ -146,6 +146,11 @@ def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
         if name in found and "explanations" in found[name]:
             found[name]["downstream_of"] = [part for part in parts if "explanations" in found.get(part, {})]
     return found
+
+
+def smallest(claims: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The claim of the smallest case; claims without a case are last."""
+    return min(claims, key=lambda claim: claim.get("size") or sys.maxsize)
 
 
 def common(failed: list[dict[str, Any]], passed: list[dict[str, Any]]) -> str:
@@ -194,7 +199,7 @@ def text(verdict: Mapping[str, Any]) -> Iterable[str]:
         yield f"problem: {problem}"
     for slip in verdict["first_calls"]:
         yield f"first call of {', '.join(slip['stages'])}: {slip['message']}"
-    if verdict["stages"]:
+    if any(row["aspects"] for row in verdict["stages"].values()):
         yield from _table(verdict["stages"])
     for stage, row in verdict["stages"].items():
         if "explanations" in row:
@@ -210,12 +215,13 @@ def _table(rows: Mapping[str, Any]) -> Iterable[str]:
     cells = [["", *ASPECTS]]
     for stage, row in rows.items():
         if row["aspects"]:
-            cells.append([stage, *(_cell(row["aspects"].get(aspect)) for aspect in ASPECTS)])
+            cells.append([stage, *(cell(row["aspects"].get(aspect)) for aspect in ASPECTS)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     yield from ("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def _cell(counts: Mapping[str, Any] | None) -> str:
+def cell(counts: Mapping[str, Any] | None) -> str:
+    """What the table says of one aspect of a stage."""
     if counts is None:
         return "-"
     total = counts["passed"] + counts["failed"]
@@ -240,14 +246,19 @@ def _stage(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> It
             folded[_alike(claim.get("message", ""))].append(claim)
     ranked = sorted(folded.values(), key=lambda same: (_aspect(same[0]), -len(same)))
     for same in ranked[:MESSAGES]:
-        first = min(same, key=lambda claim: claim.get("size") or sys.maxsize)
+        first = smallest(same)
         count = f"{len(same)} times" if len(same) > 1 else "once"
         message = first.get("message", first["outcome"]).replace("\n", "\n      ")
         yield f"  {count}, the smallest: {first['id']}"
         yield f"      {message}"
-        yield f"      again: nsa-validate {verdict['implementation']['subject']} --only '{first['id']}'"
+        yield f"      again: {command(verdict, first)}"
     if len(ranked) > MESSAGES:
         yield f"  and {len(ranked) - MESSAGES} other messages, in --json and --report"
+
+
+def command(verdict: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
+    """The command that runs a claim's test again."""
+    return f"nsa-validate {verdict['implementation']['subject']} --only '{claim['id']}'"
 
 
 def _aspect(claim: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...cases import BY_ID, SHARED, STAGES, draw, fitted
+from ...cases import BY_ID, FUNCTIONS, draw, fitted
 from ...implementations import Implementation
 
 BAD: dict[str, tuple[str, dict[str, Callable[[Tensor], Tensor]]]] = {
@@ -31,7 +31,7 @@ def test_bad_input_is_refused(impl: Implementation, kind: str) -> None:
     if not impl.checks_input:
         pytest.skip(f"{impl.name} lacks checks of input")
     name, changes = BAD[kind]
-    stage, case = {**STAGES, SHARED.name: SHARED}[name], fitted(impl, BY_ID["mean"], BY_ID["pooled"])
+    stage, case = FUNCTIONS[name], fitted(impl, BY_ID["mean"], BY_ID["pooled"])
     tensors = draw(case, impl.widest)
     stage.run(impl, case, tensors)
     with pytest.raises((TypeError, ValueError)):
