@@ -3,9 +3,9 @@
     nsa-validate package.module:object [--layers unit,precision,perf] [--json FILE] [--report FILE.html]
     nsa-validate compare BEFORE.json AFTER.json
 
-What is named is an `Implementation` (see nsa_validation.implementations) or a function that makes one, or one of those
-that ship or that a package declares by an entry point. 0: every claim holds; 1: one does not, or nothing was tested; 2:
-the command is wrong.
+The argument names an `Implementation` (see nsa_validation.implementations) or a function that makes one: by its place,
+or by the name of one that ships or that a package declares as an entry point. The exit status is 0 if every claim
+holds, 1 if one does not or nothing was tested, and 2 if the command is wrong.
 """
 
 import argparse
@@ -67,15 +67,36 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="nsa-validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("subject", metavar="NAME|package.module:object", help="the implementation")
-    parser.add_argument("--layers", type=_layers, default=["unit"], help="of unit, precision, perf (unit)")
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        default=["unit"],
+        help="one or more of unit, precision, perf, with commas between them (default: unit)",
+    )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the verdict for machines")
     parser.add_argument("--report", type=_file, metavar="FILE.html", help="write the verdict as a page")
-    parser.add_argument("--xfails", type=Path, metavar="FILE", help="tests that are to fail, one id a line # reason")
-    parser.add_argument("--only", action="append", default=[], metavar="ID", help="these tests alone, by their ids")
-    parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="tests whose names match, as pytest's -k")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, where pytest-xdist is installed (1)")
-    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="an order and numbers of N's")
-    parser.add_argument("--require-gpus", type=int, metavar="N", help="lack of N GPUs is a failure")
+    parser.add_argument(
+        "--xfails",
+        type=Path,
+        metavar="FILE",
+        help="tests that are expected to fail: on each line an id, ' # ' and a reason",
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="ID", help="run this test only; may be given several times"
+    )
+    parser.add_argument(
+        "-k", dest="keyword", metavar="EXPRESSION", help="run the tests whose names match, as pytest's -k does"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of processes; more than one needs pytest-xdist (default: 1)"
+    )
+    parser.add_argument(
+        "--shuffle-seed",
+        type=int,
+        metavar="N",
+        help="run in another order and on other numbers, the same for the same N",
+    )
+    parser.add_argument("--require-gpus", type=int, metavar="N", help="fail if there are fewer than N GPUs")
     return parser.parse_args(arguments)
 
 
