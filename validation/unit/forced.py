@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from nsa import kernels
 from nsa.kernels.configs import override
 from validation import oracle
 from validation.cases import EVERY, Case, Tensors, compare, importance, select_blocks
 from validation.implementations import load
+from validation.memory import WORKSPACES, fresh_memory_is_poisoned, memory_is_guarded
 from validation.numerics import assert_selection_matches
 from validation.unit.ways import fitting
 
@@ -106,39 +106,6 @@ def launched_as(path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def fresh_memory_is_poisoned() -> Iterator[None]:
-    """PyTorch fills what `empty` and its kin return, floats with NaN and integers with their largest value."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def workspaces_are_guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `new_empty` returns lies within memory of NaN, or the largest integer, which must be there afterwards."""
-    new_empty, guarded = torch.Tensor.new_empty, []
-
-    def inside(self: Tensor, *sizes: Any, **options: Any) -> Tensor:
-        x = new_empty(self, *sizes, **options)
-        room = x.numel() + 1024
-        fill = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
-        whole = new_empty(self, x.numel() + 2 * room, **options).fill_(fill)
-        guarded.append((whole, room))
-        return whole[room : room + x.numel()].view(x.shape)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", inside)
-        yield
-    for whole, room in guarded:
-        beside = torch.cat((whole[:room], whole[-room:]))
-        kept = beside.isnan() if beside.is_floating_point() else beside == torch.iinfo(beside.dtype).max
-        assert kept.all(), f"{int((~kept).sum())} elements were written beside a tensor of {len(whole) - 2 * room}"
-
-
 def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold a stage to the oracle on the path, and see that it was taken.
 
@@ -151,7 +118,7 @@ def force(path: Path, stage: str, case: Case, tensors: Tensors, monkeypatch: pyt
     for name, function in watched.items():
         monkeypatch.setattr(*_place(name), function)
     poisoned = fresh_memory_is_poisoned() if kernels.INTERPRETED else nullcontext()
-    guards = workspaces_are_guarded(monkeypatch) if path.backend == "triton" else nullcontext()
+    guards = memory_is_guarded(monkeypatch, WORKSPACES) if path.backend == "triton" else nullcontext()
     with launched_as(path), poisoned, guards:
         check(stage, case, path.backend, tensors)
     for name, taken in path.seen.items():

@@ -18,8 +18,8 @@ from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attenti
 from nsa.ops import OPERATORS, sizes_of
 from nsa.varlen import tensors_of
 from validation.cases import Case, Tensors, config, cumulative, draw, whole
+from validation.memory import fresh_memory_is_poisoned
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.forced import fresh_memory_is_poisoned
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

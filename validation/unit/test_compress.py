@@ -20,8 +20,9 @@ from nsa import (
 )
 from nsa.blocks import BlockFunction
 from validation.cases import Case, config, draw, draw_cotangent, whole
+from validation.memory import fresh_memory_is_poisoned
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.forced import Watched, fresh_memory_is_poisoned
+from validation.unit.forced import Watched
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

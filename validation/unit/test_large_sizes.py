@@ -14,8 +14,9 @@ import torch
 from nsa import NSAConfig
 from validation.cases import Case, config, draw, select_blocks, whole, with_selection
 from validation.implementations import load
+from validation.memory import WORKSPACES, memory_is_guarded
 from validation.numerics import assert_equal
-from validation.unit.forced import DTYPE, Calls, Path, at, force, launched_as, workspaces_are_guarded
+from validation.unit.forced import DTYPE, Calls, Path, at, force, launched_as
 from validation.unit.ways import SELECTED, WAYS
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -329,7 +330,7 @@ def test_matches_the_oracle(path: Path, stage: str, case: Case, monkeypatch: pyt
 @pytest.mark.parametrize("place", [-1, 12])
 def test_what_is_written_beside_a_workspace_is_noticed(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def write() -> None:
-        with workspaces_are_guarded(monkeypatch):
+        with memory_is_guarded(monkeypatch, WORKSPACES):
             x = torch.zeros(1).new_empty(3, 4)
             x.as_strided((1,), (1,), x.storage_offset() + place).zero_()
 

@@ -13,8 +13,9 @@ from nsa import NativeSparseAttention, NSAConfig, apply_rope, eager, rope_table
 from nsa.kernels import rope as kernel
 from validation import oracle
 from validation.cases import cumulative
+from validation.memory import fresh_memory_is_poisoned
 from validation.numerics import assert_equal, assert_matches
-from validation.unit.forced import Watched, fresh_memory_is_poisoned
+from validation.unit.forced import Watched
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

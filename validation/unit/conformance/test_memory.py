@@ -4,16 +4,11 @@ What PyTorch hands out is filled with NaN, or lies within memory of NaN that mus
 write where they may not, or read what nobody wrote, show here where values alone would not.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
-import torch
-from torch import Tensor
 
 from ...cases import BY_ID, EVERY, STAGES, Case, Stage, Tensors, draw, draw_cotangent, fitted
 from ...implementations import Implementation
+from ...memory import EMPTY, fresh_memory_is_poisoned, memory_is_guarded
 from ...numerics import assert_equal, assert_matches
 
 pytestmark = [
@@ -32,46 +27,6 @@ parts = pytest.mark.sparing(stage=PARTS)
 packed_parts = pytest.mark.sparing(stage=PARTS, case=(PACKED,))
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """PyTorch fills what `empty` and its kin return, floats with NaN and integers with their largest value."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all(), "memory is not poisoned: this test would show nothing"
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@contextmanager
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `empty`, `empty_like` and `new_empty` return lies within sentinels, which must be there afterwards."""
-    made: list[tuple[Tensor, int]] = []
-
-    def within(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def make(*arguments: Any, **options: Any) -> Tensor:
-            x = empty(*arguments, **options)
-            if not x.is_contiguous() or x.requires_grad or type(x) is not Tensor:
-                return x
-            room = x.numel() + 1024
-            fill = torch.nan if x.is_floating_point() else 1 if x.dtype == torch.bool else torch.iinfo(x.dtype).max
-            whole = torch.full((x.numel() + 2 * room,), fill, dtype=x.dtype, device=x.device)
-            made.append((whole, room))
-            return whole[room : room + x.numel()].view(x.shape)
-
-        return make
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            patch.setattr(owner, name, within(getattr(owner, name)))
-        yield
-    for whole, room in made:
-        beside = torch.cat((whole[:room], whole[-room:]))
-        kept = beside.isnan() if beside.is_floating_point() else beside == beside.max()
-        assert kept.all(), f"{int((~kept).sum())} elements were written beside a tensor of {len(whole) - 2 * room}"
-
-
 def assert_same(impl: Implementation, actual: Tensors, expected: Tensors, case: Case, what: str) -> None:
     """To the bit where an implementation is deterministic."""
     for name, x in expected.items():
@@ -88,7 +43,7 @@ def assert_same(impl: Implementation, actual: Tensors, expected: Tensors, case: 
 def test_no_result_comes_of_memory_never_written(impl: Implementation, stage: Stage, case: Case) -> None:
     tensors = draw(case, impl.widest)
     expected = dict(stage.results(impl, case, tensors))
-    with poisoned():
+    with fresh_memory_is_poisoned(warn_only=True):
         actual = dict(stage.results(impl, case, tensors))
     assert_same(impl, actual, expected, case, "where fresh memory is NaN")
 
@@ -100,7 +55,7 @@ def test_nothing_is_written_beside_what_was_asked_for(
     impl: Implementation, stage: Stage, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = draw(case, impl.widest)
-    with guarded(monkeypatch):
+    with memory_is_guarded(monkeypatch, EMPTY):
         assert list(stage.results(impl, case, tensors))
 
 
