@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import oracle
-from ...cases import BY_ID, STAGES, Case, config, draw, fitted, pooled, select_blocks, whole
+from ...cases import BY_ID, STAGES, Case, config, draw, fitted, pooled, require, select_blocks, whole, with_selection
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
 
@@ -74,8 +74,7 @@ def test_selected_blocks_are_seen_up_to_the_own_token(impl: Implementation) -> N
 def test_queries_are_the_last_tokens_of_the_keys(impl: Implementation, stage: str) -> None:
     last = [replace(case, id=f"{case.id}_last", lengths=((5, 29),)) for case in CASES]
     case = fitted(impl, *last, stages=(stage,))
-    if impl.lacks(case, (stage,)) is not None:
-        pytest.skip(f"{impl.name} lacks {impl.lacks(case, (stage,))}")
+    require(impl, case, (stage,), impl.widest)
     got, expected, _ = seen(impl, stage, case)
     assert_seen(got, expected, "Tq queries are the last Tq of the Tk tokens", "tokens or blocks")
 
@@ -85,8 +84,7 @@ def test_sequences_of_a_pack_do_not_see_one_another(impl: Implementation, stage:
     case = fitted(
         impl, replace(PLAIN, lengths=whole(13, 16)), pooled("rules_packed", whole(13, 16), 4), stages=(stage,)
     )
-    if impl.lacks(case, (stage,)) is not None:
-        pytest.skip(f"{impl.name} lacks {impl.lacks(case, (stage,))}")
+    require(impl, case, (stage,), impl.widest)
     got, expected, _ = seen(impl, stage, case)
     assert_seen(got, expected, "no query sees anything of another sequence", "tokens or blocks")
 
@@ -154,12 +152,7 @@ def test_a_block_is_worth_the_tokens_it_shares_with_compressed_blocks(impl: Impl
     for block in range(1, tensors["k_cmp"].shape[1] - 1):
         keys = torch.zeros_like(tensors["k_cmp"])
         keys[:, block] = 50.0
-        x = {
-            **tensors,
-            "k_cmp": keys,
-            "lse": oracle.compressed_attention(tensors["q"], keys, keys, c, **behind(case))[1],
-        }
-        x["lse"] = x["lse"].to(tensors["lse"].dtype)
+        x = with_selection(case, {**tensors, "k_cmp": keys})
         shares = oracle.overlap(keys.shape[1], c.num_selectable(case.num_keys), c)[block]
         most = int(shares.argmax())
         for row in select_blocks(impl, case, x)[0, 0].tolist():
@@ -168,10 +161,6 @@ def test_a_block_is_worth_the_tokens_it_shares_with_compressed_blocks(impl: Impl
                 f"{block * c.compress_stride}, has {c.compress_block_size} tokens, most of them in selection block "
                 f"{most}; selected are {row}"
             )
-
-
-def behind(case: Case) -> dict[str, object]:
-    return {"num_keys": case.num_keys, "scale": case.scale}
 
 
 def test_a_query_that_sees_no_block_has_no_output(impl: Implementation) -> None:
