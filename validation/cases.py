@@ -246,10 +246,15 @@ def fitted(impl: Implementation, *cases: Case, stages: tuple[str, ...] = ()) -> 
     return cases[0]
 
 
+def _declares(subject: Any) -> bool:
+    """Whether it is an implementation, not the oracle. Where pytest imports the harness as files, there are two classes
+    of that name."""
+    return hasattr(subject, "lacks")
+
+
 def require(subject: Any, case: Case, stages: tuple[str, ...], dtype: torch.dtype, **wanted: bool) -> None:
     """Skip the test where an implementation does not declare what is about to be asked of it."""
-    # Not by its class: where pytest imports the harness as files, there are two classes of that name.
-    missing = subject.lacks(case, stages, dtype, **wanted) if hasattr(subject, "lacks") else None
+    missing = subject.lacks(case, stages, dtype, **wanted) if _declares(subject) else None
     if missing is not None:
         pytest.skip(f"{subject.name} lacks {missing}")
 
@@ -351,7 +356,7 @@ class Stage:
     def run(self, subject: Any, case: Case, tensors: Mapping[str, Any]) -> Tensors:
         """What it gives, by name; skips the test where the subject does not declare what that takes."""
         require(subject, case, self.functions, tensors[self.inputs[0]].dtype, own_keys=self.own_keys)
-        if isinstance(subject, Implementation):
+        if _declares(subject):
             SEEN.stages.append(self.name)
             SEEN.case = case
         return self.call(subject, case, tensors)
