@@ -89,7 +89,7 @@ class DecodeGraphs:
 
 
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
-    """What autocast casts to on a device: a graph holds the casts of the state it was captured in."""
+    """Whether autocast is on for a device, and its dtype: a graph repeats the casts of its capture."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 

@@ -397,7 +397,7 @@ def compress(xs: Sequence[Tensor], params: Sequence[Any], config: NSAConfig, blo
         tensors += [x, *(None if p is None else p.to(x.dtype) for p in of_x)]
     tensors += [None] * (8 - len(tensors))
     blocks_of_all = cast(tuple[Tensor, Tensor], _learned(*tensors, starts, *sizes))[0]
-    # Of the outputs of `unbind` autograd lets none be changed in place; nobody else has these.
+    # Autograd does not allow the outputs of `unbind` to be changed in place. Those of `unsafe_split` may be.
     return tuple(one.squeeze(0) for one in blocks_of_all.unsafe_split(1))
 
 

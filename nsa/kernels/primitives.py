@@ -46,8 +46,8 @@ def next_power_of_2(x: int) -> int:
 
 
 def logit_factor(scale: float) -> float:
-    """What products of queries and keys are multiplied by in base 2, positive: kernels change the sign of the products
-    where the scale is negative, so that the largest stays the largest, and 0 would make NaN of a hidden `-inf`."""
+    """The positive factor of logits in base 2. Where `scale` is negative, kernels negate the products, so that the
+    largest product is the largest logit. The factor is never 0, because 0 times a hidden `-inf` is NaN."""
     return max(abs(scale) * LOG2E.value, 1e-30)
 
 

@@ -31,7 +31,6 @@ from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
 from nsa.kernels.configs import QueryMajorConfig, plan
 from nsa.kernels.launches import recorded
 from nsa.kernels.primitives import Heads, rows_contiguous
-from nsa.kernels.selected_by_tile import MOST_KEYS
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
 from nsa.varlen import Varlen, tensors_of
 
@@ -55,7 +54,7 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
 def _query_major(kernel: str, heads: Heads, num_keys: int, device: torch.device) -> tuple[Any, QueryMajorConfig]:
     """The module whose launchers are taken, and the configuration of theirs."""
     tiles = heads.config(f"{kernel}_tiles", device)
-    if selected_by_tile.queries_of(tiles, heads.group) > 1 and num_keys <= min(tiles.most_keys, MOST_KEYS):
+    if selected_by_tile.applies(tiles, heads.group, num_keys):
         return selected_by_tile, tiles
     return selected_by_query, heads.config(kernel, device)
 

@@ -321,15 +321,14 @@ def _merge_dq_kernel(
     batch, head, query, of_group, position, inside = _find_rows(
         query_table, num_queries, shift, first_head, HEADS, G, BLOCK_M, PACKED
     )
+    PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
     indices += batch * index_strides[0] + head * index_strides[2]
-    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)) * G + of_group
+    place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * PARTS) * G + of_group
     dq0 = tl.zeros([BLOCK_M, K0], dtype=ACC)
     dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
-    for step in range(0, NUM_SELECTED * (BLOCK_SIZE // BLOCK_N)):
+    for step in range(0, NUM_SELECTED * PARTS):
         block = tl.load(
-            indices + query * index_strides[1] + tl.cast(step // (BLOCK_SIZE // BLOCK_N), tl.int64) * index_strides[3],
-            inside,
-            other=-1,
+            indices + query * index_strides[1] + tl.cast(step // PARTS, tl.int64) * index_strides[3], inside, other=-1
         )
         valid = sees_block(block, position, BLOCK_SIZE)
         part0, part1 = load_chunks(partial_dq, (place + step * G) * DK, valid, DK, K0, K1)

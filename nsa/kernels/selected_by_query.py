@@ -84,7 +84,7 @@ def _find_keys(block, step, position, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _fetch_keys(
+def fetch_keys(
     tiles0, tiles1, base, batch, head, row, stride, seen,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -130,12 +130,12 @@ def _forward_kernel(
                 slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
                 block = tl.load(indices_head + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
-                k0, k1 = _fetch_keys(
+                k0, k1 = fetch_keys(
                     k_tiles0, k_tiles1, k_head, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
                 # Loaded before the products of keys, as a warp has nothing else to do while it waits for them.
-                v0, v1 = _fetch_keys(
+                v0, v1 = fetch_keys(
                     v_tiles0, v_tiles1, v_head, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
@@ -198,11 +198,11 @@ def _bwd_dq_kernel(
                 slot = tl.minimum(step + 1, steps - 1) // (BLOCK_SIZE // BLOCK_N)
                 block = tl.load(indices_head + slot.to(tl.int64) * index_strides[3])
                 key = first_key + first
-                k0, k1 = _fetch_keys(
+                k0, k1 = fetch_keys(
                     k_tiles0, k_tiles1, k_head, batch, head, key, k_strides[1], seen, DK, K0, K1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
-                v0, v1 = _fetch_keys(
+                v0, v1 = fetch_keys(
                     v_tiles0, v_tiles1, v_head, batch, head, key, v_strides[1], seen, DV, V0, V1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip

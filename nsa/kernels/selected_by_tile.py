@@ -31,7 +31,6 @@ from nsa.kernels.primitives import (
     describable,
     descriptors,
     dot_chunks,
-    fetch,
     find_program,
     load_chunks,
     logit_factor,
@@ -42,12 +41,13 @@ from nsa.kernels.primitives import (
     without,
     zero_unless_finite,
 )
+from nsa.kernels.selected_by_query import fetch_keys
 
 _BITS = tl.constexpr(4)
-"""Bits of an entry of a schedule that are for queries, of which a tile has as many at most; the others are a token."""
+"""A tile has this many queries at most. An entry of its schedule has a bit for each; the other bits are a token."""
 
-MOST_KEYS = 1 << 31 - _BITS.value
-"""Of all sequences together, whose tokens can be told."""
+_MOST_KEYS = 1 << 31 - _BITS.value
+"""The largest number of keys, of all sequences together: an entry has no more bits for a token."""
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "num_keys", "shift", "num_tiles")
@@ -109,15 +109,17 @@ def _find_rows(
 
 
 @triton.jit
-def _fetch_keys(
-    tiles0, tiles1, base, batch, head, token, stride, num_keys,
-    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Keys or values of one head from `token` on, in two chunks; 0 beyond the last."""
-    within = tl.arange(0, BLOCK_N)
-    offsets = within.to(tl.int64) * stride
-    real = token + within < num_keys
-    return fetch(tiles0, tiles1, base, offsets, real, batch, head, token, stride, DIM, D0, D1, BLOCK_N, True, TMA)
+def _hide(s, token, limit, least, chosen, BLOCK_N: tl.constexpr, CLEAN: tl.constexpr):
+    """Logits `[M, BLOCK_N]` of the keys from `token` on with `-inf` beyond the last token that a row sees, and which
+    keys are visible. Rows that did not choose the block are hidden with CLEAN alone: otherwise they get a base at which
+    all weights are 0."""
+    visible = (token + tl.arange(0, BLOCK_N))[None, :] <= limit[:, None]
+    if CLEAN:
+        visible = visible & chosen[:, None]
+        s = tl.where(visible, s, float("-inf"))
+    elif token + BLOCK_N - 1 > least:
+        s = tl.where(visible, s, float("-inf"))
+    return s, visible
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -155,23 +157,19 @@ def _forward_kernel(
                 chosen = ((entry >> of_tile) & 1) != 0
                 # Loaded a step ahead, so that the next block's address is known when it is needed.
                 entry = tl.load(entries + tl.minimum((step + 1) // PARTS, count - 1))
-                k0, k1 = _fetch_keys(
-                    k_tiles0, k_tiles1, k_head, batch, head, token, k_strides[1], num_keys, DK, K0, K1, BLOCK_N,
+                real = token + tl.arange(0, BLOCK_N) < num_keys
+                k0, k1 = fetch_keys(
+                    k_tiles0, k_tiles1, k_head, batch, head, token, k_strides[1], real, DK, K0, K1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
-                v0, v1 = _fetch_keys(
-                    v_tiles0, v_tiles1, v_head, batch, head, token, v_strides[1], num_keys, DV, V0, V1, BLOCK_N,
+                v0, v1 = fetch_keys(
+                    v_tiles0, v_tiles1, v_head, batch, head, token, v_strides[1], real, DV, V0, V1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                 if NEGATIVE:
                     s = -s
-                visible = (token + tl.arange(0, BLOCK_N))[None, :] <= limit[:, None]
-                if CLEAN:
-                    visible = visible & chosen[:, None]
-                    s = tl.where(visible, s, float("-inf"))
-                elif token + BLOCK_N - 1 > least:
-                    s = tl.where(visible, s, float("-inf"))
+                s, visible = _hide(s, token, limit, least, chosen, BLOCK_N, CLEAN)
                 new_max = tl.where(chosen, tl.maximum(row_max, tl.max(s, 1) * factor), row_max)
                 # Rows that see none of these keys have a base at which all weights are 0.
                 base = tl.where(chosen & (new_max > float("-inf")), new_max, float("inf"))
@@ -238,24 +236,20 @@ def _bwd_dq_kernel(
                 token = (entry >> _BITS) + step % PARTS * BLOCK_N
                 chosen = ((entry >> of_tile) & 1) != 0
                 entry = tl.load(entries + tl.minimum((step + 1) // PARTS, count - 1))
-                k0, k1 = _fetch_keys(
-                    k_tiles0, k_tiles1, k_head, batch, head, token, k_strides[1], num_keys, DK, K0, K1, BLOCK_N,
+                real = token + tl.arange(0, BLOCK_N) < num_keys
+                k0, k1 = fetch_keys(
+                    k_tiles0, k_tiles1, k_head, batch, head, token, k_strides[1], real, DK, K0, K1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
-                v0, v1 = _fetch_keys(
-                    v_tiles0, v_tiles1, v_head, batch, head, token, v_strides[1], num_keys, DV, V0, V1, BLOCK_N,
+                v0, v1 = fetch_keys(
+                    v_tiles0, v_tiles1, v_head, batch, head, token, v_strides[1], real, DV, V0, V1, BLOCK_N,
                     TMA and not CLEAN,
                 )  # fmt: skip
                 s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION)
                 if NEGATIVE:
                     s = -s
                 dp = dot_chunks(do0, do1, v0, v1, V1, ACC, PRECISION)
-                visible = (token + tl.arange(0, BLOCK_N))[None, :] <= limit[:, None]
-                if CLEAN:
-                    visible = visible & chosen[:, None]
-                    s = tl.where(visible, s, float("-inf"))
-                elif token + BLOCK_N - 1 > least:
-                    s = tl.where(visible, s, float("-inf"))
+                s, visible = _hide(s, token, limit, least, chosen, BLOCK_N, CLEAN)
                 base = tl.where(chosen, row_lse2, float("inf"))
                 ds = tl.exp2(s * factor - base[:, None]) * (dp - row_delta[:, None])
                 if CLEAN:
@@ -275,9 +269,14 @@ def _bwd_dq_kernel(
 # Launchers. `constants` are those of `nsa.kernels.selected_attention`.
 
 
-def queries_of(config: TileConfig, group: int) -> int:
+def _queries_of(config: TileConfig, group: int) -> int:
     """Queries of a tile."""
     return min(_BITS.value, config.BLOCK_M // group)
+
+
+def applies(config: TileConfig, group: int, num_keys: int) -> bool:
+    """Whether a tile has several queries and the sequences are not too long for tiles."""
+    return _queries_of(config, group) > 1 and num_keys <= min(config.most_keys, _MOST_KEYS)
 
 
 def _schedule(
@@ -301,7 +300,7 @@ def _options(constants: dict[str, Any], config: TileConfig, k: Tensor, v: Tensor
     return {
         **constants,
         **config.options,
-        "QUERIES": queries_of(config, constants["G"]),
+        "QUERIES": _queries_of(config, constants["G"]),
         "BLOCK_N": min(constants["BLOCK_SIZE"], config.BLOCK_N),
         "TMA": config.TMA and describable(k, v),
     }

@@ -77,7 +77,7 @@ def job_of(trainer: Any) -> dict[str, Any]:
 
 
 def environment(folder: Path, assets: str | None = None) -> dict[str, str]:
-    """What a job runs on: versions of packages, and where its tokenizer lies as seen from `folder`."""
+    """Versions of the packages that a job runs on, and the path of its tokenizer relative to `folder`."""
     found = {"hf_assets_path": os.path.relpath(assets, folder)} if assets and os.path.isdir(assets) else {}
     for package in ("torch", "torchtitan", "triton"):
         try:

@@ -23,7 +23,7 @@ FLAVORS: dict[str, dict[str, Any]] = {
     **{f"{name}_dense": {**sizes, "attention": "dense"} for name, sizes in _SIZES.items()},
     "100m_hybrid": {**_SIZES["100m"], "attention": "dense,nsa,nsa,nsa"},
 }
-"""What differs from the defaults of the arguments of a model, by the name of the flavor."""
+"""Arguments of a model that differ from their defaults, by flavor."""
 
 
 def layer_kinds(attention: str, n_layers: int) -> list[str]:

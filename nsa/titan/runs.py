@@ -286,7 +286,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def entry_of(folder: Path, step: int) -> Mapping[str, Any] | None:
-    """What was recorded of the job that trained step `step`, or None where nothing was."""
+    """The record of the job that trained step `step`, or None if there is none."""
     return next((entry for entry in reversed(read_jobs(folder)) if entry["after_step"] < step), None)
 
 
