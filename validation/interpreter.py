@@ -1,11 +1,13 @@
 """Triton's interpreter, made fast enough for a CPU to put every kernel through every case, and to round as GPUs do.
 
 Of the time an operation takes under the interpreter, NumPy has a small part. Most goes into finding out again, for
-each operation of each program, what does not change. `accelerate` sees to five such places; results stay the same, bit
+each operation of each program, what does not change. `accelerate` sees to six such places; results stay the same, bit
 for bit:
 
 - `triton.language` is made to interpret when a kernel is launched, and again whenever one function calls another,
   attribute by attribute. Here that happens once and for good: such a process compiles nothing.
+- An operation checks types, converts and broadcasts before it computes, the same for all operands of the same types.
+  Here that is found out by the first (`validation.interpreted`).
 - A tensor describes its shape, and a block type spells its name, anew for every result. Both follow from the type: here
   the second of a kind copies the first.
 - The NumPy dtype of a Triton dtype is looked up in a dictionary made for the purpose. Here it is remembered.
@@ -15,7 +17,7 @@ for bit:
 
 Kernels of other people that tune themselves at the first call find no clock there: they get the first configuration.
 
-Together they are worth a factor of about four. Triton 3.6 to 3.9 have these places.
+Triton 3.6 to 3.9 have these places.
 
 `round_to_nearest` does change results. Where a GPU rounds a float32 to the nearest bfloat16, the interpreter cuts it
 off: twice as far from it on average, and always towards zero, so that errors add up which else cancel.
@@ -44,10 +46,15 @@ def accelerate() -> bool:
     from triton import knobs
     from triton.runtime import autotuner, interpreter
 
-    places = ("_patch_lang", "_get_np_dtype", "interpreter_builder", "GridExecutor")
+    from .interpreted import repeating
+
+    places = ("_patch_lang", "_patch_attr", "_get_np_dtype", "interpreter_builder", "GridExecutor")
     if not knobs.runtime.interpret or not all(hasattr(interpreter, place) for place in places):
         return False
 
+    builder = interpreter.interpreter_builder
+    decorate = repeating(builder)
+    interpreter._patch_attr = lambda place, name, member, *rest: setattr(place, name, decorate(member))
     # Whatever a function has the language from, the one module or the other, it finds it patched.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
@@ -55,7 +62,6 @@ def accelerate() -> bool:
     interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
     tl.tensor.__init__ = _copying_tensors(tl.tensor.__init__)
     tl.block_type.__init__ = _copying_block_types(tl.block_type.__init__, tl.constexpr)
-    builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
     interpreter.GridExecutor.__call__ = _unfollowed(interpreter.GridExecutor.__call__)
     autotuner.Autotuner.do_bench = lambda self, call, quantiles: [1.0 for _ in quantiles]
