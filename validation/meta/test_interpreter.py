@@ -77,6 +77,26 @@ def test_a_condition_on_a_scalar_is_part_of_a_mask(on_device, count):
     assert out.tolist() == [*([1.0, 2.0, 3.0] if count else [0.0] * 3), *[0.0] * 5]
 
 
+@triton.jit
+def _products_kernel(x, y, out, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    a, b = tl.load(x + places), tl.load(y + places)
+    tl.store(out + places, a * a)
+    tl.store(out + COUNT + places, a * b)
+    tl.store(out + 2 * COUNT + places, a * 0.0)
+    tl.store(out + 3 * COUNT + places, a * -0.0)
+
+
+def test_operands_of_the_same_types_are_told_apart(on_device):
+    """A tensor twice is not two tensors, and the sign of a zero counts."""
+    x, y = torch.arange(1.0, 9), torch.arange(3.0, 11)
+    for a, b in ((x, y), (y, x)):
+        out = torch.empty(4, 8)
+        _products_kernel[(1,)](a, b, out, COUNT=8)
+        assert_equal(out, torch.stack([a * a, a * b, a * 0.0, a * -0.0]), what="products")
+        assert out[2:].signbit().any(1).tolist() == [False, True]
+
+
 if __name__ == "__main__":
     interpreter.keep_conditions()
     own = everything()
