@@ -68,8 +68,8 @@ def _kind(x: Any, tensors: list[Any]) -> Any:
         return tl.constexpr, _kind(x.value, tensors)
     if isinstance(x, tl.core.base_value):
         raise TypeError(f"{type(x).__name__} stands for memory")
-    # Slices have no hash before Python 3.12, and 0.0 equals -0.0.
-    return type(x), repr(x) if isinstance(x, (float, slice)) else x
+    # Slices have no hash before Python 3.12. 0.0 and -0.0 are one kind: Triton takes every zero constant as 0.0.
+    return type(x), repr(x) if isinstance(x, slice) else x
 
 
 class _Notes:
