@@ -6,23 +6,28 @@ by an error that any misspelt fault would give.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
+from validation import plugin
 from validation.faults.catalogue import Fault
 
 ROOT = Path(__file__).parents[2]
 UNIT = "validation/unit/"
 # Of no use to tests, some of it large; what git and tools keep begins with a dot.
-LEFT_OUT = shutil.ignore_patterns(".*", "out", "outputs", "build", "dist", "__pycache__", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(".*", "out", "outputs", "build", "dist", "*.egg-info")
+PRELOADED = ["pytest", "torch._dynamo", "triton.language"]
+"""What every run imports and no fault is in: one process imports it, and each run is a fork of that."""
 MISSPELT = re.compile(r"\b(NameError|UnboundLocalError|SyntaxError|ImportError|ModuleNotFoundError|CompilationError)\b")
 
 
@@ -50,18 +55,46 @@ def run(arguments: Sequence[str], fault: Fault | None = None) -> Outcome:
             except ValueError as error:
                 return Outcome(problem=str(error))
             module = ".".join(["nsa", *Path(fault.file).with_suffix("").parts])
-        command = [sys.executable, "-m", "validation.faults.witness", str(report), module, *arguments]
-        # From within the copy it is the copy's packages that are found, by processes that tests start too.
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        output = Path(folder, "output")
+        witness = _WITNESS.format(copy=str(copy), output=str(output), argv=["witness", str(report), module, *arguments])
+        process = _processes().Process(target=exec, args=(witness, {"__name__": "__main__"}))
+        process.start()
+        process.join()
         seconds = time.perf_counter() - start
         if not report.exists():
-            return Outcome(problem=f"died with status {done.returncode}: {_end(done.stderr)}", seconds=seconds)
+            end = output.read_text().strip()[-500:] if output.exists() else "it did not begin"
+            return Outcome(problem=f"died with status {process.exitcode}: {end}", seconds=seconds)
         seen = json.loads(report.read_text())
     problem, message = seen["problem"], _first_line(seen["message"])
     if not problem and MISSPELT.search(seen["message"]):
         problem = f"{seen['failed']} failed as it would for any misspelt fault: {message}"
     return Outcome(seen["failed"], message, problem, seen["passed"], seconds)
+
+
+_WITNESS = """
+import os, runpy, sys
+output = os.open({output!r}, os.O_CREAT | os.O_WRONLY)
+os.dup2(output, 1), os.dup2(output, 2)
+# From within the copy it is the copy's packages that are found, by processes that tests start too.
+os.chdir({copy!r})
+sys.path.insert(0, {copy!r})
+for name in [name for name in sys.modules if name.partition(".")[0] in ("nsa", "validation")]:
+    del sys.modules[name]
+sys.dont_write_bytecode = True
+os.environ |= {{"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}}
+sys.argv = {argv!r}
+runpy.run_module("validation.faults.witness", run_name="__main__")
+"""
+
+
+@cache
+def _processes() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    interpreted = {} if plugin.GPUS else {"TRITON_INTERPRET": "1"}  # Triton is imported here for the first time
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", **interpreted}):
+        forkserver.ensure_running()
+    return context
 
 
 def attempt(fault: Fault) -> Outcome:
@@ -85,7 +118,3 @@ def folder(fault: Fault) -> str:
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
-
-
-def _end(text: str) -> str:
-    return text.strip()[-500:]
