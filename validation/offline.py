@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -60,25 +61,29 @@ class Absent:
         return 0
 
 
-def _stop_at_llvm(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:
-    """Compiles as far as LLVM's code, before which shared memory is shared out."""
+def _check_options(backend: Any = None, stages: dict[str, Any] | None = None, *_: Any) -> tuple[str, str] | None:
     if stages is None:  # Triton asks for what goes into the key of its cache
         return "", ""
     lower = stages["llir"]
 
-    def stop(source: Any, metadata: dict[str, Any]) -> None:
-        lower(source, metadata)
+    def check(source: Any, metadata: dict[str, Any]) -> Any:
         assert metadata["enable_fp_fusion"], "products and sums are not fused: their bits are those of another release"
-        raise Found(metadata["shared"])
+        return lower(source, metadata)
 
-    stages["llir"] = stop
+    stages["llir"] = check
     return None
+
+
+def _stop_at_llvm(module: Any, context: Any) -> None:
+    """Takes the place of the step to LLVM's code, before which shared memory is shared out."""
+    raise Found(module.get_int_attr("ttg.shared"))
 
 
 def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """Bytes of shared memory by kernel, the most of all its variants. Changes Triton for the rest of the process."""
     driver.set_active(Absent(architecture))
-    triton.knobs.runtime.add_stages_inspection_hook = _stop_at_llvm
+    triton.knobs.runtime.add_stages_inspection_hook = _check_options
+    compiler.llvm.to_module = _stop_at_llvm
     triton.knobs.compilation.always_compile = True  # what is in the cache tells nothing
     configs.architecture = lambda device: architecture  # type: ignore[assignment]
     torch.cuda.current_device = lambda: 0

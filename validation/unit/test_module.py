@@ -338,7 +338,7 @@ MEMORY = """
 import resource, torch
 from nsa import NSAConfig, nsa_attention
 torch.set_num_threads(1)  # as conftest.py has it for tests
-T, H, D, config = 16384, 4, 64, NSAConfig()
+T, H, D, config = 16384, 2, 64, NSAConfig()
 def draw(tokens): return torch.randn(1, tokens, H, D, requires_grad=True)
 C = config.num_compressed(T)
 inputs = [draw(T), draw(C), draw(C), *[draw(T) for _ in range(4)], torch.rand(1, T, H, 3, requires_grad=True)]
