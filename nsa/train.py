@@ -33,12 +33,11 @@ from torchtitan.tools.logging import logger
 
 import nsa.titan.train_spec  # noqa: F401  (registers the spec)
 from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
+from nsa.titan.flavors import config_file
 from nsa.titan.graphs import StepGraph, mode_of, step_graph, why_not
 from nsa.titan.job_checks import check_job, check_table
 from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
-
-CONFIGS = Path(__file__).parent / "configs"
 
 # What torchrun sets. A lone process is its own world; port 0 lets the system choose one.
 _LONE_PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -193,7 +192,7 @@ def complete(arguments: Sequence[str]) -> list[str]:
         given |= {f"job.{name}": value for name, value in job.items() if value} if isinstance(job, dict) else {}
     else:
         flavor = given.get("model.flavor", "debug")
-        file = CONFIGS / f"{flavor.split('_')[0]}.toml"
+        file = config_file(flavor)
         if file.exists():
             added.append(f"--job.config_file={file}")
             if "job.dump_folder" not in given:  # another flavor could not go on from this one's checkpoints

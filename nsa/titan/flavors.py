@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from nsa.config import NSAConfig
 from nsa.module import Compressor
 
+ATTENTION_KINDS = ("dense", "nsa")
 _SMALL = NSAConfig(
     compress_block_size=16, compress_stride=8, select_block_size=32, num_selected_blocks=8, window_size=128
 )
@@ -26,9 +28,33 @@ FLAVORS: dict[str, dict[str, Any]] = {
 """Arguments of a model that differ from their defaults, by flavor."""
 
 
+def config_file(flavor: str) -> Path:
+    """The file of `nsa/configs` that says how a flavor is trained; twins share one. There may be none."""
+    return Path(__file__).parents[1] / "configs" / f"{flavor.partition('_')[0]}.toml"
+
+
 def layer_kinds(attention: str, n_layers: int) -> list[str]:
-    """The kind of attention of every layer, from a pattern such as `"dense,nsa"`, repeated over the depth."""
-    return list(islice(cycle(attention.split(",")), n_layers))
+    """The kind of attention of every layer, from a pattern such as `"dense,nsa"`, repeated over the depth.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    kinds = attention.split(",")
+    if not set(kinds) <= set(ATTENTION_KINDS):
+        raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {attention!r}")
+    return list(islice(cycle(kinds), n_layers))
+
+
+def check_heads(dim: int, n_heads: int, n_kv_heads: int) -> None:
+    """Refuses heads that do not share out the width, or the queries.
+
+    Raises:
+        ValueError: `dim` or `n_heads` is not a multiple of what it must be.
+    """
+    if dim % n_heads:
+        raise ValueError(f"dim must be a multiple of n_heads ({n_heads}), got {dim}")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"n_heads must be a multiple of n_kv_heads ({n_kv_heads}), got {n_heads}")
 
 
 def num_params_and_flops(

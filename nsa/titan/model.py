@@ -28,11 +28,10 @@ from nsa.module import PAPER, NativeSparseAttention
 from nsa.titan.context import ContextParallel, attend_over
 from nsa.titan.data import ByteTokenizer, padded_vocab_size
 from nsa.titan.dense import DenseAttention, DocumentAttention, Documents
-from nsa.titan.flavors import layer_kinds, num_params_and_flops
+from nsa.titan.flavors import check_heads, layer_kinds, num_params_and_flops
 from nsa.titan.initial import complete_gradient, gate_logits, init_parameters
 from nsa.titan.refusals import JobError, require
 
-ATTENTION_KINDS = ("dense", "nsa")
 MASK_KINDS = ("causal", "block_causal")
 
 
@@ -84,17 +83,12 @@ class ModelArgs(TransformerModelArgs):
     def __post_init__(self) -> None:
         if not isinstance(self.attention, str):
             self.attention = ",".join(map(str, self.attention))
-        unknown = set(self.attention.split(",")) - set(ATTENTION_KINDS)
-        if unknown:
-            raise ValueError(f"attention must be a pattern of {ATTENTION_KINDS}, got {self.attention!r}")
+        layer_kinds(self.attention, self.n_layers)
         check_backend(self.backend)
         self.gate_logits = gate_logits(self.initial_gates)
         if self.attn_mask_type not in MASK_KINDS:
             raise ValueError(f"attn_mask_type must be one of {MASK_KINDS}, got {self.attn_mask_type!r}")
-        if self.dim % self.n_heads:
-            raise ValueError(f"dim must be a multiple of n_heads ({self.n_heads}), got {self.dim}")
-        if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads must be a multiple of n_kv_heads ({self.kv_heads}), got {self.n_heads}")
+        check_heads(self.dim, self.n_heads, self.kv_heads)
         # The trainer asks for document masks only where the attention type is one that takes them.
         self.attn_type = "varlen" if self.attn_mask_type == "block_causal" else "sdpa"
 

@@ -14,10 +14,11 @@ from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.llama3.model import Llama3TransformerBlock
 
 from nsa.backends import BackendName
+from nsa.checks import check_backend
 from nsa.config import NSAConfig
 from nsa.module import PAPER
 from nsa.titan.data import ByteTokenizer, padded_vocab_size
-from nsa.titan.flavors import layer_kinds, num_params_and_flops
+from nsa.titan.flavors import check_heads, layer_kinds, num_params_and_flops
 from nsa.titan.initial import gate_logits, init_parameters
 from nsa.titan3.attention import DenseAttention, HeadCompressor, NSAAttention
 from nsa.titan3.checks import check_job
@@ -116,7 +117,12 @@ def model_config(
         vocab_size: that of bytes, rounded up, unless given.
         ffn_dim_multiplier: of the hidden width, as llama3 has it.
         max_seq_len: the longest sequence.
+
+    Raises:
+        ValueError: an unknown kind of attention or backend, or heads that do not divide one another or `dim`.
     """
+    check_heads(dim, n_heads, n_kv_heads)
+    check_backend(backend)
     vocab_size = vocab_size or padded_vocab_size(ByteTokenizer())
     kinds, head_dim = layer_kinds(attention, n_layers), dim // n_heads
     norm = partial(RMSNorm.Config, normalized_shape=dim, param_init=_DRAWN_LATER)

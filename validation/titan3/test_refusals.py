@@ -54,6 +54,19 @@ def test_an_unknown_flavor() -> None:
         config_registry.model_spec("2m")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "dense,sparse"}, r"attention must be a pattern of \('dense', 'nsa'\), got 'dense,sparse'"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"n_kv_heads": 3}, r"n_heads must be a multiple of n_kv_heads \(3\), got 4"),
+    ],
+)
+def test_models_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_registry.model_spec("debug", **changes)
+
+
 def test_gates_that_are_no_gates() -> None:
     config = job()
     config.model_spec = config_registry.model_spec("debug", initial_gates="1,2,3")
