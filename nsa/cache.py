@@ -253,15 +253,11 @@ class KVCache(Stores):
             if length == 0:
                 self._held_from[row] = {"window": 0, "tail": 0}
 
-    truncate.__doc__ = Stores.truncate.__doc__
-
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
         chosen = [*range(self.batch)] if sequences is None else list(sequences)
         new = super().fork(chosen)
         new._held_from = [dict(self._held_from[i]) for i in chosen]
         return new
-
-    fork.__doc__ = Stores.fork.__doc__
 
 
 class DenseCache(Stores):

@@ -72,6 +72,14 @@ def test_results_errors_and_source_are_said(name: str) -> None:
     assert re.search(SOURCE, inspect.getdoc(function) or "") or name in OF_NO_PAPER
 
 
+@pytest.mark.parametrize("name", [name for name in nsa.__all__ if inspect.isclass(getattr(nsa, name))])
+def test_every_method_is_described(name: str) -> None:
+    """Pages leave out what has no docstring, without a word. That of a base class will do."""
+    own = {member: value for member, value in vars(getattr(nsa, name)).items() if not member.startswith("_")}
+    methods = {member for member, value in own.items() if inspect.isroutine(value) or isinstance(value, property)}
+    assert methods - {member for member in methods if inspect.getdoc(getattr(getattr(nsa, name), member))} == set()
+
+
 def test_a_function_that_is_not_public_is_on_no_page() -> None:
     assert load_backend.__name__ not in nsa.__all__
     assert f"!^{load_backend.__name__}$" in (PAGES / "functions.md").read_text()
