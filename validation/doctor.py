@@ -109,7 +109,7 @@ def inspect_package(name: str, imports: bool) -> Package:
         return Package(name, None, f"missing: {name}{bounds}{of} is needed: {REMEDY}")
     if not within(version, bounds):
         remedy = "make setup PYTHON=python3.12" if name == "python" else REMEDY
-        return Package(name, version, f"{name} {version} is not supported, {name}{bounds}{of} is needed: {remedy}")
+        return Package(name, version, f"{name}{bounds}{of} is needed, {version} is installed: {remedy}")
     if imports and name in ("torch", "triton", "torchtitan"):
         try:
             importlib.import_module(name)
