@@ -119,7 +119,7 @@ def _steps(
         places[id(made)] = len(tensors) + len(program)
         program.append((getattr(builder, name), list(args), varying))
 
-    if result is None:
+    if result is None or result.handle is None:  # what Triton 3.9 gives of a store
         last, kind = None, None
     elif id(result.handle) in constants:
         return lambda tensors: tl.tensor(result.handle, result.type)
