@@ -4,6 +4,9 @@ Everything but attention and the drawing of initial weights is llama3's own, so 
 activation checkpointing and `torch.compile` apply as they are, and a dense twin differs in nothing else.
 """
 
+import nsa.titan.release  # noqa: F401  (says which extra is missing)
+
+# isort: split
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 
 import pytest
 
@@ -42,8 +42,11 @@ def test_another_release_is_refused(installed: dict[str, str], found: str) -> No
         extras.require("titan", "torchtitan", "0.2.2")
 
 
-def test_the_model_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
-    for name in [name for name in sys.modules if name == "nsa.titan" or name.startswith("nsa.titan.")]:
+@pytest.mark.parametrize("module", ["nsa.titan.model", "nsa.titan.train_spec", "nsa.titan.load", "nsa.train"])
+def test_modules_say_which_extra_they_need(
+    module: str, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    for name in [name for name in sys.modules if re.match(r"nsa\.(titan|train)\b", name)]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"nsa\[titan\]"):
-        import nsa.titan.release  # noqa: F401
+        import_module(module)
