@@ -1,11 +1,11 @@
-"""What the stages are tried on: a list of cases, one generator of inputs, and how to run a stage on them.
+"""What the stages are tried on: a list of cases and one generator of inputs.
 
 A case is here because it differs from the others in a way that has broken somebody's kernel; it is not a product. It is
 written as small as it can be, and `fitted` to what an implementation can do. What that cannot do at any scale is
-skipped when it is asked for, in `Stage.run` and `select_blocks`, and nowhere else.
+skipped when it is asked for, in `StageSpec.run`, and nowhere else.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.functional import CompressionParams
 
 from . import oracle
 from .implementations import Implementation
-from .numerics import Margin, Mismatch, assert_equal, assert_matches, assert_selection_matches, gradcheck
 from .seeds import seed_of
 
 Tensors = dict[str, Any]
@@ -51,6 +49,8 @@ class Case:
     """Indices in any order with -1 among them."""
     emptied: float = 0.25
     """Part of the scrambled slots that is emptied; some queries are then left without any block."""
+    hidden_dim: int | None = 5
+    """Width of the hidden layer of `"mlp"` compression; as wide as the head if None."""
 
     def __str__(self) -> str:
         c = self.config
@@ -94,6 +94,11 @@ class Case:
     def call(self) -> dict[str, Any]:
         """Keyword arguments every attention stage takes."""
         return {**self.cu_seqlens, "scale": self.scale}
+
+    @property
+    def behind(self) -> dict[str, Any]:
+        """Keyword arguments of the stages that see compressed keys only."""
+        return {**self.call, "num_keys": self.num_keys}
 
     @property
     def positions(self) -> Tensor:
@@ -246,7 +251,7 @@ def fitted(impl: Implementation, *cases: Case, stages: tuple[str, ...] = ()) -> 
     return cases[0]
 
 
-def _declares(subject: Any) -> bool:
+def declares(subject: Any) -> bool:
     """Whether it is an implementation, not the oracle. Where pytest imports the harness as files, there are two classes
     of that name."""
     return hasattr(subject, "lacks")
@@ -254,7 +259,7 @@ def _declares(subject: Any) -> bool:
 
 def require(subject: Any, case: Case, stages: tuple[str, ...], dtype: torch.dtype, **wanted: bool) -> None:
     """Skip the test where an implementation does not declare what is about to be asked of it."""
-    missing = subject.lacks(case, stages, dtype, **wanted) if _declares(subject) else None
+    missing = subject.lacks(case, stages, dtype, **wanted) if declares(subject) else None
     if missing is not None:
         pytest.skip(f"{subject.name} lacks {missing}")
 
@@ -273,8 +278,8 @@ def draw(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
 def with_selection(case: Case, tensors: Tensors) -> Tensors:
     """The tensors and what the oracle makes of them for the later stages, in place of what was there."""
     q, k_cmp, v_cmp = (tensors[name] for name in ("q", "k_cmp", "v_cmp"))
-    lse = oracle.compressed_attention(q, k_cmp, v_cmp, case.config, **_behind(case))[1]
-    indices = oracle.select_blocks(q, k_cmp, None, case.config, **_behind(case))
+    lse = oracle.compressed_attention(q, k_cmp, v_cmp, case.config, **case.behind)[1]
+    indices = oracle.select_blocks(q, k_cmp, None, case.config, **case.behind)
     return {**tensors, "lse": lse if q.dtype == torch.float64 else lse.float(), "indices": indices}
 
 
@@ -286,19 +291,30 @@ def draw_inputs(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
     `k_weight_out`, `v_...`.
     """
     generator = _generator(case.id)
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in shapes(case).items()
+    }
+    tensors["gates"] = tensors["gates"].sigmoid()
+    return initialised(tensors)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs by name, in the order in which they are drawn; those of parameters by the kind."""
     keys = (case.batch, case.num_keys, case.kv_heads)
     queries = (case.batch, case.num_queries, case.kv_heads * case.group)
     blocks = (case.batch, case.config.num_compressed(case.num_keys), case.kv_heads)
-    tensors = {"q": normal(*queries, case.key_dim), "gates": normal(*queries, 3).sigmoid()}
+    found: dict[str, tuple[int, ...]] = {"q": (*queries, case.key_dim), "gates": (*queries, 3)}
     for kind, width in (("k", case.key_dim), ("v", case.value_dim)):
-        tensors |= {f"{kind}{branch}": normal(*keys, width) for branch in ("", "_slc", "_win")}
-        tensors[f"{kind}_cmp"] = normal(*blocks, width)
-        tensors |= {f"{kind}_{name}": x for name, x in _params(case, width, normal).items()}
-    return tensors
+        found |= {f"{kind}{branch}": (*keys, width) for branch in ("", "_slc", "_win")}
+        found[f"{kind}_cmp"] = (*blocks, width)
+        found |= {f"{kind}{name}": shape for name, shape in _params(case, width).items()}
+    return found
+
+
+def initialised(tensors: Tensors) -> Tensors:
+    """The tensors, weights among them scaled as a layer initialises them."""
+    return {name: x * x.shape[-2] ** -0.5 if "_weight" in name else x for name, x in tensors.items()}
 
 
 def draw_cotangent(case: Case, out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -315,15 +331,14 @@ def upcast(tensors: Mapping[str, Any]) -> Tensors:
     return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def _params(case: Case, width: int, normal: Callable[..., Tensor]) -> dict[str, Tensor]:
-    length, heads, hidden = case.config.compress_block_size, case.kv_heads, 5
+def _params(case: Case, width: int) -> dict[str, tuple[int, ...]]:
+    length, heads, hidden = case.config.compress_block_size, case.kv_heads, case.hidden_dim or width
     if case.config.compression == "mean":
         return {}
-    position, fan_in = normal(heads, length, width), length * width
+    position, fan_in = (heads, length, width), length * width
     if case.config.compression == "linear":
-        return {"position": position, "weight": normal(heads, fan_in, width) * fan_in**-0.5}
-    weight, weight_out = normal(heads, fan_in, hidden), normal(heads, hidden, width)
-    return {"position": position, "weight": weight * fan_in**-0.5, "weight_out": weight_out * hidden**-0.5}
+        return dict(zip(PARAMETERS, (position, (heads, fan_in, width)), strict=False))
+    return dict(zip(PARAMETERS, (position, (heads, fan_in, hidden), (heads, hidden, width)), strict=True))
 
 
 def _scramble(indices: Tensor, generator: torch.Generator, part: float) -> Tensor:
@@ -331,308 +346,3 @@ def _scramble(indices: Tensor, generator: torch.Generator, part: float) -> Tenso
     order = torch.rand(indices.shape, generator=generator).argsort(-1)
     emptied = torch.rand(indices.shape, generator=generator) < part
     return indices.gather(-1, order).masked_fill(emptied, -1).int()
-
-
-def _behind(case: Case) -> dict[str, Any]:
-    """Keyword arguments of the stages that see compressed keys only."""
-    return {**case.call, "num_keys": case.num_keys}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage as the tests see it: a function of named tensors to named tensors.
-
-    `call(subject, case, tensors)` calls it on anything with the stages as attributes, the oracle included.
-    """
-
-    name: str
-    functions: tuple[str, ...]
-    inputs: tuple[str, ...]
-    call: Callable[[Any, Case, Mapping[str, Any]], Tensors]
-    reduction: Callable[[Case], int]
-    own_keys: bool = False
-    """Whether branches have keys and values of their own."""
-
-    def run(self, subject: Any, case: Case, tensors: Mapping[str, Any]) -> Tensors:
-        """What it gives, by name; skips the test where the subject does not declare what that takes."""
-        require(subject, case, self.functions, tensors[self.inputs[0]].dtype, own_keys=self.own_keys)
-        if _declares(subject):
-            SEEN.stages.append(self.name)
-            SEEN.case = case
-        return self.call(subject, case, tensors)
-
-    def leaves(self, tensors: Mapping[str, Any]) -> Tensors:
-        """The differentiable inputs among `tensors`, as fresh leaves of the same strides."""
-        return {name: tensors[name].detach().requires_grad_() for name in self.inputs if name in tensors}
-
-    def results(
-        self,
-        subject: Any,
-        case: Case,
-        tensors: Mapping[str, Any],
-        dtype: torch.dtype | None = None,
-        *,
-        cotangent: Tensor | None = None,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Outputs, then, unless they are indices, the gradient of every differentiable input under a cotangent.
-
-        Unless given, that is a fixed one, drawn in `dtype` or else that of the inputs.
-        """
-        dtype = dtype or tensors[self.inputs[0]].dtype
-        leaves = self.leaves(tensors)
-        outputs = self.run(subject, case, {**tensors, **leaves})
-        yield from outputs.items()
-        if "indices" in outputs:
-            return
-        require(subject, case, self.functions, dtype, backward=True)
-        out = outputs["out"]
-        if cotangent is None:
-            cotangent = draw_cotangent(case, out, dtype)
-        gradients = torch.autograd.grad(
-            out, list(leaves.values()), cotangent.to(out.dtype), materialize_grads=True, allow_unused=True
-        )
-        yield from ((f"gradient of {name}", gradient) for name, gradient in zip(leaves, gradients, strict=True))
-
-
-@dataclass
-class Seen:
-    """What a test did: the plugin empties it before one and reads it after it."""
-
-    stages: list[str] = field(default_factory=list)
-    """Those that were run on an implementation, in order."""
-    case: Case | None = None
-    """The last that an implementation was run on."""
-    margins: dict[tuple[str, str, str], Margin] = field(default_factory=dict)
-    """The worst by stage, tensor and dtype."""
-
-    def clear(self) -> None:
-        self.stages, self.case, self.margins = [], None, {}
-
-    def note(self, stage: str, tensor: str, dtype: torch.dtype, margin: Margin) -> None:
-        key = stage, tensor, str(dtype).removeprefix("torch.")
-        self.margins[key] = max(self.margins.get(key, Margin()), margin, key=lambda margin: margin.ratio)
-
-
-SEEN = Seen()
-
-
-def compare(
-    impl: Any,
-    stage: Stage,
-    case: Case,
-    tensors: Mapping[str, Any],
-    dtype: torch.dtype,
-    *,
-    beside_plain: bool = False,
-    logit: float = 1.0,
-) -> None:
-    """Hold everything a stage gives to the oracle's value of it, beside plain PyTorch's in the same dtype if asked.
-
-    `logit` is the magnitude of the logits, where inputs make it more than the scale does. A mismatch says which
-    mistakes would give what came.
-    """
-    __tracebackhide__ = True
-    expected = dict(stage.results(oracle, case, upcast(tensors), dtype))
-    nearest: Tensors = {}
-    if beside_plain:
-        with oracle.computing_in(dtype):
-            nearest = dict(stage.results(oracle, case, tensors, dtype))
-    given: Tensors = {}
-    for name, actual in stage.results(impl, case, tensors, dtype):
-        given[name] = actual
-        bound = {**bounds(stage, case, tensors, name, actual, dtype), "baseline": nearest.get(name)}
-        bound["logit"] = max(logit, case.logit)
-        try:
-            margin = assert_matches(actual, expected[name], what=f"{stage.name}, case {case.id}, {name}", **bound)
-        except Mismatch as mismatch:
-            SEEN.note(stage.name, name, dtype, mismatch.margin or Margin())
-            mismatch.notes.append(f"case {case}, {dtype}")
-            from .mutants import explain  # they are made of cases
-
-            mismatch.notes += explain(impl, stage, case, tensors, dtype, given, bound)
-            raise
-        SEEN.note(stage.name, name, dtype, margin)
-
-
-def bounds(
-    stage: Stage, case: Case, tensors: Mapping[str, Any], name: str, actual: Tensor, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Keyword arguments of `assert_matches` for one of a stage's results, without a baseline."""
-    queries, blocks = case.num_queries * case.group, case.batch * case.config.num_compressed(case.num_keys)
-    # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
-    beyond = stage.name == SHARED.name and name.endswith(PARAMETERS)
-    reduction = max(stage.reduction(case), queries * blocks if beyond else queries)
-    shifts = blocks if name.endswith("_position") else 0
-    if stage.name == SHARED.name and name.startswith(
-        "gradient of k_"
-    ):  # all keys of a query have the position in common
-        largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
-        shifts = queries * largest**2
-    # Inputs are exact for the oracle, too: what is kept in a wider dtype is held to that.
-    kept = actual.dtype if name == "lse" else dtype
-    axes = None if not name.endswith(PARAMETERS) else ("head", "in", "out")
-    axes = ("batch", "block", "head", "dim") if name.endswith("_cmp") else axes
-    return {"reduction": reduction, "shifts": shifts, "logit": case.logit, "dtype": kept, "axes": axes}
-
-
-def assert_selected(case: Case, tensors: Mapping[str, Any], indices: Tensor, expected: Tensor, *, what: str) -> None:
-    """Fail unless indices are exactly these; a mismatch says which mistakes would give what came."""
-    __tracebackhide__ = True
-    try:
-        assert_equal(indices, expected, what=what)
-    except Mismatch as mismatch:
-        from .mutants import explain_selection
-
-        mismatch.notes += [f"case {case}", *explain_selection(case, tensors, indices)]
-        raise
-
-
-def compare_selection(impl: Any, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Hold a selection to the oracle's importances."""
-    __tracebackhide__ = True
-    check_selection(case, tensors, select_blocks(impl, case, tensors), dtype)
-
-
-def check_selection(case: Case, tensors: Mapping[str, Any], indices: Tensor, dtype: torch.dtype) -> None:
-    """Hold indices to the oracle's importances; a mismatch says which mistakes would give what came."""
-    __tracebackhide__ = True
-    expected, scores = select_blocks(oracle, case, tensors), importance(case, tensors)
-    try:
-        assert_selection_matches(indices, expected, scores, case.config, dtype, **case.selection)
-    except Mismatch as mismatch:
-        from .mutants import explain_selection
-
-        mismatch.notes.append(f"case {case}, {dtype}")
-        mismatch.notes += explain_selection(case, tensors, indices)
-        raise
-
-
-def check_gradients(subject: Any, stage: Stage, case: Case, *, fast: bool = True) -> None:
-    """Hold a stage's gradients to central differences of its own values."""
-    tensors = draw(case)
-    leaves = stage.leaves(tensors)
-
-    def function(*values: Tensor) -> Tensor:
-        return stage.run(subject, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
-
-    gradcheck(function, leaves.values(), fast=fast)
-
-
-def _compress(kind: str) -> Callable[[Any, Case, Mapping[str, Any]], Tensors]:
-    def run(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-        params = None
-        if case.config.compression != "mean":
-            params = CompressionParams(x[f"{kind}_position"], x[f"{kind}_weight"], x.get(f"{kind}_weight_out"))
-        return {"out": subject.compress(x[kind], params, case.config, cu_seqlens=case.cu_seqlens.get("cu_seqlens_k"))}
-
-    return run
-
-
-def _compressed_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    out, lse = subject.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], case.config, **_behind(case))
-    return {"out": out, "lse": lse}
-
-
-def _select_blocks(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    return {"indices": subject.select_blocks(x["q"], x["k_cmp"], x["lse"], case.config, **_behind(case))}
-
-
-SELECTION = Stage("select_blocks", ("select_blocks",), ("q", "k_cmp"), _select_blocks, lambda case: case.key_dim)
-"""Not among `STAGES`: it has indices instead of an output, no gradients and a comparison of its own."""
-
-
-def select_blocks(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensor:
-    """Indices of the selection on a case."""
-    return SELECTION.run(subject, case, x)["indices"]
-
-
-def importance(case: Case, x: Mapping[str, Any]) -> Tensor:
-    """The oracle's importance of every block, to judge a selection by."""
-    return oracle.importance(x["q"], x["k_cmp"], case.config, **_behind(case))
-
-
-def _selected_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    return {"out": subject.selected_attention(x["q"], x["k"], x["v"], x["indices"], case.config, **case.call)}
-
-
-def _window(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    return {"out": subject.sliding_window_attention(x["q"], x["k"], x["v"], case.config, **case.call)}
-
-
-_BRANCHES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
-
-
-def _nsa_attention(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    tensors = (x[name] for name in _BRANCHES)
-    return {"out": subject.nsa_attention(*tensors, case.config, indices=x["indices"], **case.call)}
-
-
-def _from_shared_keys(subject: Any, case: Case, x: Mapping[str, Any]) -> Tensors:
-    blocks = {f"{kind}_cmp": _compress(kind)(subject, case, x)["out"] for kind in ("k", "v")}
-    branches = {f"{kind}_{branch}": x[kind] for kind in ("k", "v") for branch in ("slc", "win")}
-    return _nsa_attention(subject, case, {**x, **blocks, **branches})
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "compress_keys",
-            ("compress",),
-            ("k", *(f"k{name}" for name in PARAMETERS)),
-            _compress("k"),
-            lambda case: case.config.compress_block_size * case.key_dim,
-        ),
-        Stage(
-            "compress_values",
-            ("compress",),
-            ("v", *(f"v{name}" for name in PARAMETERS)),
-            _compress("v"),
-            lambda case: case.config.compress_block_size * case.value_dim,
-        ),
-        Stage(
-            "compressed_attention",
-            ("compressed_attention",),
-            ("q", "k_cmp", "v_cmp"),
-            _compressed_attention,
-            lambda case: case.config.num_compressed(case.num_keys) + case.key_dim,
-        ),
-        Stage(
-            "selected_attention",
-            ("selected_attention",),
-            ("q", "k", "v"),
-            _selected_attention,
-            lambda case: case.config.num_selected_blocks * case.config.select_block_size + case.key_dim,
-        ),
-        Stage(
-            "sliding_window_attention",
-            ("sliding_window_attention",),
-            ("q", "k", "v"),
-            _window,
-            lambda case: case.config.window_size + case.key_dim,
-        ),
-        Stage(
-            "nsa_attention",
-            ("nsa_attention",),
-            _BRANCHES,
-            _nsa_attention,
-            lambda case: case.num_keys + case.key_dim,
-            own_keys=True,
-        ),
-    )
-}
-
-EVERY = {**STAGES, SELECTION.name: SELECTION}
-"""Stages with gradients and the one without."""
-
-SHARED = Stage(
-    "nsa_attention_from_shared_keys",
-    ("compress", "nsa_attention"),
-    ("q", "k", "v", "gates", *(f"{kind}{name}" for kind in "kv" for name in PARAMETERS)),
-    _from_shared_keys,
-    lambda case: case.num_keys + case.config.compress_block_size * case.key_dim,
-)
-"""Compression and all three branches from one `k` and one `v`, for cases with `shared_kv`."""
-
-FUNCTIONS = {**EVERY, SHARED.name: SHARED}
-"""Every stage by its name."""

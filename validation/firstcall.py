@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from . import oracle
-from .cases import BY_ID, EVERY, Case, Stage, draw, fitted, upcast
+from .cases import BY_ID, Case, draw, fitted, upcast
 from .implementations import Implementation
+from .stages import EVERY, StageSpec
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,7 @@ def first_calls(impl: Implementation) -> list[Slip]:
     return [Slip(tuple(stages), f"{message}{where}") for message, (where, stages) in found.items()]
 
 
-def _first_call(impl: Implementation, stage: Stage, case: Case) -> tuple[str, str]:
+def _first_call(impl: Implementation, stage: StageSpec, case: Case) -> tuple[str, str]:
     """What went wrong, if anything, and where."""
     device = "cpu" if "cpu" in impl.devices or not torch.cuda.is_available() else "cuda"
     with torch.device(device):
@@ -44,7 +45,7 @@ def _first_call(impl: Implementation, stage: Stage, case: Case) -> tuple[str, st
         wanted = stage.run(oracle, case, upcast(tensors))
         try:
             outputs = stage.run(impl, case, tensors)
-            if impl.backward and not impl.interpreted and stage.name != "select_blocks":
+            if impl.backward and not impl.interpreted and stage.differentiable:
                 list(stage.results(impl, case, tensors))
         except Exception as error:
             # An error in the harness alone comes of what it was given.

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad, silu
 
 from . import oracle
-from .cases import SELECTION, Case, Stage, Tensors, bounds, draw_cotangent, upcast, whole
+from .cases import Case, Tensors, draw_cotangent, upcast, whole
+from .comparison import bounds
 from .numerics import assert_matches
+from .stages import SELECTION, StageSpec
 
 Patch = Callable[[Any], Any]
 """Makes another function of one of the oracle's."""
@@ -641,8 +643,10 @@ def _scale(case: Case) -> float:
     return case.key_dim**-0.5 if case.scale is None else case.scale
 
 
-def results(mutant: Mutant, stage: Stage, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]:
-    """What the oracle with the mistake gives, as `Stage.results`; nothing where it means nothing."""
+def results(
+    mutant: Mutant, stage: StageSpec, case: Case, tensors: Mapping[str, Any], dtype: torch.dtype
+) -> Iterator[Any]:
+    """What the oracle with the mistake gives, as `StageSpec.results`; nothing where it means nothing."""
     changed = mutant.case(case)
     if changed is None:
         return
@@ -658,7 +662,7 @@ def results(mutant: Mutant, stage: Stage, case: Case, tensors: Mapping[str, Any]
 
 def explain(
     impl: Any,
-    stage: Stage,
+    stage: StageSpec,
     case: Case,
     tensors: Mapping[str, Any],
     dtype: torch.dtype,
@@ -707,7 +711,7 @@ def explain(
 
 def _agrees(
     mutant: Mutant,
-    stage: Stage,
+    stage: StageSpec,
     case: Case,
     tensors: Mapping[str, Any],
     dtype: torch.dtype,

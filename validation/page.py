@@ -83,11 +83,11 @@ def snippet(verdict: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
     if not claim["id"].startswith("test_stages.py::test_matches") or not claim.get("dtype"):
         return command(verdict, claim)
     subject = verdict["implementation"]["subject"]
-    return f"""import torch; from nsa_validation import cases; from nsa_validation.implementations import load
-impl, stage, dtype = load("{subject}"), cases.FUNCTIONS["{claim["stage"]}"], torch.{claim["dtype"]}
+    return f"""import torch; from nsa_validation import cases, comparison, implementations, stages
+impl, stage, dtype = implementations.load("{subject}"), stages.BY_NAME["{claim["stage"]}"], torch.{claim["dtype"]}
 case = cases.fitted(impl, cases.BY_ID["{claim["case"]}"], stages=stage.functions)
 plain = dtype != torch.float64 and not impl.plain
-cases.compare(impl, stage, case, cases.draw(case, dtype), dtype, beside_plain=plain)"""
+comparison.compare(impl, stage, case, cases.draw(case, dtype), dtype, beside_plain=plain)"""
 
 
 def picture(where: list[list[float]]) -> str:

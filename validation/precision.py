@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import STAGES, Case, config, draw, upcast, whole
+from .cases import Case, config, draw, upcast, whole
 from .implementations import Implementation
 from .numerics import assert_matches, error_bound
+from .stages import WHOLE
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
@@ -28,7 +29,7 @@ from matplotlib.lines import Line2D
 MIDDLE = Case("middle", whole(256), config((32, 16, 64), 4, 64), kv_heads=1, group=4, key_dim=64, value_dim=64)
 """Where the axes meet: sparse in every branch, and of the paper's block sizes."""
 
-STAGE = STAGES["nsa_attention"]
+STAGE = WHOLE
 """What is measured, the blocks to select being given: every branch, and the sum of them."""
 
 NARROW = {"float32": "#0072b2", "float16": "#009e73", "bfloat16": "#d55e00"}

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nsa.kernels import configs
 
-from .cases import STAGES, Case, config, draw, select_blocks, whole
+from .cases import Case, config, draw, whole
 from .implementations import load
+from .stages import STAGES, select_blocks
 
 TOOLS = ("memcheck", "racecheck")
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from . import reports
-from .cases import BY_ID, CASES, FUNCTIONS, SEEN, SELECTION, SHARED, STAGES, Case, Stage, fitted, require
+from .cases import BY_ID, CASES, Case, fitted, require
 from .firstcall import Slip, first_calls
 from .implementations import Implementation, load
+from .stages import FUNCTIONS, SEEN, SELECTION, SHARED, STAGES, StageSpec
 
 if TYPE_CHECKING:
     from .precision import Point
@@ -54,7 +55,7 @@ def tried(impl: Implementation, *, every_dtype: bool = False) -> list[tuple[Case
     return wide + [(case, dtype) for case in rounded for dtype in NARROW]
 
 
-def stages(case: Case) -> Iterable[Stage]:
+def stages(case: Case) -> Iterable[StageSpec]:
     """The stages a case is for: with shared keys also the whole of them all."""
     return (*STAGES.values(), SHARED) if case.config.shared_kv else STAGES.values()
 

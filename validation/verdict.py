@@ -15,19 +15,13 @@ from typing import Any
 import pytest
 
 from . import doctor, seeds
+from .stages import FUNCTIONS, SHARED
 
 SCHEMA, VERSION = "nsa-validation/verdict", 1
 ASPECTS = ("rules", "forward", "gradients", "selection", "properties")
-STAGES = (
-    "compress_keys", "compress_values", "compressed_attention", "select_blocks", "selected_attention",
-    "sliding_window_attention", "nsa_attention", "nsa_attention_from_shared_keys", "whole", "any",
-)  # fmt: skip
+STAGES = (*FUNCTIONS, "whole", "any")
 """The rows of the table, in the order of the computation."""
-PARTS = {
-    "nsa_attention": STAGES[2:6],
-    "nsa_attention_from_shared_keys": STAGES[:6],
-    "whole": STAGES[:6],
-}
+PARTS = {name: stage.parts for name, stage in (*FUNCTIONS.items(), ("whole", SHARED))}
 """Stages that others are made of."""
 BAD = ("failed", "error", "xpassed")
 
@@ -143,7 +137,7 @@ def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
             row["explanations"] = explanations(bad)
         found[name] = row
     for name, parts in PARTS.items():
-        if name in found and "explanations" in found[name]:
+        if parts and "explanations" in found.get(name, {}):
             found[name]["downstream_of"] = [part for part in parts if "explanations" in found.get(part, {})]
     return found
 

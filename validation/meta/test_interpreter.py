@@ -16,9 +16,10 @@ from packaging.version import Version
 
 from nsa import kernels
 from validation import interpreter
-from validation.cases import STAGES, Case, config, draw, select_blocks
+from validation.cases import Case, config, draw
 from validation.implementations import load
 from validation.numerics import assert_equal
+from validation.stages import STAGES, select_blocks
 
 
 def everything() -> dict[str, torch.Tensor]:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from validation import mutants, oracle
-from validation.cases import BY_ID, FUNCTIONS, SHARED, Case, bounds, config, draw, whole
+from validation.cases import BY_ID, Case, config, draw, whole
+from validation.comparison import bounds
 from validation.mutants import MUTANTS, Mutant
+from validation.stages import FUNCTIONS, SHARED
 
 # Of every structure, and short.
 TRIED = (

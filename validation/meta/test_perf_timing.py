@@ -13,6 +13,7 @@ import torch
 
 from validation.implementations import Implementation, load
 from validation.perf import benchmarks, timing
+from validation.stages import TIMED
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,8 +73,8 @@ def test_the_plan_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(ids)) == len(ids)
     there = {(b.workload, b.length, b.stage, b.direction, b.subject) for b in found}
     for workload in ("W", "W4", "W192"):
-        for stage, value in benchmarks.STAGES.items():
-            for direction in ("forward", "backward") if value.wrt else ("forward",):
+        for stage, value in TIMED.items():
+            for direction in ("forward", "backward") if value.differentiable else ("forward",):
                 for length in (8192, 32768, 131072):
                     assert (workload, length, stage, direction, "triton") in there
                 if stage == "nsa_attention":

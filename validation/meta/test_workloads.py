@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nsa.config import NSAConfig
-from validation import oracle
-from validation.perf.workloads import WORKLOADS, Roofs, Workload
+from validation import costs, oracle
+from validation.costs import Roofs
+from validation.perf.workloads import WORKLOADS, Workload
 
 SMALL = Workload("small", 6, 2, 16, 32, NSAConfig(16, 8, 16, 4, window_size=20), torch.float32)
 LENGTH = 150
@@ -40,12 +41,11 @@ def test_pairs_are_those_of_the_masks():
     ends = torch.arange(config.num_compressed(LENGTH)) * config.compress_stride + config.compress_block_size - 1
     indices = SMALL.draw(LENGTH, "cpu")["indices"][0, :, 0]
     chosen = (key.view(1, 1, -1) // config.select_block_size == indices.unsqueeze(-1)).any(1)
-    assert SMALL.pairs(LENGTH) == {
-        "causal": int((key <= query).sum()),
-        "compressed_attention": int((ends <= query).sum()),
-        "selected_attention": int((chosen & (key <= query)).sum()),
-        "sliding_window_attention": int(((key <= query) & (key > query - config.window_size)).sum()),
-    }
+    case = SMALL.case(LENGTH)
+    assert costs.causal_pairs(case) == int((key <= query).sum())
+    assert costs.compressed_pairs(case) == int((ends <= query).sum())
+    assert costs.selected_pairs(case) == int((chosen & (key <= query)).sum())
+    assert costs.window_pairs(case) == int(((key <= query) & (key > query - config.window_size)).sum())
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_a_step_of_decoding_reads_what_was_worked_out_by_hand():
 
 def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
     roofs, work = Roofs(flops=1.0, bytes=1.0), WORKLOADS["W"]
-    costs = work.costs(4096)
-    attention, combine = costs["compressed_attention", "forward"], costs["combine", "forward"]
+    found = work.costs(4096)
+    attention, combine = found["compressed_attention", "forward"], found["combine", "forward"]
     assert work.floor("compressed_attention", "forward", 4096, roofs) == 1e3 * attention.flops > 1e3 * attention.bytes
     assert work.floor("combine", "forward", 4096, roofs) == 1e3 * combine.bytes > 1e3 * combine.flops
     whole = work.floor("nsa_attention", "backward", 4096, roofs)
     assert whole > work.floor("combine", "backward", 4096, roofs) > 0
-    assert costs["nsa_attention", "forward"].flops == sum(
+    assert found["nsa_attention", "forward"].flops == sum(
         cost.flops
-        for (stage, direction), cost in costs.items()
+        for (stage, direction), cost in found.items()
         if direction == "forward" and stage not in ("nsa_attention", "dense", "compress")
     )

@@ -1,6 +1,6 @@
 """What is timed here: every stage on every workload, the layer, a training step, and whoever else does the same.
 
-A benchmark is a name for something that can be called, made from `STAGES` and `WORKLOADS`; what a machine runs is its
+A benchmark is a name for something that can be called, made from the stages and `WORKLOADS`; what a machine runs is its
 plan, below. On a GPU every kernel is compiled beforehand, by copies of this module:
 
     python -m validation.perf.benchmarks --precompile-into FOLDER
@@ -22,16 +22,20 @@ import torch
 from nsa import NativeSparseAttention, StepKeys, decode_attention, rope_table
 from nsa.backends import BackendName
 
+from ..costs import Cost, Roofs
 from ..implementations import Implementation, load
+from ..stages import TIMED
+from ..stages import WHOLE as WHOLE_OP
+from . import stages
 from .precompile import OPTION, take_jobs
 from .rivals import decoders, dense, flash, flex
-from .stages import STAGES, WHOLE
-from .workloads import CHOICES, WORKLOADS, Cost, Inputs, Roofs, Workload, chosen
+from .workloads import CHOICES, WORKLOADS, Inputs, Workload, chosen
 
 K = 1024
 DRAWS = 2
 """Draws of a benchmark's inputs, taken in turn: no round finds the data of the one before."""
 DECODE = "decode"
+WHOLE = WHOLE_OP.name
 LAYERS: int | None = None
 """Of the models that are trained; their own number unless given."""
 
@@ -178,15 +182,15 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
                 for length in where[workload.name]:
                     found.extend(b for b in _stage(role, subject, workload, length, stage) if b.id not in there)
 
-    add("ours", ours, [stage for stage in STAGES if stage != WHOLE], plan.stages)
+    add("ours", ours, [stage for stage in TIMED if stage != WHOLE], plan.stages)
     add("ours", ours, [WHOLE], plan.whole)
     add("rival", dense(), [WHOLE], plan.dense)
     add("rival", flash(), [WHOLE], plan.flash)
     if plan.flex:
         add("rival", flex(), ["sliding_window_attention"], plan.flex)
     for peer in others:
-        # Compression is left out: what is learned there differs between implementations.
-        add("peer", peer, [stage for stage in STAGES if stage not in ("compress", "combine")], plan.peers)
+        # Compression is left out: what is learned there differs between implementations. Gates are part of the whole.
+        add("peer", peer, [name for name, stage in TIMED.items() if stage.compared], plan.peers)
     if "P" in plan.peers:
         add("ours", ours, ["compressed_attention", "select_blocks", "selected_attention"], {"P": plan.peers["P"]})
     for name, lengths in plan.choices.items():
@@ -230,7 +234,7 @@ def _can(peer: Implementation, workload: Workload, stage: str) -> bool:
 
 def _stage(role: str, subject: Implementation, workload: Workload, length: int, name: str) -> Iterator[Benchmark]:
     costs = workload.costs(length)
-    for direction in ("forward", "backward") if STAGES[name].wrt and subject.backward else ("forward",):
+    for direction in ("forward", "backward") if TIMED[name].differentiable and subject.backward else ("forward",):
         make = partial(_calls, subject, workload, length, name, direction)
         kind = "dense" if subject.name.startswith("dense") else name
         floor = partial(workload.floor, kind, direction, length)
@@ -262,12 +266,12 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def _calls(subject: Implementation, workload: Workload, length: int, name: str, direction: str) -> Calls:
-    stage, config, inputs = STAGES[name], workload.config, draws(workload, length)
+    stage, case, inputs = TIMED[name], workload.case(length), draws(workload, length)
     if direction == "forward":
-        call = in_turn([stage.forward(subject, x, config) for x in inputs])
+        call = in_turn([stages.forward(stage, subject, case, x) for x in inputs])
         return Calls(call, call)
-    backward = in_turn([stage.backward(subject, x, config) for x in inputs])
-    return Calls(backward, stage.step(subject, inputs[0], config))
+    backward = in_turn([stages.backward(stage, subject, case, x) for x in inputs])
+    return Calls(backward, stages.step(stage, subject, case, inputs[0]))
 
 
 def _layer(workload: Workload, length: int, direction: str, backend: str) -> Calls:

@@ -27,13 +27,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .. import reports
+from ..costs import Roofs
+from ..stages import TIMED
+from ..stages import WHOLE as WHOLE_OP
 from . import gates, records
 from .benchmarks import size
 from .records import Record, Report
 from .report import TITLES, Results, curves, decoded, generated, pictured
-from .stages import WHOLE
 from .timing import machine_name
-from .workloads import PARTS, WORKLOADS, Roofs
+from .workloads import WORKLOADS
 
 # Okabe and Ito's colours, which are told apart by colour-blind people too; marks and dashes say it once more.
 BLUE, RED, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
@@ -44,15 +46,10 @@ OTHERS = [
     {"color": color, "marker": marker, "linestyle": line}
     for color, marker, line in ((ORANGE, "D", "-."), (GREEN, "^", "--"), (PINK, "v", "-."), (SKY, "P", "--"))
 ]
-COLOURS = {
-    "compressed_attention": BLUE,
-    "select_blocks": SKY,
-    "selected_attention": ORANGE,
-    "sliding_window_attention": GREEN,
-    "combine": PINK,
-    "compress": "#999999",
-    WHOLE: BLACK,
-}
+WHOLE, PARTS = WHOLE_OP.name, WHOLE_OP.parts
+COLOURS = {name: stage.colour for name, stage in TIMED.items()}
+BESIDE = tuple(name for name in TIMED if name not in (*PARTS, WHOLE))
+"""Stages that the whole op is not made of."""
 STYLE = {
     "font.size": 10,
     "axes.grid": True,
@@ -67,7 +64,7 @@ STYLE = {
 WORSE = {"color": RED, "marker": "X", "linestyle": "", "markersize": 7, "zorder": 6}
 BETTER = {"color": GREEN, "marker": "v", "linestyle": "", "markersize": 7, "zorder": 6}
 PASSES = ("forward", "backward")
-TITLES_OF_HISTORY = (*PARTS, "compress", WHOLE, "layer", "training", "decode", "generation")
+TITLES_OF_HISTORY = (*PARTS, *BESIDE, WHOLE, "layer", "training", "decode", "generation")
 
 
 def draw(report: Report) -> dict[str, Figure]:
@@ -208,7 +205,7 @@ def stages(report: Report) -> Figure | None:
                     places, height, 0.62, bottom, color=COLOURS[part], label=TITLES[part], edgecolor="white"
                 )
                 labels = [f"{x:.{2 if x < 1 else 3}g}" if h > 0.06 else "" for x, h in zip(ms, height, strict=True)]
-                ink = "white" if part in ("compressed_attention", "sliding_window_attention") else "black"
+                ink = "white" if COLOURS[part] in (BLUE, GREEN) else "black"
                 axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
                 bottom = [b + h for b, h in zip(bottom, height, strict=True)]
         axes.axhline(1, color=BLACK, linewidth=1, label="the whole op in one call")
@@ -238,7 +235,7 @@ def roofline(report: Report) -> Figure | None:
     for axes, results in zip(panels, found, strict=False):
         longest = max(n for n in results.lengths if results.get(PARTS[0], "forward", n, results.subject))
         costs, intensities = results.workload.costs(longest), []
-        for stage in (*PARTS, "compress", WHOLE):
+        for stage in (*PARTS, *BESIDE, WHOLE):
             for direction, filled in (("forward", True), ("backward", False)):
                 ms = results.get(stage, direction, longest, results.subject)
                 if ms is None or not costs[stage, direction].flops:

@@ -23,31 +23,25 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from ..costs import Roofs
 from ..runs import ACTIVE_GIB, read_log
+from ..stages import TIMED
+from ..stages import WHOLE as WHOLE_OP
 from . import gates, records
 from .records import Record
-from .workloads import CHOICES, WORKLOADS, Roofs, Workload, chosen
+from .workloads import CHOICES, WORKLOADS, Workload, chosen
 
-WHOLE = "nsa_attention"
+WHOLE = WHOLE_OP.name
 
 LENGTHS = (8192, 32768, 65536)
 """Of the stages' tables, where a run has them; the whole op is shown at all."""
 
-TITLES = {
-    "compress": "compress",
-    "compressed_attention": "compressed attention",
-    "select_blocks": "select blocks",
-    "selected_attention": "selected attention",
-    "sliding_window_attention": "window attention",
-    "combine": "combine",
-    "nsa_attention": "whole op",
-}
+TITLES = {name: stage.title for name, stage in TIMED.items()}
 DENSE = "dense"
 PASSES = ("forward", "backward")
 DRIVEN = {
-    "`d`": ("compressed_attention", "select_blocks"),
-    "`n`, `l'`": ("selected_attention",),
-    "`w`": ("sliding_window_attention",),
+    sizes: [name for name, stage in TIMED.items() if stage.sizes == sizes]
+    for sizes in dict.fromkeys(stage.sizes for stage in TIMED.values() if stage.sizes)
 }
 """The stages that a size or a count is paid in; `l` is paid where blocks are compressed, outside the op."""
 HEAD = """# Performance
@@ -75,7 +69,7 @@ Times are medians in ms by {clock}, each call with a cold second-level cache and
 ([`timing.py`](../validation/perf/timing.py)): what starts the kernels is not in them, and has a line of its own. The
 floor is what the stage cannot get below at the {flops:.0f} TFLOP/s of bfloat16 products and {bytes:.2f} TB/s of copying
 that this machine reached in the same run, each operation and each byte counted once
-([`workloads.py`](../validation/perf/workloads.py) has the formulas); TFLOP/s and TB/s are by the same count. Memory is
+([`costs.py`](../validation/costs.py) has the formulas); TFLOP/s and TB/s are by the same count. Memory is
 the peak of forward and backward pass beyond the inputs and the gradient from above. All workloads have batch 1, but for
 decoding, and are in bfloat16:
 

@@ -41,11 +41,11 @@ def _attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool =
 
 
 def _dense(name: str, backend: SDPBackend) -> Implementation:
-    """It has no use for the keys of other branches, nor for gates."""
+    """It has no use for the keys of other branches, nor for gates and options."""
 
     def attention(
         q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k: Tensor, v: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-        config: NSAConfig,
+        config: NSAConfig, **options: Any,
     ) -> Tensor:  # fmt: skip
         return _attend(backend, q, k, v, causal=True)
 
@@ -69,7 +69,7 @@ def flex() -> Implementation:
 
         return create_block_mask(visible, None, None, length, length, device=str(device))
 
-    def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> Tensor:
+    def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, **options: Any) -> Tensor:
         block_mask = mask(q.shape[1], config.window_size, q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.config import NSAConfig
-from nsa.functional import CompressionParams
-
+from ..cases import Case
 from ..implementations import Implementation, load
+from ..stages import TIMED, WHOLE, StageSpec
 from .precompile import OPTION, precompile, take_jobs
 from .rivals import RIVALS
 from .timing import (
@@ -43,85 +42,46 @@ PRECOMPILE_SECONDS = 240
 """For the kernels of one run; what is not ready by then is compiled when it is needed."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """How a stage is called by the names of its inputs, and what it is differentiated by."""
+def _outputs(stage: StageSpec, subject: Implementation, case: Case, x: Inputs) -> tuple[Tensor, ...]:
+    taken = {name: x[name] for name in (*stage.inputs, *stage.given) if name in x}
+    found = stage.call(subject, case, taken)
+    return tuple(y for name, y in found.items() if name != "lse")  # nothing is differentiated by it
 
-    call: Callable[[Implementation, Inputs, NSAConfig], Tensor | tuple[Tensor, ...]]
-    wrt: tuple[str, ...] = ()
 
-    def outputs(self, subject: Implementation, x: Inputs, config: NSAConfig) -> tuple[Tensor, ...]:
-        found = self.call(subject, x, config)
-        return found if isinstance(found, tuple) else (found,)
+def _leaves(stage: StageSpec, x: Inputs) -> list[Tensor]:
+    return [x[name].requires_grad_() for name in stage.inputs if name in x]
 
-    def forward(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], Any]:
-        """The stage as a function of nothing, without what a backward pass would need."""
-        return torch.no_grad()(partial(self.outputs, subject, x, config))
 
-    def backward(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], tuple[Tensor, ...]]:
-        """Its backward pass alone, any number of times, for a gradient as a layer above would hand it down."""
-        leaves = [x[name].requires_grad_() for name in self.wrt]
-        outputs = self.outputs(subject, x, config)
-        upstream = _noise_like(outputs)
-        # A rival may have no use for some of the inputs.
-        return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
+def forward(stage: StageSpec, subject: Implementation, case: Case, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """The stage as a function of nothing, without what a backward pass would need."""
+    return torch.no_grad()(partial(_outputs, stage, subject, case, x))
 
-    def step(self, subject: Implementation, x: Inputs, config: NSAConfig) -> Callable[[], tuple[Tensor, ...]]:
-        """Forward and backward pass, as one training step has them; the same gradient from above every time."""
-        leaves = [x[name].requires_grad_() for name in self.wrt]
-        upstream: list[Tensor] = []
 
-        def run() -> tuple[Tensor, ...]:
-            outputs = self.outputs(subject, x, config)
-            if not upstream:
-                upstream.extend(_noise_like(outputs))
-            return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+def backward(stage: StageSpec, subject: Implementation, case: Case, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """Its backward pass alone, any number of times, for a gradient as a layer above would hand it down."""
+    leaves = _leaves(stage, x)
+    outputs = _outputs(stage, subject, case, x)
+    upstream = _noise_like(outputs)
+    # A rival may have no use for some of the inputs.
+    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
 
-        return run
+
+def step(stage: StageSpec, subject: Implementation, case: Case, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward pass, as one training step has them; the same gradient from above every time."""
+    leaves = _leaves(stage, x)
+    upstream: list[Tensor] = []
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = _outputs(stage, subject, case, x)
+        if not upstream:
+            upstream.extend(_noise_like(outputs))
+        return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+
+    return run
 
 
 def _noise_like(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
-
-
-def _compressor(x: Inputs, name: str) -> CompressionParams:
-    return CompressionParams(*(x[f"{name}_{part}"] for part in ("position", "weight", "weight_out")))
-
-
-def _compress(subject: Implementation, x: Inputs, config: NSAConfig) -> tuple[Tensor, ...]:
-    assert subject.compress is not None
-    return tuple(subject.compress(x[f"{name}_slc"], _compressor(x, name), config) for name in "kv")
-
-
-def _combine(subject: Implementation, x: Inputs, config: NSAConfig) -> Tensor:
-    assert subject.combine is not None
-    return subject.combine([x[name] for name in _BRANCHES], x["gates"])
-
-
-def _stage(name: str, inputs: Sequence[str], wrt: Sequence[str] | None = None) -> Stage:
-    """A stage that takes its inputs in this order and returns the output first; differentiated by all of them."""
-
-    def call(subject: Implementation, x: Inputs, config: NSAConfig) -> Tensor:
-        found = getattr(subject, name)(*(x[key] for key in inputs), config)
-        return found[0] if isinstance(found, tuple) else found
-
-    return Stage(call, tuple(inputs if wrt is None else wrt))
-
-
-WHOLE = "nsa_attention"
-"""The op that the other stages are the parts of."""
-_BRANCHES = ("out_cmp", "out_slc", "out_win")
-_WEIGHTS = tuple(f"{name}_{part}" for name in "kv" for part in ("position", "weight", "weight_out"))
-STAGES = {
-    "compress": Stage(_compress, ("k_slc", "v_slc", *_WEIGHTS)),
-    "compressed_attention": _stage("compressed_attention", ("q", "k_cmp", "v_cmp")),
-    "select_blocks": _stage("select_blocks", ("q", "k_cmp", "lse"), wrt=()),
-    "selected_attention": _stage("selected_attention", ("q", "k_slc", "v_slc", "indices"), wrt=("q", "k_slc", "v_slc")),
-    "sliding_window_attention": _stage("sliding_window_attention", ("q", "k_win", "v_win")),
-    "combine": Stage(_combine),  # the other way it is part of every branch
-    WHOLE: _stage(WHOLE, ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")),
-}
-"""The stages by name, each an attribute of `Implementation`."""
 
 
 def find(name: str) -> Implementation:
@@ -137,24 +97,24 @@ def host_figures(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def measure_stage(
-    subject: Implementation, name: str, x: Inputs, workload: Workload, rounds: int
+    subject: Implementation, name: str, x: Inputs, workload: Workload, length: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Records of one stage of one subject: its forward pass alone, its backward pass alone.
 
     Times are in ms. `memory`, in bytes, is the peak of the forward pass alone, and of both as a training step has them.
     `host_sustained` and `host_cold` are what the host takes to start a whole op, `device_ops` what it starts on a GPU.
     """
-    stage, config = STAGES[name], workload.config
+    stage, case = TIMED[name], workload.case(length)
 
     def record(direction: str, call: Callable[[], Any], memory: int) -> dict[str, Any]:
-        host = host_figures(call) if name == WHOLE else {}
+        host = host_figures(call) if stage is WHOLE else {}
         return {"direction": direction, **asdict(measure(call, rounds=rounds)), "memory": memory, **host}
 
-    forward = stage.forward(subject, x, config)
-    yield record("forward", forward, peak_memory(forward))
-    if stage.wrt:
-        memory = peak_memory(stage.step(subject, x, config))
-        yield record("backward", stage.backward(subject, x, config), memory)
+    call = forward(stage, subject, case, x)
+    yield record("forward", call, peak_memory(call))
+    if stage.differentiable:
+        memory = peak_memory(step(stage, subject, case, x))
+        yield record("backward", backward(stage, subject, case, x), memory)
 
 
 def _draw(workload: Workload, length: int) -> Inputs:
@@ -164,10 +124,10 @@ def _draw(workload: Workload, length: int) -> Inputs:
 def _launch_once(job: tuple[Implementation, str, Workload], lengths: Sequence[int]) -> None:
     subject, stage, workload = job
     for length in lengths:
-        x = _draw(workload, length)
-        STAGES[stage].forward(subject, x, workload.config)()
-        if STAGES[stage].wrt:
-            STAGES[stage].backward(subject, x, workload.config)()
+        x, case = _draw(workload, length), workload.case(length)
+        forward(TIMED[stage], subject, case, x)()
+        if TIMED[stage].differentiable:
+            backward(TIMED[stage], subject, case, x)()
 
 
 def main() -> int:
@@ -178,7 +138,7 @@ def main() -> int:
     parser.add_argument("--peer", action="append", default=[], help="another one, NAME or package.module:object")
     parser.add_argument("--workloads", default="W,W4,W192" if on_gpu else "tiny", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--lengths", help="in tokens")
-    parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
+    parser.add_argument("--stages", default=",".join(TIMED), help="default: all")
     parser.add_argument("--rounds", type=int, help="timed calls of each; default: 10")
     parser.add_argument("--quick", action="store_true", help="one length and 3 rounds, unless told otherwise")
     parser.add_argument(
@@ -224,7 +184,7 @@ def main() -> int:
                 for stage in (name for name in stages if getattr(rival, name)):
                     key = {"workload": workload.name, "length": length, "stage": stage, "subject": rival.name}
                     try:
-                        for record in measure_stage(rival, stage, x, workload, rounds):
+                        for record in measure_stage(rival, stage, x, workload, length, rounds):
                             report["results"].append({**key, **record})
                             floor = workload.floor(stage, record["direction"], length, roofs)
                             print(_line(report["results"][-1], floor), flush=True)

@@ -15,12 +15,13 @@ from functools import partial
 import pytest
 import torch
 
+from ..stages import WHOLE
 from . import benchmarks, timing
 from .generation import GENERATION, STEPS, WARM_UP, generations, summary
 from .plugin import FAILURES, ROOFS
 from .precompile import precompile
 from .rivals import dense
-from .stages import STAGES, WHOLE, host_figures
+from .stages import forward, host_figures
 from .workloads import WORKLOADS
 
 COMPILING = 150  # seconds at most, for all of it
@@ -76,7 +77,7 @@ def company():
     if torch.cuda.is_available():
         return None
     timing.keep_memory()
-    return STAGES[WHOLE].forward(dense(), workload.draw(512, "cpu"), workload.config)
+    return forward(WHOLE, dense(), workload.case(512), workload.draw(512, "cpu"))
 
 
 @pytest.mark.benchmark(timer=timing.now)
@@ -94,7 +95,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
         what = {name: getattr(case, name) for name in ("workload", "length", "stage", "direction", "subject")}
         request.config.stash.setdefault(FAILURES, []).append({**what, "error": error})
         pytest.skip(f"{case.subject} cannot: {error}")
-    ahead = torch.cuda.is_available() and case.stage == WHOLE and once < LONG
+    ahead = torch.cuda.is_available() and case.stage == WHOLE.name and once < LONG
     host = host_figures(calls.timed) if ahead else {}
 
     rounds = min(MOST, max(LEAST, int(1e3 * SPAN / once)))

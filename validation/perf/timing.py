@@ -37,8 +37,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .. import doctor
+from ..costs import Roofs
 from .records import EVENTS, WALL, slug
-from .workloads import Roofs
 
 _CYCLES_PER_MS = 2_000_000
 """Of a device's clock, rather too many: a sleep that is too long costs time, one too short its purpose."""

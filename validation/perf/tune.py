@@ -32,8 +32,9 @@ from nsa.kernels import configs
 from nsa.kernels.configs import Entry
 
 from ..adapters.triton import triton
+from ..stages import TIMED
+from . import stages
 from .precompile import OPTION, precompile, take_jobs
-from .stages import STAGES
 from .timing import describe_machine, measure
 from .workloads import Workload
 
@@ -204,9 +205,9 @@ class Subject:
             torch.cuda.empty_cache()
         if (*operation, length) not in _OPERATIONS:
             x = self.workload.draw(length, "cuda" if torch.cuda.is_available() else "cpu")
-            stage = STAGES[self.kernel.stage]
-            make = stage.forward if self.kernel.direction == "forward" else stage.backward
-            _OPERATIONS[*operation, length] = make(triton(), x, self.workload.config)
+            make = stages.forward if self.kernel.direction == "forward" else stages.backward
+            case = self.workload.case(length)
+            _OPERATIONS[*operation, length] = make(TIMED[self.kernel.stage], triton(), case, x)
         return _OPERATIONS[*operation, length]
 
 

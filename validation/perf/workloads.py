@@ -1,12 +1,4 @@
-"""The named workloads of all measurements, and what each stage of one costs at least.
-
-Operations are those of the matrix units: every product of a query with a key it sees, once. Softmax, gates and
-positions are left out. Bytes are those of tensors that must be read or written in device memory, each once; what a
-kernel reads again, or keeps for its backward pass beside the log-sum-exp, is its own affair. So the floor, the larger
-of operations over the rate of the matrix units and bytes over the bandwidth, is one that no implementation of the same
-stages gets below; where it is approached is another matter: selected attention, for one, fetches each query's blocks
-from the second-level cache, `2 l' (Dk + Dv)` bytes for each KV head, query and block, which the floor knows nothing of.
-"""
+"""The named workloads of all measurements."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,27 +7,16 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 
+from .. import costs
+from ..cases import Case, initialised, shapes, whole
+from ..costs import Cost, Roofs
+from ..stages import BY_NAME, TIMED
+
 Inputs = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Roofs:
-    """The rates a machine reaches: `flops` a second of bfloat16 products, `bytes` a second read and written."""
-
-    flops: float = 795e12
-    bytes: float = 4.3e12
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What something needs at least: `flops` of the matrix units, `bytes` of device memory."""
-
-    flops: float
-    bytes: float
-
-    def floor(self, roofs: Roofs) -> float:
-        """The least time, in ms."""
-        return 1e3 * max(self.flops / roofs.flops, self.bytes / roofs.bytes)
+DENSE = costs.attention("slc", costs.causal_pairs)
+"""The cost of causal attention, which others do in place of the whole op."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +41,29 @@ class Workload:
         """`G`, query heads a KV head."""
         return self.query_heads // self.kv_heads
 
-    def shapes(self, length: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the floating inputs, by name; the compressors are those of the `"mlp"` kind."""
-        blocks, block, heads = self.config.num_compressed(length), self.config.compress_block_size, self.kv_heads
-        shapes: dict[str, tuple[int, ...]] = {
-            "q": (1, length, self.query_heads, self.key_dim),
-            "gates": (1, length, self.query_heads, 3),
-        }
-        for name, dim in (("k", self.key_dim), ("v", self.value_dim)):
-            shapes[f"{name}_cmp"] = (1, blocks, heads, dim)
-            shapes[f"{name}_slc"] = shapes[f"{name}_win"] = (1, length, heads, dim)
-            shapes[f"{name}_position"] = (heads, block, dim)
-            shapes[f"{name}_weight"] = (heads, block * dim, dim)
-            shapes[f"{name}_weight_out"] = (heads, dim, dim)
-        for name in ("out_cmp", "out_slc", "out_win"):
-            shapes[name] = (1, length, self.query_heads, self.value_dim)
-        return shapes
+    def case(self, length: int) -> Case:
+        """The workload at a length, as the stages are called on it."""
+        heads = {"kv_heads": self.kv_heads, "group": self.group, "key_dim": self.key_dim, "value_dim": self.value_dim}
+        return Case(self.name, whole(length), self.config, hidden_dim=None, **heads)
 
     def draw(self, length: int, device: torch.device | str, seed: int = 0) -> Inputs:
         """Normal inputs of every stage; of those that are another stage's output, something much like it.
 
         So that a stage can be measured where no other works. With `lse [1, T, Hq]`, float32: logits of normal inputs
-        are normal, and the mean of their exponentials is `exp(1/2)`. And `indices [1, T, Hk, N]`.
+        are normal, and the mean of their exponentials is `exp(1/2)`. And `indices [1, T, Hk, N]`, and the branches
+        `out_cmp`, `out_slc` and `out_win [1, T, Hq, Dv]`. `k` and `v` are those of the selected branch.
         """
         generator = torch.Generator(device).manual_seed(seed)
-        inputs = {
-            name: torch.randn(shape, device=device, dtype=self.dtype, generator=generator)
-            for name, shape in self.shapes(length).items()
-        }
-        for name in inputs:  # as a layer initialises its weights
-            if "weight" in name:
-                inputs[name] *= inputs[name].shape[-2] ** -0.5
+        out = (1, length, self.query_heads, self.value_dim)
+        wanted = {**shapes(self.case(length)), "out_cmp": out, "out_slc": out, "out_win": out}
+        inputs = initialised(
+            {
+                name: torch.randn(shape, device=device, dtype=self.dtype, generator=generator)
+                for name, shape in wanted.items()
+                if name not in ("k", "v")
+            }
+        )
+        inputs |= {"k": inputs["k_slc"], "v": inputs["v_slc"]}
         config, position = self.config, torch.arange(length, device=device)
         seen = (position + 1 - config.compress_block_size).div(config.compress_stride, rounding_mode="floor") + 1
         lse = seen.clamp(min=0).float().log() + 0.5
@@ -113,79 +86,16 @@ class Workload:
             indices[0, part, :, : chosen.shape[-1]] = chosen.where(chosen < blocks, -1).int()
         return indices
 
-    def pairs(self, length: int) -> dict[str, int]:
-        """Pairs of a query and a key it sees, a head, by the stage that multiplies them.
-
-        Causal: `T (T + 1) / 2`. Compressed: `sum_t floor((t + 1 - l) / d) + 1`, about `T^2 / 2 d`. Window:
-        `sum_t min(t + 1, w)`. Selected: `t mod l' + 1` keys of the query's own block and `l'` of each other,
-        `min(n, t // l' + 1)` blocks in all.
-        """
-        config, t = self.config, torch.arange(length)
-        size = config.select_block_size
-        blocks = (t // size + 1).clamp(max=config.num_selected_blocks)
-        seen = (t + 1 - config.compress_block_size).div(config.compress_stride, rounding_mode="floor") + 1
-        return {
-            "causal": length * (length + 1) // 2,
-            "compressed_attention": int(seen.clamp(min=0).sum()),
-            "selected_attention": int(((blocks - 1) * size + t % size + 1).sum()),
-            "sliding_window_attention": int((t + 1).clamp(max=config.window_size).sum()),
-        }
-
     def costs(self, length: int) -> dict[tuple[str, str], Cost]:
-        """The cost of each stage, by its name and direction, `"forward"` or `"backward"` (that alone).
-
-        - Attention over `P` pairs a head: forward `q.k` and `p.v`, `2 Hq P (Dk + Dv)` operations; backward `q.k` again,
-          `dout.v`, and the sums of `dq`, `dk` and `dv`: `2 Hq P (3 Dk + 2 Dv)`. Bytes: forward reads queries, keys,
-          values and indices and writes output and log-sum-exp; backward reads all of them and `dout` and writes the
-          gradients.
-        - `select_blocks`: `q.k` over the compressed pairs, `2 Hq P Dk`. Reads queries, compressed keys and log-sum-exp,
-          writes indices.
-        - `compress` (`"mlp"`, keys and values, `C` blocks each): `2 C Hk (l D D + D D)`, backward twice that, for the
-          gradients of inputs and of weights. Reads tokens and weights, writes blocks; backward reads those and the
-          blocks' gradients and writes gradients of tokens and weights.
-        - `combine`: reads three branches and gates and writes the output. Its backward costs nothing but the gates and
-          their gradients: the backward of a branch reads its output and `dout` anyway, and may take the gate beside it.
-        - `nsa_attention`: the sum of its stages, which follow one another; `dense`: causal attention.
-        """
-        shapes, size = self.shapes(length), self.dtype.itemsize
-        numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-        lse = 4 * length * self.query_heads
-        indices = 4 * length * self.kv_heads * self.config.num_selected_blocks
-        pairs = self.pairs(length)
-
-        def elements(*names: str) -> int:
-            return size * sum(numbers[name] for name in names)
-
-        out, costs = elements("out_slc"), {}
-        for stage, kind, branch, chosen in (
-            ("dense", "causal", "slc", 0),
-            ("compressed_attention", "compressed_attention", "cmp", 0),
-            ("selected_attention", "selected_attention", "slc", indices),
-            ("sliding_window_attention", "sliding_window_attention", "win", 0),
-        ):
-            products, inputs = 2 * self.query_heads * pairs[kind], elements("q", f"k_{branch}", f"v_{branch}")
-            forward = inputs + chosen + out + lse
-            backward = forward + out + inputs
-            costs[stage, "forward"] = Cost(products * (self.key_dim + self.value_dim), forward)
-            costs[stage, "backward"] = Cost(products * (3 * self.key_dim + 2 * self.value_dim), backward)
-
-        products = 2 * self.query_heads * pairs["compressed_attention"] * self.key_dim
-        costs["select_blocks", "forward"] = Cost(products, elements("q", "k_cmp") + lse + indices)
-
-        weights = [f"{name}_{part}" for name in "kv" for part in ("position", "weight", "weight_out")]
-        blocks, tokens = elements("k_cmp", "v_cmp"), elements("k_slc", "v_slc")
-        layers = sum(dim * dim for dim in (self.key_dim, self.value_dim)) * (self.config.compress_block_size + 1)
-        products = 2 * self.config.num_compressed(length) * self.kv_heads * layers
-        costs["compress", "forward"] = Cost(products, tokens + blocks + elements(*weights))
-        costs["compress", "backward"] = Cost(2 * products, 2 * tokens + blocks + 2 * elements(*weights))
-
-        costs["combine", "forward"] = Cost(0, 4 * out + elements("gates"))
-        costs["combine", "backward"] = Cost(0, 2 * elements("gates"))
-
-        for direction in ("forward", "backward"):
-            parts = [costs[part, direction] for part in PARTS if (part, direction) in costs]
-            costs["nsa_attention", direction] = Cost(sum(x.flops for x in parts), sum(x.bytes for x in parts))
-        return costs
+        """The cost of each stage and of `dense` attention, by its name and direction; the stages' are in `costs.py`."""
+        case, size = self.case(length), self.dtype.itemsize
+        each = {"dense": DENSE, **{name: stage.cost for name, stage in TIMED.items()}}
+        return {
+            (name, direction): cost
+            for name, costs_of in each.items()
+            if costs_of is not None
+            for direction, cost in costs_of(case, size).items()
+        }
 
     def decode_cost(self, length: int, batch: int, dense: bool = False) -> Cost:
         """The cost of a new token of each of `batch` sequences over a cache of `length` tokens, or of dense attention.
@@ -202,13 +112,10 @@ class Workload:
 
     def floor(self, stage: str, direction: str, length: int, roofs: Roofs) -> float:
         """The least time, in ms, of a stage or of a whole op, whose stages follow one another."""
-        costs = self.costs(length)
-        parts = PARTS if stage == "nsa_attention" else (stage,)
-        return sum(costs[part, direction].floor(roofs) for part in parts if (part, direction) in costs)
+        found = self.costs(length)
+        parts = BY_NAME[stage].parts if stage in BY_NAME else ()
+        return sum(found[part, direction].floor(roofs) for part in parts or (stage,) if (part, direction) in found)
 
-
-PARTS = ("compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "combine")
-"""The stages of `nsa_attention`, in their order."""
 
 WORKLOADS = {
     workload.name: workload

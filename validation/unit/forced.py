@@ -17,10 +17,12 @@ import torch
 from nsa import kernels
 from nsa.kernels.configs import override
 from validation import oracle
-from validation.cases import EVERY, Case, Tensors, compare, importance, select_blocks
+from validation.cases import Case, Tensors
+from validation.comparison import compare
 from validation.implementations import load
 from validation.memory import WORKSPACES, fresh_memory_is_poisoned, memory_is_guarded
 from validation.numerics import assert_selection_matches
+from validation.stages import EVERY, importance, select_blocks
 from validation.unit.ways import fitting
 
 DTYPE = torch.float64 if kernels.INTERPRETED else torch.float32

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nsa import kernels
-from validation.cases import EVERY, Case, Tensors, config, draw, draw_cotangent, whole
+from validation.cases import Case, Tensors, config, draw, draw_cotangent, whole
 from validation.implementations import load
 from validation.numerics import assert_equal
+from validation.stages import EVERY
 from validation.unit.ways import SELECTED, WAYS, launched
 
 pytestmark = pytest.mark.usefixtures("on_device")

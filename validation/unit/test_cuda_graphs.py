@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from nsa import NativeSparseAttention, NSAConfig, pack_sequences, rope_table
-from validation.cases import EVERY, Case, draw, whole
+from validation.cases import Case, draw, whole
 from validation.implementations import load
 from validation.numerics import assert_equal
+from validation.stages import EVERY
 from validation.unit.synchronisation import no_synchronisation
 
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("on_device")]

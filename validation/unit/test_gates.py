@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from validation.cases import STAGES, Case, compare, config, draw, whole
+from validation.cases import Case, config, draw, whole
+from validation.comparison import compare
 from validation.implementations import load
+from validation.stages import STAGES
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

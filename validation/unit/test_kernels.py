@@ -22,22 +22,11 @@ from nsa.kernels import (
     selected_by_query,
 )
 from nsa.varlen import tensors_of
-from validation.cases import (
-    BY_ID,
-    DIFFERENTIATED,
-    STAGES,
-    Case,
-    Stage,
-    check_gradients,
-    compare,
-    config,
-    draw,
-    draw_inputs,
-    fitted,
-    whole,
-)
+from validation.cases import BY_ID, DIFFERENTIATED, Case, config, draw, draw_inputs, fitted, whole
+from validation.comparison import check_gradients, compare
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
+from validation.stages import STAGES, StageSpec
 from validation.subjects import ROUNDED, tried
 from validation.unit.ways import SELECTED, WAYS, launched
 
@@ -74,7 +63,7 @@ each_branch = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-def check(stage: Stage, case: Case, dtype_name: str) -> None:
+def check(stage: StageSpec, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     compare(TRITON, stage, case, draw(case, dtype), dtype, beside_plain=dtype != torch.float64)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from nsa import NSAConfig
-from validation.cases import Case, config, draw, select_blocks, whole, with_selection
+from validation.cases import Case, config, draw, whole, with_selection
 from validation.implementations import load
 from validation.memory import WORKSPACES, memory_is_guarded
 from validation.numerics import assert_equal
+from validation.stages import select_blocks
 from validation.unit.forced import DTYPE, Calls, Path, at, force, launched_as
 from validation.unit.ways import SELECTED, WAYS
 

@@ -13,10 +13,11 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import launches
 from nsa.kernels.launches import Recording, direct
-from validation.cases import EVERY, Case, Tensors, config, draw, whole
+from validation.cases import Case, Tensors, config, draw, whole
 from validation.implementations import load
 from validation.memory import fresh_memory_is_poisoned
 from validation.numerics import assert_equal
+from validation.stages import EVERY
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

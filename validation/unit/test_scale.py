@@ -24,20 +24,10 @@ from torch import Tensor
 from nsa import kernels
 from nsa.config import NSAConfig
 from validation import oracle
-from validation.cases import (
-    PARAMETERS,
-    STAGES,
-    Case,
-    Stage,
-    Tensors,
-    config,
-    draw_inputs,
-    importance,
-    select_blocks,
-    whole,
-)
+from validation.cases import PARAMETERS, Case, Tensors, config, draw_inputs, whole
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches, assert_selection_matches
+from validation.stages import STAGES, StageSpec, importance, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device", "memory_given_back")
 
@@ -126,7 +116,7 @@ def alone(case: Case, tensors: Tensors, query: int) -> tuple[Case, Tensors]:
 
 
 def by_queries(
-    stage: Stage, case: Case, tensors: Tensors, queries: list[int], cotangent: Tensor, dtype: torch.dtype
+    stage: StageSpec, case: Case, tensors: Tensors, queries: list[int], cotangent: Tensor, dtype: torch.dtype
 ) -> Tensors:
     """Outputs and gradients as the oracle has them in a dtype: rows of `queries`, and all keys and values."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -147,7 +137,7 @@ def by_queries(
 
 
 def sampled_results(
-    stage: Stage, case: Case, tensors: Tensors, queries: list[int], dtype: torch.dtype
+    stage: StageSpec, case: Case, tensors: Tensors, queries: list[int], dtype: torch.dtype
 ) -> tuple[Tensors, Tensor]:
     """The implementation's results, rows of `queries` alone, and the cotangent, zero for all other queries."""
     cotangent = torch.zeros(*tensors["q"].shape[:3], case.value_dim, dtype=dtype)
@@ -163,7 +153,7 @@ def sampled_results(
     return results, cotangent
 
 
-def assert_sampled_match(stage: Stage, case: Case, dtype: torch.dtype, queries: list[int]) -> None:
+def assert_sampled_match(stage: StageSpec, case: Case, dtype: torch.dtype, queries: list[int]) -> None:
     tensors = draw_long(case, dtype)
     results, cotangent = sampled_results(stage, case, tensors, queries, dtype)
     expected = by_queries(stage, case, tensors, queries, cotangent, torch.float64)
@@ -192,7 +182,7 @@ def assert_selection_sampled(case: Case, dtype: torch.dtype, queries: list[int])
 
 @each_long
 @each_stage
-def test_long_sequences_match_the_oracle_at_sampled_queries(stage: Stage, case: Case, dtype: torch.dtype) -> None:
+def test_long_sequences_match_the_oracle_at_sampled_queries(stage: StageSpec, case: Case, dtype: torch.dtype) -> None:
     assert_sampled_match(stage, case, dtype, sample(case))
 
 
@@ -222,7 +212,7 @@ def test_compression_of_long_sequences_at_sampled_blocks(kind: str, case: Case, 
 @needs_memory
 @each_large
 @pytest.mark.parametrize("stage", [*ATTENTION, STAGES["compress_keys"]], ids=lambda stage: stage.name)
-def test_the_last_row_of_a_large_batch_is_what_it_is_as_the_first(stage: Stage, case: Case) -> None:
+def test_the_last_row_of_a_large_batch_is_what_it_is_as_the_first(stage: StageSpec, case: Case) -> None:
     if stage.name == "compress_keys":
         tensors = {"k": torch.randn(case.batch, case.num_keys, case.kv_heads * case.group, case.key_dim, dtype=DTYPE)}
         case = replace(case, config=replace(case.config, compression="mean"))
@@ -248,7 +238,7 @@ def test_the_selection_of_a_large_batch_keeps_its_rows(case: Case) -> None:
 @needs_gpu
 @needs_memory
 @each_stage
-def test_the_end_of_a_very_long_sequence_matches_the_oracle(stage: Stage) -> None:
+def test_the_end_of_a_very_long_sequence_matches_the_oracle(stage: StageSpec) -> None:
     end = VERY_LONG.num_queries
     assert_sampled_match(stage, VERY_LONG, DTYPE, [0, end // 2, end - 2, end - 1])
 

@@ -13,23 +13,11 @@ import torch
 from nsa.config import NSAConfig
 
 from ... import oracle
-from ...cases import (
-    STAGES,
-    Case,
-    Stage,
-    Tensors,
-    compare,
-    config,
-    draw_inputs,
-    importance,
-    pooled,
-    select_blocks,
-    upcast,
-    whole,
-    with_selection,
-)
+from ...cases import Case, Tensors, config, draw_inputs, pooled, upcast, whole, with_selection
+from ...comparison import compare
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches, assert_selection_matches
+from ...stages import STAGES, StageSpec, importance, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -153,7 +141,7 @@ def largest_logit(tensors: Tensors) -> float:
 @each_case
 @parts
 def test_matches_the_oracle(
-    impl: Implementation, stage: Stage, case: Case, adversity: Adversity, dtype: torch.dtype
+    impl: Implementation, stage: StageSpec, case: Case, adversity: Adversity, dtype: torch.dtype
 ) -> None:
     if impl.plain and dtype != impl.widest:
         pytest.skip(f"{impl.name} lacks a claim for narrow dtypes, in which others are compared with what it does")
@@ -187,7 +175,7 @@ def test_slots_are_filled_from_the_lower_end_where_importance_underflows(
 @each_case
 @parts
 def test_large_logits_cost_outputs_no_precision(
-    impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype
+    impl: Implementation, stage: StageSpec, case: Case, dtype: torch.dtype
 ) -> None:
     tensors = adverse(case, dtype, logits_a_hundredfold)
     expected = stage.run(oracle, case, upcast(tensors))
@@ -201,7 +189,7 @@ def test_large_logits_cost_outputs_no_precision(
 @each_stage
 @each_case
 @parts
-def test_the_largest_values_pass(impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype) -> None:
+def test_the_largest_values_pass(impl: Implementation, stage: StageSpec, case: Case, dtype: torch.dtype) -> None:
     tensors = draw_inputs(case, dtype)
     # Three gated branches add up to less than four times a value. Before a branch is divided by the sum of its
     # exponentials, each of them at most 1, the accumulator holds up to so many times a value.

@@ -12,26 +12,11 @@ import torch
 from torch import Tensor
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    DIFFERENTIATED,
-    SHARED,
-    STAGES,
-    Case,
-    Stage,
-    Tensors,
-    check_gradients,
-    config,
-    draw,
-    fitted,
-    pooled,
-    require,
-    select_blocks,
-    upcast,
-    whole,
-)
+from ...cases import BY_ID, DIFFERENTIATED, Case, Tensors, config, draw, fitted, pooled, require, upcast, whole
+from ...comparison import check_gradients
 from ...implementations import Implementation, load
 from ...numerics import assert_matches, assert_slope_matches, difference_step, gradcheck, on_grid
+from ...stages import SHARED, STAGES, StageSpec, select_blocks
 
 pytestmark = [pytest.mark.usefixtures("on_device"), pytest.mark.claim("gradients")]
 
@@ -78,18 +63,18 @@ each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys()
 @each_stage
 @each_case
 @pytest.mark.sparing(case=[case.id for case in DIFFERENTIATED])
-def test_gradients_are_those_of_finite_differences(impl: Implementation, stage: Stage, case: Case) -> None:
+def test_gradients_are_those_of_finite_differences(impl: Implementation, stage: StageSpec, case: Case) -> None:
     check_gradients(impl, stage, case)
 
 
 @each_stage
 @pytest.mark.sparing
-def test_every_element_of_the_jacobian(impl: Implementation, stage: Stage) -> None:
+def test_every_element_of_the_jacobian(impl: Implementation, stage: StageSpec) -> None:
     check_gradients(impl, stage, SMALLEST, fast=False)
 
 
 @each_stage
-def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: Stage) -> None:
+def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: StageSpec) -> None:
     check_gradients(oracle, stage, SMALLEST)
 
 
@@ -97,7 +82,9 @@ def test_gradients_of_the_oracle_are_those_of_finite_differences(stage: Stage) -
 @each_slope
 @each_stage
 @pytest.mark.sparing(dtype_name=("float64",), case=("slope_short",), stage=[n for n in STAGES if n != "nsa_attention"])
-def test_gradients_are_slopes_in_every_dtype(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
+def test_gradients_are_slopes_in_every_dtype(
+    impl: Implementation, stage: StageSpec, case: Case, dtype_name: str
+) -> None:
     """Along the signs of the true gradient: there everything counts the same way, and what is missing is missed."""
     dtype, x = getattr(torch, dtype_name), draw(case)
     # Sums in which all inputs may move the way that counts: a logit's, a compressed block's.
@@ -157,7 +144,7 @@ def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
 REFUSAL = r"has no derivatives|no autograd formula|double backward|does not require grad"
 
 
-def gradient_of_q(impl: Implementation, stage: Stage, case: Case, tensors: Tensors) -> Callable[[Tensor], Tensor]:
+def gradient_of_q(impl: Implementation, stage: StageSpec, case: Case, tensors: Tensors) -> Callable[[Tensor], Tensor]:
     def gradient(q: Tensor) -> Tensor:
         out = stage.run(impl, case, {**tensors, "q": q})["out"]
         return torch.autograd.grad(out.square().sum(), [q], create_graph=True)[0]
@@ -167,7 +154,7 @@ def gradient_of_q(impl: Implementation, stage: Stage, case: Case, tensors: Tenso
 
 @pytest.mark.parametrize("stage", [STAGES[name] for name in ATTENTION], ids=ATTENTION)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_our_second_derivatives_are_refused(backend: str, stage: Stage) -> None:
+def test_our_second_derivatives_are_refused(backend: str, stage: StageSpec) -> None:
     impl = load(backend)
     case = fitted(impl, BY_ID["small"])
     tensors = draw(case, impl.widest)
@@ -178,7 +165,7 @@ def test_our_second_derivatives_are_refused(backend: str, stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("stage", [STAGES[name] for name in ATTENTION], ids=ATTENTION)
-def test_second_derivatives_are_not_wrong(impl: Implementation, stage: Stage) -> None:
+def test_second_derivatives_are_not_wrong(impl: Implementation, stage: StageSpec) -> None:
     """Ours are refused, see above. Somebody else's may be there, as those of plain PyTorch are: then they are right."""
     case = fitted(impl, *SMALL)
     require(impl, case, stage.functions, impl.widest, backward=True, own_keys=stage.own_keys)

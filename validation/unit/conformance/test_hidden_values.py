@@ -15,21 +15,10 @@ from nsa import kernels
 from nsa.config import NSAConfig
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    STAGES,
-    Case,
-    Stage,
-    Tensors,
-    config,
-    draw,
-    draw_cotangent,
-    select_blocks,
-    upcast,
-    whole,
-)
+from ...cases import BY_ID, Case, Tensors, config, draw, draw_cotangent, upcast, whole
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
+from ...stages import STAGES, StageSpec, select_blocks
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),
@@ -61,7 +50,7 @@ def _declared(impl: Implementation) -> None:
         pytest.skip(f"{impl.name} lacks NaN in hidden tokens")
 
 
-def attended(stage: Stage, case: Case, tensors: Tensors, values: str) -> Tensor:
+def attended(stage: StageSpec, case: Case, tensors: Tensors, values: str) -> Tensor:
     """Which keys `[B, Tq, Hk, T]` the queries of a KV head attend to in the branch with these `values`."""
     length, heads = tensors[values].shape[1:3]
     width = case.num_keys
@@ -75,7 +64,14 @@ def attended(stage: Stage, case: Case, tensors: Tensors, values: str) -> Tensor:
 
 
 def check(
-    stage: Stage, case: Case, tensors: Tensors, expected: Tensors, actual: Tensors, queries: Tensor, *, spoiled: bool
+    stage: StageSpec,
+    case: Case,
+    tensors: Tensors,
+    expected: Tensors,
+    actual: Tensors,
+    queries: Tensor,
+    *,
+    spoiled: bool,
 ) -> None:
     """Hold everything but what depends on these `queries [B, Tq, Hk]` to what it is with finite inputs, `tensors`."""
     per_head = queries.repeat_interleave(case.group, 2)
@@ -98,7 +94,7 @@ def check(
 @each_stage
 @each_case
 @pytest.mark.parametrize("narrow", NARROW, ids=lambda narrow: "bfloat16" if narrow else "widest")
-def test_keys_and_values(impl: Implementation, case: Case, stage: Stage, value: float, narrow: bool) -> None:
+def test_keys_and_values(impl: Implementation, case: Case, stage: StageSpec, value: float, narrow: bool) -> None:
     dtype = torch.bfloat16 if narrow else impl.widest
     tensors = draw(case, dtype)
     expected = dict(stage.results(impl, case, tensors))
@@ -119,7 +115,7 @@ def test_keys_and_values(impl: Implementation, case: Case, stage: Stage, value: 
 @each_stage
 @each_case
 @pytest.mark.parametrize("what", ["query", "gradient"])
-def test_queries_and_gradients(impl: Implementation, case: Case, stage: Stage, what: str) -> None:
+def test_queries_and_gradients(impl: Implementation, case: Case, stage: StageSpec, what: str) -> None:
     tensors = draw(case, impl.widest)
     expected = dict(stage.results(impl, case, tensors))
     place = case.num_queries // 3

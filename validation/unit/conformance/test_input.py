@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...cases import BY_ID, FUNCTIONS, draw, fitted
+from ...cases import BY_ID, draw, fitted
 from ...implementations import Implementation
+from ...stages import FUNCTIONS
 
 BAD: dict[str, tuple[str, dict[str, Callable[[Tensor], Tensor]]]] = {
     "rank_of_q": ("sliding_window_attention", {"q": lambda x: x[0]}),

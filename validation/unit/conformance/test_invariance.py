@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ...cases import BY_ID, EVERY, Case, Stage, draw, fitted, require
+from ...cases import BY_ID, Case, draw, fitted, require
 from ...implementations import Implementation
 from ...numerics import assert_equal
+from ...stages import EVERY, StageSpec
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -30,7 +31,7 @@ def declared(impl: Implementation, what: str) -> None:
 
 @each_stage
 @parts
-def test_the_forward_without_gradients_is_the_forward_with(impl: Implementation, stage: Stage) -> None:
+def test_the_forward_without_gradients_is_the_forward_with(impl: Implementation, stage: StageSpec) -> None:
     declared(impl, "gradients")
     case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
     require(impl, case, stage.functions, impl.widest, backward=True)
@@ -45,7 +46,7 @@ def test_the_forward_without_gradients_is_the_forward_with(impl: Implementation,
 
 @each_query_stage
 @parts
-def test_a_sequence_alone_is_the_same_in_a_batch(impl: Implementation, stage: Stage) -> None:
+def test_a_sequence_alone_is_the_same_in_a_batch(impl: Implementation, stage: StageSpec) -> None:
     declared(impl, "batch")
     case = fitted(impl, *(replace(BY_ID[name], batch=3) for name in ("small", "pooled")), stages=stage.functions)
     tensors = draw(case, impl.widest)
@@ -58,7 +59,7 @@ def test_a_sequence_alone_is_the_same_in_a_batch(impl: Implementation, stage: St
 
 @each_query_stage
 @parts
-def test_the_last_queries_alone_are_the_same_in_the_whole(impl: Implementation, stage: Stage) -> None:
+def test_the_last_queries_alone_are_the_same_in_the_whole(impl: Implementation, stage: StageSpec) -> None:
     declared(impl, "chunks")
     case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
     last = last_queries(case, 11)
@@ -76,7 +77,7 @@ def last_queries(case: Case, number: int) -> Case:
 
 @pytest.mark.needs_gpu
 @each_query_stage
-def test_a_graph_replays_the_same_bits(impl: Implementation, stage: Stage) -> None:
+def test_a_graph_replays_the_same_bits(impl: Implementation, stage: StageSpec) -> None:
     declared(impl, "graphs")
     case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
     tensors = draw(case, impl.widest)

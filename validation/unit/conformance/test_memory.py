@@ -6,10 +6,11 @@ write where they may not, or read what nobody wrote, show here where values alon
 
 import pytest
 
-from ...cases import BY_ID, EVERY, STAGES, Case, Stage, Tensors, draw, draw_cotangent, fitted
+from ...cases import BY_ID, Case, Tensors, draw, draw_cotangent, fitted
 from ...implementations import Implementation
 from ...memory import EMPTY, fresh_memory_is_poisoned, memory_is_guarded
 from ...numerics import assert_equal, assert_matches
+from ...stages import EVERY, STAGES, StageSpec
 
 pytestmark = [
     pytest.mark.usefixtures("on_device"),
@@ -40,7 +41,7 @@ def assert_same(impl: Implementation, actual: Tensors, expected: Tensors, case: 
 @each_stage
 @each_case
 @packed_parts
-def test_no_result_comes_of_memory_never_written(impl: Implementation, stage: Stage, case: Case) -> None:
+def test_no_result_comes_of_memory_never_written(impl: Implementation, stage: StageSpec, case: Case) -> None:
     tensors = draw(case, impl.widest)
     expected = dict(stage.results(impl, case, tensors))
     with fresh_memory_is_poisoned(warn_only=True):
@@ -52,7 +53,7 @@ def test_no_result_comes_of_memory_never_written(impl: Implementation, stage: St
 @each_case
 @packed_parts
 def test_nothing_is_written_beside_what_was_asked_for(
-    impl: Implementation, stage: Stage, case: Case, monkeypatch: pytest.MonkeyPatch
+    impl: Implementation, stage: StageSpec, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = draw(case, impl.widest)
     with memory_is_guarded(monkeypatch, EMPTY):
@@ -61,7 +62,7 @@ def test_nothing_is_written_beside_what_was_asked_for(
 
 @each_stage
 @parts
-def test_expanded_inputs_are_read_right(impl: Implementation, stage: Stage) -> None:
+def test_expanded_inputs_are_read_right(impl: Implementation, stage: StageSpec) -> None:
     """One KV head, and one token of the gates, for all: strides of 0."""
     case = fitted(impl, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
@@ -79,7 +80,7 @@ def test_expanded_inputs_are_read_right(impl: Implementation, stage: Stage) -> N
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 @parts
-def test_cotangents_of_any_strides_are_read_right(impl: Implementation, stage: Stage) -> None:
+def test_cotangents_of_any_strides_are_read_right(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     cotangent = draw_cotangent(case, stage.run(impl, case, tensors)["out"], impl.widest)

@@ -10,23 +10,12 @@ import torch
 from nsa import NativeSparseAttention
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    PARAMETERS,
-    STAGES,
-    Case,
-    Stage,
-    compare,
-    config,
-    draw,
-    importance,
-    scaled,
-    select_blocks,
-    whole,
-)
+from ...cases import BY_ID, PARAMETERS, Case, config, draw, scaled, whole
+from ...comparison import compare
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches, assert_selection_matches
 from ...precision import AXES, NARROW, SHOWN, Point, measure, plot
+from ...stages import STAGES, StageSpec, importance, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -67,7 +56,7 @@ def _rounds(request: pytest.FixtureRequest) -> None:
 @each_shape
 @pytest.mark.claim("forward", "gradients")
 def test_stages_are_about_as_good_as_plain_pytorch(
-    impl: Implementation, stage: Stage, case: Case, dtype: torch.dtype
+    impl: Implementation, stage: StageSpec, case: Case, dtype: torch.dtype
 ) -> None:
     compare(impl, stage, case, draw(case, dtype), dtype, beside_plain=True)
 
@@ -84,7 +73,7 @@ def test_selections_are_about_as_good_as_exact_ones(impl: Implementation, case: 
 @pytest.mark.parametrize(
     "stage", [STAGES["sliding_window_attention"], STAGES["selected_attention"]], ids=lambda stage: stage.name
 )
-def test_sums_are_kept_in_more_than_the_dtype(impl: Implementation, stage: Stage, dtype: torch.dtype) -> None:
+def test_sums_are_kept_in_more_than_the_dtype(impl: Implementation, stage: StageSpec, dtype: torch.dtype) -> None:
     """The first value gets `1 + 1/2 + 1/3 + ...`: kept in bfloat16, the sum would soon grow no more."""
     case = Case("harmonic", whole(704), config((16, 8, 64), 11, 704), group=1, kv_heads=1, key_dim=16, value_dim=16)
     x = draw(case, dtype)
@@ -117,7 +106,7 @@ def test_float32_parameters_meet_narrow_activations(
 
 @each_half
 @each_stage
-def test_autocast_does_not_reach_inside_a_stage(impl: Implementation, stage: Stage, dtype: torch.dtype) -> None:
+def test_autocast_does_not_reach_inside_a_stage(impl: Implementation, stage: StageSpec, dtype: torch.dtype) -> None:
     """What is narrow already is left to a stage, which keeps its sums in float32."""
     case = Case("autocast", whole(100), config((16, 8, 16), 3, 20), key_dim=32, value_dim=16)
     x = draw(case, dtype)

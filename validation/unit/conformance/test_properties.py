@@ -18,23 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    EVERY,
-    SELECTION,
-    SHARED,
-    STAGES,
-    Case,
-    Stage,
-    Tensors,
-    assert_selected,
-    draw,
-    importance,
-    select_blocks,
-    with_selection,
-)
+from ...cases import BY_ID, Case, Tensors, draw, with_selection
+from ...comparison import assert_selected
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches, assert_selection_matches
+from ...stages import EVERY, SELECTION, SHARED, STAGES, StageSpec, importance, select_blocks
 from ...strategies import cases, for_all, relations
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -88,7 +76,7 @@ def outputs(impl: Implementation, subject: str, case: Case, tensors: Mapping[str
     return _stage(impl, subject).run(impl, case, _given(subject, tensors))
 
 
-def _stage(impl: Implementation, subject: str) -> Stage:
+def _stage(impl: Implementation, subject: str) -> StageSpec:
     return EVERY[subject] if subject != WHOLE.name else WHOLE if impl.own_keys else SHARED
 
 

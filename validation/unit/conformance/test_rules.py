@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ... import oracle
-from ...cases import BY_ID, STAGES, Case, config, draw, fitted, pooled, require, select_blocks, whole, with_selection
+from ...cases import BY_ID, Case, config, draw, fitted, pooled, require, whole, with_selection
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
+from ...stages import STAGES, select_blocks
 
 pytestmark = [pytest.mark.usefixtures("on_device"), pytest.mark.claim("rules")]
 

@@ -16,26 +16,11 @@ from torch.nn.functional import pad
 from nsa.functional import block_starts
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    EVERY,
-    SELECTION,
-    STAGES,
-    Case,
-    Stage,
-    compare,
-    config,
-    draw,
-    draw_cotangent,
-    fitted,
-    importance,
-    pooled,
-    require,
-    select_blocks,
-    whole,
-)
+from ...cases import BY_ID, Case, config, draw, draw_cotangent, fitted, pooled, require, whole
+from ...comparison import compare
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
+from ...stages import EVERY, SELECTION, STAGES, StageSpec, importance, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -82,7 +67,7 @@ class OffsetsOfQueries(Case):
 
 
 @pytest.mark.parametrize("stage", [*ATTENTION.values(), SELECTION], ids=lambda stage: stage.name)
-def test_keys_are_packed_like_queries_unless_told(impl: Implementation, stage: Stage) -> None:
+def test_keys_are_packed_like_queries_unless_told(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, BY_ID["packed"], BY_ID["pooled_packed"], stages=stage.functions)
     tensors, alone = draw(case, impl.widest), OffsetsOfQueries(**vars(case))
     expected = stage.run(impl, case, tensors)
@@ -94,7 +79,7 @@ EMPTY = (Case("empty", whole(0, 0)), pooled("empty_pooled", whole(0, 0), 4))
 
 
 @each_stage
-def test_nothing_but_empty_sequences(impl: Implementation, stage: Stage) -> None:
+def test_nothing_but_empty_sequences(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *EMPTY, stages=stage.functions)
     assert stage.run(impl, case, draw(case, impl.widest))["out"].numel() == 0
 
@@ -171,7 +156,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.sparing(
     layout=("inside_a_larger_tensor",), stage=("compress_keys", "compressed_attention", "sliding_window_attention")
 )
-def test_strides_do_not_matter(impl: Implementation, stage: Stage, layout: str) -> None:
+def test_strides_do_not_matter(impl: Implementation, stage: StageSpec, layout: str) -> None:
     case = fitted(impl, *SCRAMBLED, stages=stage.functions)
     tensors = draw(case, impl.widest)
     strided = {name: lay_out(x, layout) for name, x in tensors.items()}
@@ -202,7 +187,7 @@ class OffsetsInAColumn(Case):
 
 
 @pytest.mark.parametrize("stage", EVERY.values(), ids=EVERY.keys())
-def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: Stage) -> None:
+def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *PACKED_PAPER, stages=stage.functions)
     tensors, strided = draw(case, impl.widest), OffsetsInAColumn(**vars(case))
     expected = dict(stage.results(impl, case, tensors))
@@ -211,7 +196,7 @@ def test_strides_of_offsets_do_not_matter(impl: Implementation, stage: Stage) ->
 
 @each_attention
 @branches
-def test_expanded_cotangents_are_read_right(impl: Implementation, stage: Stage) -> None:
+def test_expanded_cotangents_are_read_right(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *SMALL)
     tensors = draw(case, impl.widest)
     one = torch.ones((), dtype=impl.widest).expand(*tensors["q"].shape[:3], case.value_dim)
@@ -220,7 +205,7 @@ def test_expanded_cotangents_are_read_right(impl: Implementation, stage: Stage) 
 
 
 @each_stage
-def test_the_default_dtype_does_not_matter(impl: Implementation, stage: Stage) -> None:
+def test_the_default_dtype_does_not_matter(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     expected = dict(stage.results(impl, case, tensors))
@@ -253,7 +238,7 @@ def test_room_for_blocks_that_packed_sequences_lack_is_zero(impl: Implementation
 
 
 @each_stage
-def test_gradients_do_not_depend_on_which_are_asked_for(impl: Implementation, stage: Stage) -> None:
+def test_gradients_do_not_depend_on_which_are_asked_for(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     together = dict(stage.results(impl, case, tensors))
@@ -267,7 +252,7 @@ def test_gradients_do_not_depend_on_which_are_asked_for(impl: Implementation, st
 @each_attention
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 @pytest.mark.sparing(scale=(-0.7,))
-def test_logits_may_be_scaled_by_any_number(impl: Implementation, stage: Stage, scale: float) -> None:
+def test_logits_may_be_scaled_by_any_number(impl: Implementation, stage: StageSpec, scale: float) -> None:
     case = replace(fitted(impl, *SMALL, stages=stage.functions), scale=scale)
     compare(impl, stage, case, draw(case, impl.widest), impl.widest)
 
@@ -278,7 +263,7 @@ def test_logits_may_be_scaled_by_any_number(impl: Implementation, stage: Stage, 
 @each_attention
 @pytest.mark.parametrize("dtype_name", ["float32", "float16", "bfloat16"])
 @pytest.mark.sparing(dtype_name=("float16",))
-def test_large_logits_are_finite_and_right(impl: Implementation, stage: Stage, dtype_name: str) -> None:
+def test_large_logits_are_finite_and_right(impl: Implementation, stage: StageSpec, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     case = Case("large_logits", whole(41), group=3, scale=64.0)
     case = fitted(impl, case, pooled("large_logits_pooled", whole(41), 5, scale=64.0))
@@ -313,7 +298,7 @@ def test_underflowing_importance_loses_no_candidate(impl: Implementation, dtype_
 @each_stage
 @pytest.mark.parametrize("case", [SCRAMBLED, PACKED_PAPER], indirect=True, ids=["whole", "packed"])
 @pytest.mark.sparing(case=(PACKED_PAPER,), stage=BRANCHES)
-def test_runs_are_bitwise_the_same(impl: Implementation, stage: Stage, case: Case) -> None:
+def test_runs_are_bitwise_the_same(impl: Implementation, stage: StageSpec, case: Case) -> None:
     if not impl.deterministic:
         pytest.skip(f"{impl.name} lacks determinism")
     dtype = torch.float32 if torch.float32 in impl.dtypes else impl.widest
@@ -325,7 +310,7 @@ def test_runs_are_bitwise_the_same(impl: Implementation, stage: Stage, case: Cas
 
 @each_stage
 @branches
-def test_inputs_are_left_alone(impl: Implementation, stage: Stage) -> None:
+def test_inputs_are_left_alone(impl: Implementation, stage: StageSpec) -> None:
     case = fitted(impl, *SCRAMBLED, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     before = {name: x.clone() for name, x in tensors.items()}

@@ -8,27 +8,11 @@ import torch
 from torch import Tensor
 
 from ... import oracle
-from ...cases import (
-    BY_ID,
-    SHARED,
-    STAGES,
-    Case,
-    Stage,
-    assert_selected,
-    check_selection,
-    compare,
-    compare_selection,
-    config,
-    draw,
-    fitted,
-    pooled,
-    require,
-    select_blocks,
-    upcast,
-    whole,
-)
+from ...cases import BY_ID, Case, config, draw, fitted, pooled, require, upcast, whole
+from ...comparison import assert_selected, check_selection, compare, compare_selection
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
+from ...stages import SHARED, STAGES, StageSpec, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -39,7 +23,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys()
 
 
 @pytest.mark.claim("forward", "gradients")
-def test_matches_the_oracle(impl: Implementation, stage: Stage, case: Case, dtype_name: str) -> None:
+def test_matches_the_oracle(impl: Implementation, stage: StageSpec, case: Case, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     beside_plain = dtype != torch.float64 and not impl.plain
     compare(impl, stage, case, draw(case, dtype), dtype, beside_plain=beside_plain)
@@ -96,7 +80,7 @@ each_dtype = pytest.mark.parametrize("dtype_name", ["float64", "float32", "bfloa
 @each_stage
 @each_dtype
 @pytest.mark.sparing(dtype_name=("float64", "bfloat16"), stage=("compress_values", "sliding_window_attention"))
-def test_outputs_and_gradients_keep_the_dtype(impl: Implementation, stage: Stage, dtype_name: str) -> None:
+def test_outputs_and_gradients_keep_the_dtype(impl: Implementation, stage: StageSpec, dtype_name: str) -> None:
     dtype = getattr(torch, dtype_name)
     case = fitted(impl, BY_ID["small"], BY_ID["pooled"], stages=stage.functions)
     kept = {name: x.dtype for name, x in stage.results(impl, case, draw(case, dtype))}
