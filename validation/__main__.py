@@ -36,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import pytest
 
-    from .verdict import Collector, text
+    from .verdict import Collector, benchmarks, text
 
     collector = Collector(options.subject, options.layers)
     status = 0
     if set(options.layers) & {"unit", "precision"} or options.only:
         status = int(pytest.main(_pytest_arguments(options), plugins=[collector]))
     if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
+        print(*collector.problems, sep="\n", file=sys.stderr)
         return 2
     verdict = collector.verdict()
     if "perf" in options.layers and verdict["verdict"] == "passed":
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdict["problems"].append("a stage failed while it was timed; the output above says which")
     if options.json:
         options.json.write_text(json.dumps(verdict, indent=1) + "\n")
+    if options.benchmark_json:
+        options.benchmark_json.write_text(json.dumps(benchmarks(verdict), indent=1) + "\n")
     if options.report:
         from .page import page
 
@@ -74,6 +77,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="one or more of unit, precision, perf, with commas between them (default: unit)",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the verdict for machines")
+    parser.add_argument(
+        "--benchmark-json",
+        type=_file,
+        metavar="FILE",
+        help="write what perf timed as pytest-benchmark does, for dashboards; needs --layers with perf",
+    )
     parser.add_argument("--report", type=_file, metavar="FILE.html", help="write the verdict as a page")
     parser.add_argument(
         "--xfails",
@@ -97,7 +106,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="run in another order and on other numbers, the same for the same N",
     )
     parser.add_argument("--require-gpus", type=int, metavar="N", help="fail if there are fewer than N GPUs")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.benchmark_json and "perf" not in options.layers:
+        parser.error("--benchmark-json needs --layers with perf, which times")
+    return options
 
 
 def _layers(text: str) -> list[str]:

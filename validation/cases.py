@@ -189,11 +189,19 @@ BY_ID = {case.id: case for case in CASES}
 # For finite differences where blocks are (16, 8, 16) at least: one of each compression, of queries of all keys and of
 # the last. They are as short as may be, and so not among the others.
 DIFFERENTIATED = [
-    Case(f"gradcheck_{name}", lengths, config((16, 8, 16), 2, window, num_local_blocks=1, compression=kind), **shape)
-    for name, lengths, window, kind, shape in (
-        ("large", whole(40), 6, "mlp", {"kv_heads": 1, "key_dim": 16, "value_dim": 16}),
-        ("large_few", ((5, 40),), 9, "linear", {"kv_heads": 1, "group": 3, "key_dim": 16, "value_dim": 20}),
-        ("large_packed", whole(1, 17, 0, 9), 5, "mean", {"kv_heads": 1, "group": 1, "key_dim": 20, "value_dim": 16}),
+    Case(
+        f"gradcheck_{name}",
+        lengths,
+        config((16, 8, 16), 2, window, num_local_blocks=1, compression=kind),
+        kv_heads=1,
+        group=group,
+        key_dim=key_dim,
+        value_dim=value_dim,
+    )
+    for name, lengths, window, kind, group, key_dim, value_dim in (
+        ("large", whole(40), 6, "mlp", 2, 16, 16),
+        ("large_few", ((5, 40),), 9, "linear", 3, 16, 20),
+        ("large_packed", whole(1, 17, 0, 9), 5, "mean", 1, 20, 16),
     )
 ]
 

@@ -58,15 +58,14 @@ def bounds(
     # A gradient of keys sums over queries, whatever the stage sums over; one of what made blocks, over these too.
     beyond = stage.name == SHARED.name and name.endswith(PARAMETERS)
     reduction = max(stage.reduction(case), queries * blocks if beyond else queries)
-    shifts = blocks if name.endswith("_position") else 0
-    if stage.name == SHARED.name and name.startswith(
-        "gradient of k_"
-    ):  # all keys of a query have the position in common
+    shifts: float = blocks if name.endswith("_position") else 0
+    # All keys of a query have the position in common.
+    if stage.name == SHARED.name and name.startswith("gradient of k_"):
         largest = 1.0 if name.endswith("_position") else tensors["k_position"].abs().max().item()
         shifts = queries * largest**2
     # Inputs are exact for the oracle, too: what is kept in a wider dtype is held to that.
     kept = actual.dtype if name == "lse" else dtype
-    axes = None if not name.endswith(PARAMETERS) else ("head", "in", "out")
+    axes: tuple[str, ...] | None = ("head", "in", "out") if name.endswith(PARAMETERS) else None
     axes = ("batch", "block", "head", "dim") if name.endswith("_cmp") else axes
     return {"reduction": reduction, "shifts": shifts, "logit": case.logit, "dtype": kept, "axes": axes}
 
@@ -111,4 +110,4 @@ def check_gradients(subject: Any, stage: StageSpec, case: Case, *, fast: bool = 
     def function(*values: Tensor) -> Tensor:
         return stage.run(subject, case, {**tensors, **dict(zip(leaves, values, strict=True))})["out"]
 
-    gradcheck(function, leaves.values(), fast=fast)
+    gradcheck(function, list(leaves.values()), fast=fast)

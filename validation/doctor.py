@@ -89,7 +89,8 @@ def within(version: str, bounds: str) -> bool:
     """Whether a version is in a range. Suffixes are passed over: 2.13.0+cpu and 2.13.0a0 both count as 2.13.0."""
 
     def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in re.findall(r"\d+", re.match(r"\d+(\.\d+)*", text)[0]))
+        release = re.match(r"\d+(\.\d+)*", text)
+        return tuple(int(part) for part in re.findall(r"\d+", release[0] if release else ""))
 
     compare = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
     return all(

@@ -84,6 +84,8 @@ class Implementation:
     """Device types of the inputs."""
     backward: bool = True
     """Whether gradients flow."""
+    second_derivatives: bool = True
+    """Whether derivatives of gradients are right or refused by an error; otherwise they are not tested."""
     deterministic: bool = True
     """Whether the same inputs give the same bits, gradients included."""
     packed: bool = True
@@ -119,6 +121,8 @@ class Implementation:
     config: Callable[[Any], bool] = lambda config: True
     """Whether the sizes and counts of an `NSAConfig` are supported; the first line of its docstring says which are."""
 
+    longest: int = 2048
+    """Tokens of the longest sequence that there is memory and time for: it is tried at this length."""
     tile: int = 1
     """Tokens it takes at a time, about: sequences are tried that are longer than several of them."""
     interpreted: bool = False
@@ -138,6 +142,17 @@ class Implementation:
     def has(self, stage: str) -> bool:
         """Whether the stage of that name (one of `STAGES`) is there."""
         return getattr(self, stage) is not None
+
+    def function(self, stage: str) -> Callable[..., Any]:
+        """The stage of that name.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        found: Callable[..., Any] | None = getattr(self, stage)
+        if found is None:
+            raise ValueError(f"{self.name} lacks the stage {stage}")
+        return found
 
     @property
     def widest(self) -> torch.dtype:
@@ -195,6 +210,7 @@ class Implementation:
             "dtypes": ", ".join(sorted(map(_name, self.dtypes))),
             "devices": ", ".join(sorted(self.devices)),
             "backward": _yes(self.backward),
+            "second derivatives": "right or refused" if self.second_derivatives else "declined",
             "deterministic": _yes(self.deterministic),
             "packed sequences": _yes(self.packed),
             "Tq < Tk": partial or _yes(self.partial_queries),
@@ -203,6 +219,7 @@ class Implementation:
             "head dims": _words(self.head_dims),
             "group sizes": _words(self.groups),
             "tokens a sequence": _words(self.lengths),
+            "longest sequence tried": str(self.longest),
             "compression": ", ".join(sorted(self.compressions)),
             "blocks": _words(self.config),
             "indices in any order": _yes(self.any_indices),

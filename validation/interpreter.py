@@ -128,7 +128,7 @@ def _copying_tensors(construct: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _copying_block_types(construct: Callable[..., None], constexpr: type) -> Callable[..., None]:
+def _copying_block_types(construct: Callable[..., None], constexpr: Any) -> Callable[..., None]:
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:

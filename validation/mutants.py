@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -302,6 +302,14 @@ def gates(change: Callable[[Tensor], Tensor]) -> Callable[[Case, Tensors], Tenso
     return lambda case, x: {**x, "gates": change(x["gates"])}
 
 
+def _reordered(order: tuple[int, ...], x: Tensor) -> Tensor:
+    return x[..., [order.index(i) for i in range(3)]]
+
+
+def _without(branch: int, x: Tensor) -> Tensor:
+    return x * (torch.arange(3) != branch).to(x)
+
+
 def keys_of(branch: str, other: str) -> Callable[[Case, Tensors], Tensors]:
     return lambda case, x: {**x, **{f"{kind}_{branch}": x[f"{kind}_{other}"] for kind in "kv"}}
 
@@ -546,7 +554,7 @@ MUTANTS = [
         Mutant(
             f"gates are in the order {', '.join(BRANCHES[i] for i in order)}",
             WHOLE,
-            tensors=gates(lambda x, order=order: x[..., [order.index(i) for i in range(3)]]),
+            tensors=gates(partial(_reordered, order)),
         )
         for order in ORDERS
     ),
@@ -557,7 +565,7 @@ MUTANTS = [
         Mutant(
             f"the {branch} branch gives 0",
             WHOLE,
-            tensors=gates(lambda x, i=i: x * (torch.arange(3) != i).to(x)),
+            tensors=gates(partial(_without, i)),
         )
         for i, branch in enumerate(BRANCHES)
     ),
@@ -679,7 +687,7 @@ def explain(
     _explained[key] += 1
     if _explained[key] > MOST:
         return []
-    wrong = next(reversed(given))
+    *_, wrong = given
     gradient = wrong.startswith("gradient of ")
     of = f"the gradient of {wrong.removeprefix('gradient of ')}" if gradient else wrong
     right = dict(stage.results(oracle, case, upcast(tensors), dtype))[wrong]

@@ -21,7 +21,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from nsa import (
-    NativeSparseAttention,
     NSAConfig,
     StepKeys,
     apply_rope,
@@ -33,6 +32,7 @@ from nsa import (
     rope_table,
 )
 from nsa.kernels import configs
+from nsa.module import Compressor
 
 TOKENS = 1024  # lengths are no constants of a kernel
 
@@ -99,33 +99,34 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
             name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
             found[name] = max(found.get(name, 0), result.shared)
 
-    JITFunction.run = compile_alone  # type: ignore[method-assign]
+    JITFunction.run = compile_alone
     config = NSAConfig()
 
     def draw(length: int, *shape: int) -> torch.Tensor:
         return torch.zeros(1, length, *shape, dtype=dtype, requires_grad=True)
 
-    blocks = [draw(config.num_compressed(TOKENS), 1, head_dim) for _ in range(2)]
-    keys = [draw(TOKENS, 1, head_dim) for _ in range(4)]
+    k_cmp, v_cmp = (draw(config.num_compressed(TOKENS), 1, head_dim) for _ in range(2))
+    k_slc, v_slc, k_win, v_win = (draw(TOKENS, 1, head_dim) for _ in range(4))
     # In large groups other kernels run where they were measured, and in small ones the rest.
     tiles = configs.kernel_config("selected_forward_tiles", dtype, head_dim, head_dim, 16)
     for heads in (16, 2) if tiles.most_keys else (2,):
-        inputs = [draw(TOKENS, heads, head_dim), *blocks, *keys, draw(TOKENS, heads, 3)]
-        out = nsa_attention(*inputs, config, backend="triton")  # type: ignore[arg-type]
-        torch.autograd.grad(out, inputs, torch.zeros_like(out))
+        q, gates = draw(TOKENS, heads, head_dim), draw(TOKENS, heads, 3)
+        out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        torch.autograd.grad(out, [q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates], torch.zeros_like(out))
     table = rope_table(TOKENS, head_dim)
     for interleaved in (True, False):
-        kind: dict[str, Any] = {"interleaved": interleaved, "backend": "triton"}
-        rotated = apply_rope(*inputs[:2], *keys[:2], table, config, **kind)  # type: ignore[misc]
-        torch.autograd.grad(rotated, [*inputs[:2], *keys[:2]], [torch.zeros_like(x) for x in rotated])
-    layer = NativeSparseAttention(16, 2, 1, head_dim, config)
-    for compression, params in (("mean", None), ("mlp", layer.compress_k.params())):
-        settings: Any = replace(config, compression=compression)
-        pair = compress_keys_and_values(*keys[:2], params, params, settings, backend="triton")
-        torch.autograd.grad(pair, keys[:2], [torch.zeros_like(x) for x in pair])
-    steps = StepKeys(*(x.detach() for x in (*blocks, *keys)), torch.zeros(1, dtype=torch.int64))  # type: ignore[call-arg]
-    decode_attention(inputs[0][:, :1], steps, inputs[-1][:, :1], config, backend="triton")
-    dense_decode_attention(inputs[0][:, :1], steps.k_slc, steps.v_slc, steps.lengths, backend="triton")
+        leaves = [q, k_cmp, k_slc, k_win]
+        rotated = apply_rope(q, k_cmp, k_slc, k_win, table, config, interleaved=interleaved, backend="triton")
+        torch.autograd.grad(rotated, leaves, [torch.zeros_like(x) for x in rotated])
+    params = Compressor(1, head_dim, config).params()
+    for settings, learned in ((replace(config, compression="mean"), None), (config, params)):
+        pair = compress_keys_and_values(k_slc, v_slc, learned, learned, settings, backend="triton")
+        torch.autograd.grad(pair, [k_slc, v_slc], [torch.zeros_like(x) for x in pair])
+    stores = (x.detach() for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
+    steps = StepKeys._make([*stores, torch.zeros(1, dtype=torch.int64)])
+    decode_attention(q[:, :1], steps, gates[:, :1], config, backend="triton")
+    dense_decode_attention(q[:, :1], steps.k_slc, steps.v_slc, steps.lengths, backend="triton")
     return found
 
 

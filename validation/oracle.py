@@ -337,7 +337,7 @@ def nsa_attention(
     Returns:
         `[B, Tq, Hq, Dv]`, and the indices used if `return_indices`.
     """
-    packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
+    packing: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
     num_keys = k_slc.shape[1]
     compressed, lse = compressed_attention(q, k_cmp, v_cmp, config, num_keys=num_keys, **packing)
     if indices is None:
@@ -405,6 +405,7 @@ def native_sparse_attention(
     k_cmp = rotate(k_cmp, rope, starts)
 
     out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, cu_seqlens_q=cu_seqlens)
+    assert isinstance(out, Tensor)
     return out.flatten(-2) @ weights["wo.weight"].T
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from .verdict import ASPECTS, BAD, cell, command, smallest
+from .verdict import ASPECTS, BAD, cell, command, downstream, in_cases, smallest
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -60,9 +60,9 @@ def failing(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> l
     """What is to say of a stage that fails: why, the smallest failing case as a program, where the error lies."""
     parts = [f"<h2>{escape(stage)} fails</h2>"]
     if row.get("downstream_of"):
-        parts.append(f"<p>Downstream of {escape(', '.join(row['downstream_of']))}, which fail too.</p>")
+        parts.append(f"<p>It is {escape(downstream(row['downstream_of']))}.</p>")
     for found in row["explanations"]:
-        parts.append(f"<p><b>{escape(found['text'])}</b> ({found['cases']} of {found['of']} cases compared)</p>")
+        parts.append(f"<p><b>{escape(found['text'])}</b> ({in_cases(found)})</p>")
     for aspect, counts in row["aspects"].items():
         if counts.get("common"):
             parts.append(f"<p>{escape(aspect)}: {escape(counts['common'])}</p>")

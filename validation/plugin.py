@@ -11,15 +11,20 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from _pytest.junitxml import xml_key  # the fixture for this, record_testsuite_property, is lost on parallel workers
 from hypothesis import HealthCheck, settings
 
 from . import doctor, reports, seeds
+
+if TYPE_CHECKING:
+    from .implementations import Implementation
 
 pytest_plugins = (f"{__package__}.subjects",)
 
@@ -29,11 +34,15 @@ if not GPUS:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+XFAILS = pytest.StashKey[dict[str, str]]()
+"""Reasons of expected failures, by test."""
+
 # How many examples property tests try: `--hypothesis-profile=thorough` for many, and for others than the last time.
 # Hypothesis looks for the profile when options have been read.
 settings.register_profile(
     "repeatable",
     derandomize=True,
+    print_blob=True,  # a failure says how to repeat its example
     max_examples=20,
     deadline=None,  # a first call may compile
     # The fixtures of a test are settings that its examples share.
@@ -43,7 +52,7 @@ settings.register_profile("thorough", settings.get_profile("repeatable"), derand
 settings.load_profile("repeatable")
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("validation")
     group.addoption(
         "--impl",
@@ -57,7 +66,7 @@ def pytest_addoption(parser):
     group.addoption("--out", default=reports.OUT, metavar="FOLDER", help="for pictures (default: out in the checkout)")
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_gpu(count=1, gib=0): so many GPUs, with so much memory each")
     config.addinivalue_line("markers", "smoke: one of the few of its layer that show that it works at all")
     config.addinivalue_line("markers", "every_dtype: every case in every dtype, beside float64 too")
@@ -66,14 +75,15 @@ def pytest_configure(config):
     )
     config.addinivalue_line("markers", "sparing(**names): parameters that are enough where a call takes seconds")
     seeds.variation = config.option.shuffle_seed
+    seeds.forced = config.getoption("--hypothesis-seed", None)
     if len(GPUS) < config.option.require_gpus:
         raise pytest.UsageError(f"--require-gpus={config.option.require_gpus}: {len(GPUS)} found")
-    config.implementations = _implementations(config.option.impl)
-    config.xfails = _read_xfails(config.option.xfails_file) if config.option.xfails_file else {}
-    config.refused = ""
+    config.stash[reports.IMPLEMENTATIONS] = _implementations(config.option.impl)
+    config.stash[XFAILS] = _read_xfails(config.option.xfails_file) if config.option.xfails_file else {}
+    config.stash[reports.REFUSED] = ""
 
 
-def _implementations(names):
+def _implementations(names: list[str] | None) -> "list[Implementation] | None":
     """Those asked for, or None: the layer that has a use for them knows what to take by default."""
     if not names:
         return None
@@ -86,7 +96,7 @@ def _implementations(names):
         raise pytest.UsageError(f"--impl: {described(error)}{place(error)}") from error
 
 
-def pytest_report_header(config):
+def pytest_report_header(config: pytest.Config) -> list[str]:
     chosen = config.option.shuffle_seed
     return [*doctor.facts(), *([] if chosen is None else [f"shuffled: --shuffle-seed={chosen}"])]
 
@@ -95,13 +105,13 @@ def pytest_report_header(config):
 
 
 @pytest.hookimpl(trylast=True)  # whoever leaves tests out or sorts them has done so
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.shuffle_seed is not None:
         random.Random(config.option.shuffle_seed).shuffle(items)
 
 
 @pytest.fixture(autouse=True)
-def _seed(request):
+def _seed(request: pytest.FixtureRequest) -> None:
     """Seeds from the test's own id: the same numbers in any order, alone or in company, never those of another test."""
     import numpy
     import torch
@@ -117,7 +127,7 @@ def _seed(request):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
+def _one_thread() -> None:
     """Tests are many and small: on shared cores threads would spend their time waiting for one another."""
     import torch
 
@@ -125,7 +135,7 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _mended_interpreter():
+def _mended_interpreter() -> None:
     """What kernels are tested under where there is no GPU is too slow as it is, and cuts off where a GPU rounds."""
     if "TRITON_INTERPRET" in os.environ:
         from . import interpreter
@@ -135,7 +145,7 @@ def _mended_interpreter():
         interpreter.keep_conditions()
 
 
-def _need_gpus(config, count=1, gib=0):
+def _need_gpus(config: pytest.Config, count: int = 1, gib: float = 0) -> None:
     import torch
 
     sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(len(GPUS))]
@@ -148,13 +158,13 @@ def _need_gpus(config, count=1, gib=0):
     pytest.skip(reason)
 
 
-def pytest_runtest_setup(item):
+def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs_gpu"):
         _need_gpus(item.config, *mark.args, **mark.kwargs)
 
 
 @pytest.fixture(autouse=True)
-def _launchers_are_called(request):
+def _launchers_are_called(request: pytest.FixtureRequest) -> Iterator[None]:
     """Launchers of kernels are called, not repeated, in tests that may replace a part of them."""
     launches = sys.modules.get("nsa.kernels.launches")
     with launches.direct() if launches and "monkeypatch" in request.fixturenames else nullcontext():
@@ -162,7 +172,7 @@ def _launchers_are_called(request):
 
 
 @pytest.fixture
-def on_device(request):
+def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Makes tensors on the GPU where there is one, unless the implementation under test has no use for it."""
     import torch
 
@@ -176,9 +186,9 @@ def on_device(request):
 # Expected failures.
 
 
-def _read_xfails(file):
+def _read_xfails(file: Path) -> dict[str, str]:
     """Reasons by test id."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     try:
         lines = file.read_text().splitlines()
     except OSError as error:
@@ -197,34 +207,37 @@ def _read_xfails(file):
 
 class _Xfails:
     @pytest.hookimpl(tryfirst=True)  # ids are looked for among all tests, whatever -k leaves of them
-    def pytest_collection_modifyitems(self, config, items):
-        reasons, unmatched = {}, set(config.xfails)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        xfails, reasons = config.stash[XFAILS], {}
+        unmatched = set(xfails)
         for item in items:
-            names = {item.nodeid, seeds.name_of(item.nodeid)} & config.xfails.keys()
+            names = {item.nodeid, seeds.name_of(item.nodeid)} & xfails.keys()
             unmatched -= names
             for name in names:
-                reasons[item.nodeid] = config.xfails[name]
+                reasons[item.nodeid] = xfails[name]
         if unmatched:
-            names = "\n  ".join(sorted(unmatched))
-            message = f"{config.option.xfails_file}: no test of this run has the id\n  {names}"
-            if not hasattr(config, "workeroutput"):
+            lost = "\n  ".join(sorted(unmatched))
+            message = f"{config.option.xfails_file}: no test of this run has the id\n  {lost}"
+            output = getattr(config, "workeroutput", None)
+            if output is None:
                 raise pytest.UsageError(message)
             # What a parallel worker raises is lost: it has no tests then, and tells the one that has it run.
-            config.workeroutput["refused"] = message
+            output["refused"] = message
             items.clear()
         for item in items:
             if item.nodeid in reasons:
                 item.add_marker(pytest.mark.xfail(reason=reasons[item.nodeid], strict=True))
 
 
-def pytest_sessionstart(session):
-    if session.config.xfails:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.stash[XFAILS]:
         session.config.pluginmanager.register(_Xfails())
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    node.config.refused = getattr(node, "workeroutput", {}).get("refused", node.config.refused)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    stash = node.config.stash
+    stash[reports.REFUSED] = getattr(node, "workeroutput", {}).get("refused", stash[reports.REFUSED])
 
 
 # The account of a run.
@@ -232,21 +245,21 @@ def pytest_testnodedown(node, error):
 NOTHING_RAN = "no test was executed, all were skipped or deselected: this run shows nothing, so it fails"
 
 
-def _nothing_ran(config) -> bool:
+def _nothing_ran(config: pytest.Config) -> bool:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     if reporter is None or config.option.collectonly:
         return False
     return not any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "xfailed", "xpassed"))
 
 
-def _skips(config) -> Counter:
+def _skips(config: pytest.Config) -> Counter[str]:
     reporter = config.pluginmanager.getplugin("terminalreporter")
     reports = reporter.stats.get("skipped", []) if reporter else []
     # Hypothesis writes its example below a reason.
     return Counter(report.longrepr[2].removeprefix("Skipped: ").partition("\n")[0] for report in reports)
 
 
-def _account(config) -> None:
+def _account(config: pytest.Config) -> None:
     """What a JUnit report says of the whole: it has the durations, and every test's seed, by itself."""
     report = config.stash.get(xml_key, None)
     if report is None:
@@ -257,16 +270,16 @@ def _account(config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before reports are written
-def pytest_sessionfinish(session, exitstatus):
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     with reports.attempt("the account in the JUnit report", partial(reports.note, session.config)):
         _account(session.config)
-    if session.config.refused:
+    if session.config.stash[reports.REFUSED]:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
     elif exitstatus == pytest.ExitCode.OK and _nothing_ran(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, exitstatus, config):
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     with reports.attempt("the list of skips", terminalreporter.write_line):
         skips = _skips(config)
         if skips:
@@ -275,7 +288,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
             terminalreporter.write_line(f"{count:6}  {reason}")
     for line in config.stash.get(reports.NOTES, ()):
         terminalreporter.write_line(line, yellow=True)
-    if config.refused:
-        terminalreporter.write_line(f"ERROR: {config.refused}", red=True, bold=True)
+    if refused := config.stash[reports.REFUSED]:
+        terminalreporter.write_line(f"ERROR: {refused}", red=True, bold=True)
     elif exitstatus != pytest.ExitCode.USAGE_ERROR and _nothing_ran(config):
         terminalreporter.write_line(NOTHING_RAN, red=True, bold=True)

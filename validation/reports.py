@@ -6,11 +6,21 @@ One that cannot be made says why, and changes no result.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from .implementations import Implementation
+
 OUT = "out"
 """The folder for what runs draw, in the checkout unless `--out` names another."""
+
+IMPLEMENTATIONS: "pytest.StashKey[list[Implementation] | None]" = pytest.StashKey()
+"""Those asked for; None until it is known which are by default."""
+
+REFUSED = pytest.StashKey[str]()
+"""Why a run was refused, by one of its parallel workers too; empty where it was not."""
 
 NOTES = pytest.StashKey[list[str]]()
 """Lines about the reports of a pytest run, shown at its end."""

@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: \d+ hazards? displa
 # No length is a multiple of anything, so that the last tile of everything reaches beyond the end.
 BLOCKS = config((32, 16, 64), 3, 48, num_local_blocks=1)
 SMALL_BLOCKS = config((16, 16, 16), 3, 48, num_local_blocks=1)
-DIMS = {"kv_heads": 2, "key_dim": 128, "value_dim": 128}
+DIMS: dict[str, Any] = {"kv_heads": 2, "key_dim": 128, "value_dim": 128}
 WHOLE, PACKED = whole(211), whole(97, 0, 1, 70)
 CASES = {
     Case("by_query", WHOLE, BLOCKS, group=16, **DIMS): torch.bfloat16,

@@ -6,6 +6,10 @@ variation: int | None = None
 """What `--shuffle-seed` said: other numbers for every name, the same each time."""
 
 
+forced: str | None = None
+"""What `--hypothesis-seed` said: the seed of every property test."""
+
+
 def seed_of(name: str) -> int:
     """A seed of the name's own: the same in any order, alone or in company."""
     return crc32((name if variation is None else f"{variation} {name}").encode())

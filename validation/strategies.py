@@ -5,7 +5,7 @@ They have a few hundred tokens at most and shrink to the fewest sequences, token
 
 import inspect
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from itertools import product
 from typing import Any
@@ -18,6 +18,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from nsa.config import NSAConfig
 
+from . import seeds
 from .cases import Case, config, fitted, whole
 from .implementations import Implementation
 from .seeds import seed_of
@@ -164,7 +165,7 @@ def _settings(draw: DrawFn, impl: Implementation, shape: Shape) -> dict[str, Any
     """The rest of a configuration, as `cases.config` takes it."""
     blocks = shape[0]
     free = 1 if impl.interpreted else 4  # of its tokens there are no more blocks
-    tried = product(range(3), range(3), range(free + 1))
+    tried: Iterable[tuple[int, int, int]] = product(range(3), range(3), range(free + 1))
     constants = blocks not in BLOCKS and not impl.interpreted
     if constants:  # the shape's own, or else those of another
         tried = sorted(COMPILED_SHAPES.values(), key=lambda counts: counts != COMPILED_SHAPES[shape])
@@ -189,6 +190,10 @@ def for_all(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a test of drawn arguments one without: `@for_all(case=cases)`; marks go above it.
 
+    To Hypothesis and its pytest plugin it is a test like any under `@given`: `--hypothesis-seed` and
+    `--hypothesis-show-statistics` (of the last examples tried at a time) work, and so do `@seed` and
+    `@reproduce_failure` above it.
+
     Args:
         examples: tried first, their `case` fitted to the implementation: what failed once. They are larger than what
             the interpreter has time for.
@@ -198,7 +203,8 @@ def for_all(
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(test)
 
-        @wraps(test, updated=())
+        # What Hypothesis's plugin looks at; the strategies are not known before the implementation is.
+        @wraps(given(**{name: st.nothing() for name in strategies})(test))
         def run(**parameters: Any) -> None:
             impl = parameters.get("impl", ANYTHING)
             known = [] if impl.interpreted else [{**each, "case": fitted(impl, each["case"])} for each in examples]
@@ -218,14 +224,31 @@ def for_all(
                     check = example(**known.pop())(check)
                 if profile.derandomize:
                     # Python's generator is seeded from the test's id; Hypothesis would know no more than its source.
-                    check = seed(random.getrandbits(32))(check)
-                given(**{name: strategy(impl) for name, strategy in strategies.items()})(profile(check))()
+                    own = random.getrandbits(32)
+                    check = seed(own if seeds.forced is None else seeds.forced)(check)
+                tested = given(**{name: strategy(impl) for name, strategy in strategies.items()})(profile(check))
+                asked_for = [_hand_over(name, run, tested) for name in ASKED_FOR]
+                tested()
+                if any(asked_for):  # another part would do the same
+                    break
 
         kept = [parameter for name, parameter in signature.parameters.items() if name not in strategies]
         run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+ASKED_FOR = ("_hypothesis_internal_use_seed", "_hypothesis_internal_use_reproduce_failure")
+"""Where `@seed` and `@reproduce_failure` leave what they are given on a test."""
+
+
+def _hand_over(name: str, test: Any, other: Any) -> bool:
+    """Gives another test what is asked of one, if anything is."""
+    asked = getattr(test, name, None)
+    if asked is not None:
+        setattr(other, name, asked)
+    return asked is not None
 
 
 def _profiles(impl: Implementation) -> list[settings]:

@@ -62,9 +62,9 @@ def stages(case: Case) -> Iterable[StageSpec]:
 
 def chosen(config: pytest.Config) -> list[Implementation]:
     """The implementations asked for, or ours."""
-    if config.implementations is None:
-        config.implementations = [load("eager"), load("triton")]
-    return config.implementations
+    if config.stash[reports.IMPLEMENTATIONS] is None:
+        config.stash[reports.IMPLEMENTATIONS] = [load("eager"), load("triton")]
+    return config.stash[reports.IMPLEMENTATIONS] or []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -110,15 +110,21 @@ def _names(argnames: str | Iterable[str]) -> list[str]:
 
 def subject(item: pytest.Item) -> Implementation | None:
     """The implementation a test is about."""
-    callspec = getattr(item, "callspec", None)
-    found = callspec.params.get("impl") if callspec else None
+    found = parameters(item).get("impl")
     return found if isinstance(found, Implementation) else None
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    """What a test was parametrised with."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params if callspec else {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Leaves out what is not about the implementations asked for, and what takes one under the interpreter too long."""
-    kept, left_out = [], []
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         elsewhere = UNIT not in item.path.parents
         impl = None if elsewhere else subject(item)
@@ -141,7 +147,7 @@ def _long(item: pytest.Item) -> bool:
     mark = item.get_closest_marker("sparing")
     if mark is None:
         return False
-    params = {name: getattr(value, "id", getattr(value, "name", value)) for name, value in item.callspec.params.items()}
+    params = {name: getattr(value, "id", getattr(value, "name", value)) for name, value in parameters(item).items()}
     return not mark.kwargs or any(params[name] not in enough for name, enough in mark.kwargs.items())
 
 
@@ -191,7 +197,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def claim(item: pytest.Item, impl: Implementation, error: BaseException | None) -> dict[str, Any]:
     """What a test was about and, where it failed, what with, as plain data."""
-    params = item.callspec.params  # type: ignore[attr-defined]
+    params = parameters(item)
     asked = params.get("stage", params.get("subject"))
     stage = SEEN.stages[-1] if error is not None and SEEN.stages else getattr(asked, "name", asked)
     if stage not in FUNCTIONS:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from . import doctor, seeds
+from . import doctor, reports, seeds
 from .stages import FUNCTIONS, SHARED
 
 SCHEMA, VERSION = "nsa-validation/verdict", 1
@@ -52,8 +52,8 @@ class Collector:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self.implementation:
             self._capabilities(session.config)
-        if session.config.refused:  # type: ignore[attr-defined]
-            self.problems.append(session.config.refused)  # type: ignore[attr-defined]
+        if refused := session.config.stash[reports.REFUSED]:
+            self.problems.append(refused)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -125,11 +125,10 @@ def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
         for aspect in ASPECTS:
             outcomes = [(claim, passes(claim, aspect)) for claim in own]
             failed = [claim for claim, good in outcomes if good is False]
-            counts = {"passed": sum(good is True for _, good in outcomes), "failed": len(failed)}
+            counts: dict[str, Any] = {"passed": sum(good is True for _, good in outcomes), "failed": len(failed)}
             if failed:
-                counts["first"] = smallest(failed)["id"]  # type: ignore[assignment]
-                good = [claim for claim, holds in outcomes if holds]
-                counts["common"] = common(failed, good)  # type: ignore[assignment]
+                counts["first"] = smallest(failed)["id"]
+                counts["common"] = common(failed, [claim for claim, good in outcomes if good])
             if counts["passed"] or failed:
                 row["aspects"][aspect] = counts
         bad = [claim for claim in own if claim["outcome"] in BAD]
@@ -222,15 +221,25 @@ def cell(counts: Mapping[str, Any] | None) -> str:
     return f"FAIL {counts['failed']} of {total}" if counts["failed"] else f"ok {total}"
 
 
+def downstream(upstream: list[str]) -> str:
+    """That stages which others are made of fail as well."""
+    return f"downstream of {', '.join(upstream)}, which {'fails' if len(upstream) == 1 else 'fail'} too"
+
+
+def in_cases(found: Mapping[str, Any]) -> str:
+    """In how many cases an explanation holds."""
+    return f"{found['cases']} of {found['of']} case{'s' if found['of'] != 1 else ''} compared"
+
+
 MESSAGES = 3
 """Different messages of a stage that are shown."""
 
 
 def _stage(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> Iterable[str]:
     upstream = row.get("downstream_of")
-    yield f"{stage} fails" + (f", downstream of {', '.join(upstream)}, which fail too" if upstream else "")
+    yield f"{stage} fails" + (f", {downstream(upstream)}" if upstream else "")
     for found in row["explanations"]:
-        yield f"  {found['text']}  ({found['cases']} of {found['of']} cases that were compared)"
+        yield f"  {found['text']}  ({in_cases(found)})"
     for aspect, counts in row["aspects"].items():
         if counts.get("common"):
             yield f"  {aspect}: {counts['common']}"
@@ -246,8 +255,8 @@ def _stage(verdict: Mapping[str, Any], stage: str, row: Mapping[str, Any]) -> It
         yield f"  {count}, the smallest: {first['id']}"
         yield f"      {message}"
         yield f"      again: {command(verdict, first)}"
-    if len(ranked) > MESSAGES:
-        yield f"  and {len(ranked) - MESSAGES} other messages, in --json and --report"
+    if (more := len(ranked) - MESSAGES) > 0:
+        yield f"  and {more} other message{'s' if more > 1 else ''}, in --json and --report"
 
 
 def command(verdict: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
@@ -263,6 +272,27 @@ def _alike(message: str) -> str:
     """A message's first line without its numbers and the name of its case."""
     line = re.sub(r"case \w+", "case", message.partition("\n")[0])
     return re.sub(r"[-+]?\d[\d.,e+\-]*", "#", re.sub(r"\[[^]]*\]|, in # of.*", "", line))[:160]
+
+
+# For dashboards.
+
+
+def benchmarks(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """Its figures of performance in the form of pytest-benchmark's JSON, which github-action-benchmark reads.
+
+    Times are in seconds there. What dashboards draw is `ops`, calls a second: of the median, which one slow call does
+    not move.
+    """
+    found = []
+    for record in verdict.get("performance", ()):
+        name = "-".join(str(record[key]) for key in ("workload", "length", "stage", "direction", "subject"))
+        seconds = {key: record[key] / 1e3 for key in ("median", "lower", "upper", "mean", "deviation")}
+        stats = {
+            "median": seconds["median"], "q1": seconds["lower"], "q3": seconds["upper"], "mean": seconds["mean"],
+            "stddev": seconds["deviation"], "rounds": record["rounds"], "ops": 1 / seconds["median"],
+        }  # fmt: skip
+        found.append({"name": name, "fullname": name, "group": record["stage"], "stats": stats, "extra_info": record})
+    return {"machine_info": verdict["versions"], "benchmarks": found}
 
 
 # Two of them.
@@ -305,9 +335,15 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[s
             lines.append(f"{key}: {was} -> {now}")
     was, now = (verdict["implementation"].get("capabilities", {}) for verdict in (before, after))
     lines += [f"capability {key}: {was.get(key)} -> {now.get(key)}" for key in now if was.get(key) != now.get(key)]
-    for title, ids in (("fail now", broken), ("hold now", mended), ("are not tested any more", lost)):
+    changes = (
+        ("claim fails now", "claims fail now", broken),
+        ("claim holds now", "claims hold now", mended),
+        ("claim is not tested any more", "claims are not tested any more", lost),
+    )
+    for one, many, ids in changes:
         if ids:
-            lines.append(f"{len(ids)} claims {title}: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
+            what = one if len(ids) == 1 else many
+            lines.append(f"{len(ids)} {what}: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
     errors = {(e["stage"], e["tensor"], e["dtype"]): e["ratio"] for e in before["errors"]}
     for e in after["errors"]:
         ratio = errors.get((e["stage"], e["tensor"], e["dtype"]))

@@ -141,7 +141,7 @@ def nsa_attention(
     scale: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole from `k_slc` and `v_slc`, which those of the other branches are to be, or to be made of."""
-    packing = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
+    packing: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "scale": scale}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`block_indices` is provided")
         out = parallel.parallel_nsa(
@@ -245,8 +245,8 @@ def _window(
 ) -> Tensor:
     distance = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
     mask = (distance >= 0) & (distance <= window_size[0])
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(*heads, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
 
 def _packed_window(

@@ -65,9 +65,9 @@ def test_the_worst_error_of_each_tensor_is_kept() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "line", "worse"),
     [
-        (made(GOOD), made({**GOOD, "outcome": "failed"}), "1 claims fail now: test_a.py::test_a[IMPL-x]", True),
-        (made({**GOOD, "outcome": "failed"}), made(GOOD, word="passed"), "1 claims hold now: test_a.py", False),
-        (made(GOOD), made({**GOOD, "outcome": "skipped"}), "1 claims are not tested any more", True),
+        (made(GOOD), made({**GOOD, "outcome": "failed"}), "1 claim fails now: test_a.py::test_a[IMPL-x]", True),
+        (made({**GOOD, "outcome": "failed"}), made(GOOD, word="passed"), "1 claim holds now: test_a.py", False),
+        (made(GOOD), made({**GOOD, "outcome": "skipped"}), "1 claim is not tested any more", True),
         (made(GOOD), made({**GOOD, "id": "test_a.py::test_a[ours-x]"}, name="ours"), "not worse", False),
     ],
 )
@@ -114,3 +114,15 @@ def test_the_page_shows_the_case_as_a_program_and_where_the_error_lies() -> None
     assert text.count("<rect") == 2
     assert len(snippet(made(), BAD).splitlines()) == 5
     compile(snippet(made(), BAD), "snippet", "exec")
+
+
+def test_dashboards_get_what_they_read() -> None:
+    """github-action-benchmark reads `fullname` and of `stats` these; it shows what is larger as better."""
+    record = {
+        "workload": "W", "length": 256, "stage": "compress", "direction": "forward", "subject": "mine",
+        "median": 2.0, "lower": 1.0, "upper": 3.0, "mean": 4.0, "deviation": 0.5, "rounds": 3,
+    }  # fmt: skip
+    [found] = verdict.benchmarks({"versions": {"torch": "2"}, "performance": [record]})["benchmarks"]
+    assert found["fullname"] == "W-256-compress-forward-mine"
+    wanted = {"ops": 500.0, "mean": 0.004, "stddev": 0.0005, "rounds": 3}
+    assert {name: found["stats"][name] for name in wanted} == wanted

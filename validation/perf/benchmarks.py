@@ -198,7 +198,8 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
             for choice in CHOICES:
                 for stage in ("compress", WHOLE):
                     found += _stage("ours", ours, chosen(WORKLOADS[name], choice), length, stage)
-    backend = ours.name if ours.name in ("eager", "triton") else "auto"
+    ours_by_name: dict[str, BackendName] = {"eager": "eager", "triton": "triton"}
+    backend = ours_by_name.get(ours.name, "auto")
     for name, lengths in plan.module.items():
         for length in lengths:
             for direction in ("forward", "backward"):
@@ -210,10 +211,10 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
             found.append(Benchmark(flavor, length, "training", "step", ours.name, "ours", partial(step, flavor)))
             twin = partial(step, f"{flavor}_dense")
             found.append(Benchmark(flavor, length, "training", "step", "dense (twin)", "rival", twin))
-    if ours.name in ("eager", "triton"):
+    if backend != "auto":
         for name, lengths in plan.decode.items():
             for length, batch in product(lengths, plan.batches):
-                found += _decoding(WORKLOADS[name], length, batch, ours.name)
+                found += _decoding(WORKLOADS[name], length, batch, backend)
     order = [*plan.whole, *plan.peers]
     return sorted(found, key=lambda b: (b.stage in ("layer", "training", DECODE), _place(b.workload, order), b.length))
 
@@ -274,7 +275,7 @@ def _calls(subject: Implementation, workload: Workload, length: int, name: str, 
     return Calls(backward, stages.step(stage, subject, case, inputs[0]))
 
 
-def _layer(workload: Workload, length: int, direction: str, backend: str) -> Calls:
+def _layer(workload: Workload, length: int, direction: str, backend: BackendName) -> Calls:
     """The layer with its projections, as wide as its heads together."""
     release()
     heads, dim = workload.query_heads, workload.key_dim
@@ -343,7 +344,7 @@ def _decode(workload: Workload, length: int, batch: int, backend: BackendName) -
     w, config = workload, workload.config
     rooms = (config.num_compressed(length), length, min(length, config.window_size))
     stores = [_noise(w, batch, room, w.kv_heads, dim) for room in rooms for dim in (w.key_dim, w.value_dim)]
-    keys = StepKeys(*stores, torch.full((batch,), length, device=device()))
+    keys = StepKeys._make([*stores, torch.full((batch,), length, device=device())])
     q, gates = _noise(w, batch, 1, w.query_heads, w.key_dim), _noise(w, batch, 1, w.query_heads, 3).sigmoid()
     call = partial(decode_attention, q, keys, gates, config, backend=backend)
     return Calls(captured(call) if backend == "triton" else call, call)

@@ -37,12 +37,15 @@ from .report import TITLES, Results, curves, decoded, generated, pictured
 from .timing import machine_name
 from .workloads import WORKLOADS
 
+Look = dict[str, Any]
+"""How a line is drawn."""
+
 # Okabe and Ito's colours, which are told apart by colour-blind people too; marks and dashes say it once more.
 BLUE, RED, ORANGE, GREEN, PINK, SKY, BLACK = "#0072b2", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000"
-OURS = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 5}
-DENSE = {"color": RED, "marker": "s", "linestyle": "--"}
-FLOOR = {"color": BLACK, "linestyle": ":", "linewidth": 1.2}
-OTHERS = [
+OURS: Look = {"color": BLUE, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 5}
+DENSE: Look = {"color": RED, "marker": "s", "linestyle": "--"}
+FLOOR: Look = {"color": BLACK, "linestyle": ":", "linewidth": 1.2}
+OTHERS: list[Look] = [
     {"color": color, "marker": marker, "linestyle": line}
     for color, marker, line in ((ORANGE, "D", "-."), (GREEN, "^", "--"), (PINK, "v", "-."), (SKY, "P", "--"))
 ]
@@ -50,7 +53,7 @@ WHOLE, PARTS = WHOLE_OP.name, WHOLE_OP.parts
 COLOURS = {name: stage.colour for name, stage in TIMED.items()}
 BESIDE = tuple(name for name in TIMED if name not in (*PARTS, WHOLE))
 """Stages that the whole op is not made of."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
     "grid.alpha": 0.3,
@@ -61,8 +64,8 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 130,
 }
-WORSE = {"color": RED, "marker": "X", "linestyle": "", "markersize": 7, "zorder": 6}
-BETTER = {"color": GREEN, "marker": "v", "linestyle": "", "markersize": 7, "zorder": 6}
+WORSE: Look = {"color": RED, "marker": "X", "linestyle": "", "markersize": 7, "zorder": 6}
+BETTER: Look = {"color": GREEN, "marker": "v", "linestyle": "", "markersize": 7, "zorder": 6}
 PASSES = ("forward", "backward")
 TITLES_OF_HISTORY = (*PARTS, *BESIDE, WHOLE, "layer", "training", "decode", "generation")
 
@@ -140,7 +143,7 @@ def time(report: Report) -> Figure | None:
     roofs = Roofs(**report["roofs"])
     for axes, results in zip(panels, found, strict=False):
         for subject in _subjects(results):
-            _line(axes, results, subject, lambda length, s=subject, r=results: r.both(length, s))
+            _line(axes, results, subject, partial(results.both, subject=subject))
         floors = [sum(results.workload.floor(WHOLE, d, n, roofs) for d in PASSES) for n in results.lengths]
         axes.plot(results.lengths, floors, label="floor of NSA", **FLOOR)
         _tokens(axes, results.lengths)
@@ -167,7 +170,7 @@ def speedup(report: Report) -> Figure | None:
         dense = results.dense
         for subject in _subjects(results):
             if subject != dense:
-                _line(axes, results, subject, lambda length, s=subject, r=results: r.over_dense(length, s))
+                _line(axes, results, subject, partial(results.over_dense, subject=subject))
         axes.axhline(1, **{**FLOOR, "linestyle": "-"}, label=dense)
         promises = [p for p in table if (p.workload, p.kind) == (results.workload.name, "times as fast as dense")]
         for label, marker, points in (
@@ -294,9 +297,9 @@ def decode(report: Report) -> Figure | None:
         lengths = [length for w, length, b in sorted(found) if (w, b) == (workload, batch)]
         ours = [found[workload, length, batch][0] for length in lengths]
         axes.plot(lengths, [r["median"] for r in ours], label=ours[0]["subject"], **OURS)
-        dense = [min((r["median"] for r in found[workload, n, batch][1]), default=None) for n in lengths]
-        if None not in dense:
-            axes.plot(lengths, dense, label="dense, the fastest", **DENSE)
+        rivals = [[r["median"] for r in found[workload, n, batch][1]] for n in lengths]
+        if all(rivals):
+            axes.plot(lengths, [min(times) for times in rivals], label="dense, the fastest", **DENSE)
         floors = [WORKLOADS[workload].decode_cost(n, batch).floor(roofs) for n in lengths]
         axes.plot(lengths, floors, label="floor of NSA", **FLOOR)
         _tokens(axes, lengths)
@@ -323,8 +326,8 @@ def generation(report: Report) -> Figure | None:
             lengths = [record["length"] for record in line]
             axes.plot(lengths, [record[field] for record in line], label=subject, **look)
             if field == "median":
-                band = [[record[x] for record in line] for x in ("median", "p99")]
-                axes.fill_between(lengths, *band, color=look["color"], alpha=0.15)
+                low, high = ([record[x] for record in line] for x in ("median", "p99"))
+                axes.fill_between(lengths, low, high, color=look["color"], alpha=0.15)
         _tokens(axes, sorted({record["length"] for line in lines.values() for record in line}))
         _log(axes, "ms")
         axes.set_xlabel("tokens of a prompt")
@@ -386,7 +389,7 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
             ratios = [value / points[0][1] for _, value in points]
             heights |= {(key, i): ratio for (i, _), ratio in zip(points, ratios, strict=True)}
             moved = any(change.key == key for change in here)
-            style = (
+            style: Look = (
                 {"color": COLOURS.get(stage, BLUE), "linewidth": 1.4} if moved else {"color": "0.8", "linewidth": 0.8}
             )
             axes.plot([i for i, _ in points], ratios, **style)

@@ -109,7 +109,9 @@ class Gatekeeper:
         asked, option = self.asked, self.config.option
         if asked is True:
             self.baseline = self._default()
-        elif Path(asked).is_file() and Path(asked).suffix == ".json":
+            return
+        assert isinstance(asked, str)
+        if Path(asked).is_file() and Path(asked).suffix == ".json":
             self.baseline = Path(asked)
         elif Path(asked).exists() or "::" in asked or asked.endswith(".py"):
             raise pytest.UsageError(

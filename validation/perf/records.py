@@ -74,7 +74,7 @@ def clock(content: Mapping[str, Any]) -> str:
     return machine.get("clock") or ("processor time" if machine.get("name", "").startswith("cpu-") else EVENTS)
 
 
-def history(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def history(runs: Iterable[Report]) -> list[Report]:
     """The last whole run of every commit, of reports of `make perf`, the oldest first: others are not gated."""
     whole = sorted(
         (run for run in runs if run.get("commit") and not run.get("partial")), key=operator.itemgetter("date")

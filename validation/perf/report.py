@@ -201,7 +201,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def history(reports: Sequence[Mapping[str, Any]]) -> str:
+def history(reports: Sequence[records.Report]) -> str:
     """The pictures that `plots` draws of how figures changed over commits; nothing where none did."""
     files = {"time": "history", "memory": "history-memory"}
     changed = [kind for kind in files if gates.changes(records.history(reports), kind)]
@@ -413,11 +413,9 @@ def speed(report: Mapping[str, Any]) -> str:
         rows.append(("", "memory", *(_figure(results.memory_over_dense(n, ours)) for n in lengths)))
         faster = next((n for n, ratio in ratios.items() if ratio and ratio > 1), None)
         pays.append(f"from {_tokens(faster)} tokens with {heads}" if faster else f"nowhere with {heads}")
-    for (flavor, length), ratio in steps(report).items():
-        rows.append(
-            (f"training step, `{flavor}`", "speed", *(_figure(ratio if n == length else None) for n in lengths))
-        )
-    trained = {n: ratios for n in lengths if (ratios := training_of("100m", n))}
+    for (flavor, length), step in steps(report).items():
+        rows.append((f"training step, `{flavor}`", "speed", *(_figure(step if n == length else None) for n in lengths)))
+    trained = {n: both for n in lengths if (both := training_of("100m", n))}
     for kind, what in enumerate(("speed", "memory")):
         cells = (_figure(trained[n][kind]) if n in trained else "" for n in lengths)
         rows.append(("" if kind else "`nsa.train`, `100m`", what, *cells))
@@ -516,8 +514,8 @@ class Results:
     def memory_over_dense(self, length: int, subject: str) -> float | None:
         """How many times the memory of the same dense attention, at the peak of both passes."""
         dense = self.fastest_dense(length)
-        ours, theirs = (s and self.get(WHOLE, "backward", length, s, "memory") for s in (subject, dense))
-        return ours / theirs if ours and theirs else None  # type: ignore[operator]
+        ours, theirs = (self.get(WHOLE, "backward", length, s, "memory") if s else None for s in (subject, dense))
+        return ours / theirs if ours and theirs else None
 
     def total(self, stage: str, length: int) -> float | None:
         """All passes that a stage of ours has."""
@@ -555,8 +553,8 @@ def whole_op(results: Results) -> str:
         rows.append((f"{name}, memory (GiB)", *("" if m is None else f"{m / 2**30:.2f}" for m in memory)))
     for name in names if dense else []:
         if name != dense:
-            figures = [_figure(results.over_dense(n, name)) for n in results.lengths]
-            rows.append((f"**{dense} / {name}**, both passes", *(f and f"**{f}**" for f in figures)))
+            ratios = [_figure(results.over_dense(n, name)) for n in results.lengths]
+            rows.append((f"**{dense} / {name}**, both passes", *(f and f"**{f}**" for f in ratios)))
     return table(("ms", *(_tokens(length) for length in results.lengths)), rows)
 
 

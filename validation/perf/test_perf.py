@@ -10,14 +10,17 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from ..costs import Roofs
 from ..stages import WHOLE
 from . import benchmarks, timing
-from .generation import GENERATION, STEPS, WARM_UP, generations, summary
+from .generation import GENERATION, STEPS, WARM_UP, Generation, generations, summary
 from .plugin import FAILURES, ROOFS
 from .precompile import precompile
 from .rivals import dense
@@ -29,11 +32,11 @@ COMPILING = 150  # seconds at most, for all of it
 # until a GPU's clock is steady.
 SPAN, LEAST, MOST, SETTLING = (0.3, 5, 20, 0.1) if torch.cuda.is_available() else (0.3, 5, 30, 0.0)
 LONG = 300  # ms: what takes so long does not wait for its host
-FOUND = pytest.StashKey()
+FOUND = pytest.StashKey[dict[str, benchmarks.Benchmark]]()
 K = 1024
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     impl = (option.impl or [None])[0]
     found = {b.id: b for b in benchmarks.collect(impl, option.peer or ())}
@@ -47,14 +50,18 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def compiled(request):
+def compiled(request: pytest.FixtureRequest) -> None:
     """All that this run needs compiled has been: while the GPU would wait, by as many processes as there are cores."""
     if not torch.cuda.is_available():
         return
     option = request.config.option
     command = [sys.executable, "-m", f"{__package__}.benchmarks"]
     command += [f"--impl={name}" for name in (option.impl or ())[:1]] + [f"--peer={name}" for name in option.peer or ()]
-    wanted = [item.callspec.params["name"] for item in request.session.items if item.originalname == "test_speed"]
+    wanted = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == "test_speed"
+    ]
     command += [f"--only={name}" for name in wanted]
     if len(wanted) > 20:  # a few kernels are compiled sooner than the processes are up
         outcomes = precompile(command, min(14, os.cpu_count() or 1), COMPILING)
@@ -65,13 +72,14 @@ def compiled(request):
 
 
 @pytest.fixture(scope="module")
-def roofs(compiled, request):
-    found = request.config.stash[ROOFS] = timing.measure_roofs()
+def roofs(compiled: None, request: pytest.FixtureRequest) -> Roofs:
+    found: Roofs = timing.measure_roofs()
+    request.config.stash[ROOFS] = found
     return found
 
 
 @pytest.fixture(scope="module")
-def company():
+def company() -> Callable[[], Any] | None:
     """Dense attention, timed before every round where there is no GPU, to tell slow code from a slow machine."""
     workload = WORKLOADS["tiny"]
     if torch.cuda.is_available():
@@ -81,7 +89,14 @@ def company():
 
 
 @pytest.mark.benchmark(timer=timing.now)
-def test_speed(benchmark, name, compiled, roofs, company, request):
+def test_speed(
+    benchmark: Any,
+    name: str,
+    compiled: None,
+    roofs: Roofs,
+    company: Callable[[], Any] | None,
+    request: pytest.FixtureRequest,
+) -> None:
     case = request.config.stash[FOUND][name]
     try:
         calls = case.make()
@@ -111,7 +126,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
     benchmark.extra_info.update(host)
     if ready.company:
         benchmark.extra_info["relative"] = min(times) / min(ready.company)
-    if case.cost is not None:
+    if case.cost is not None and case.floor is not None:
         floor = case.floor(roofs)
         benchmark.extra_info.update(
             flops=case.cost.flops, bytes=case.cost.bytes, tflops=case.cost.flops / ms / 1e9,
@@ -122,7 +137,7 @@ def test_speed(benchmark, name, compiled, roofs, company, request):
 
 
 @pytest.mark.benchmark(timer=time.perf_counter)
-def test_generation(benchmark, generated, company):
+def test_generation(benchmark: Any, generated: Generation, company: Callable[[], Any] | None) -> None:
     """A round is a step; prompts are taken in once, or three times where there is only one."""
     case = generated
     case.prefill(min(case.length, 2 * K))  # compiles

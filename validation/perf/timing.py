@@ -54,18 +54,21 @@ _LONGEST_LEAD = 200
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: the median of all rounds and their quartiles."""
+    """Milliseconds: the median of all rounds and their quartiles, mean and standard deviation."""
 
     median: float
     lower: float
     upper: float
     rounds: int
+    mean: float
+    deviation: float
 
 
 def summarise(times: list[float]) -> Timing:
     """Median and quartiles of at least one time."""
     quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return Timing(quartiles[1], quartiles[0], quartiles[2], len(times))
+    mean, deviation = statistics.fmean(times), statistics.stdev(times) if len(times) > 1 else 0.0
+    return Timing(quartiles[1], quartiles[0], quartiles[2], len(times), mean, deviation)
 
 
 class Instant:

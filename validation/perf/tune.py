@@ -249,6 +249,7 @@ def same(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
 def sweep(subject: Subject, candidates: list[Launch], lengths: list[int], rounds: int, deadline: float) -> list[Any]:
     """Records of the candidates that work, best first: `launch`, `ms` by length and `score`."""
     records: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]]
     expected: tuple[torch.Tensor, ...] | None = None
     for length in lengths:
         best = min((record["ms"][lengths[0]] for record in records), default=0.0)

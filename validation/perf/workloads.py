@@ -1,6 +1,7 @@
 """The named workloads of all measurements."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,16 @@ class Workload:
 
     def case(self, length: int) -> Case:
         """The workload at a length, as the stages are called on it."""
-        heads = {"kv_heads": self.kv_heads, "group": self.group, "key_dim": self.key_dim, "value_dim": self.value_dim}
-        return Case(self.name, whole(length), self.config, hidden_dim=None, **heads)
+        return Case(
+            self.name,
+            whole(length),
+            self.config,
+            kv_heads=self.kv_heads,
+            group=self.group,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            hidden_dim=None,
+        )
 
     def draw(self, length: int, device: torch.device | str, seed: int = 0) -> Inputs:
         """Normal inputs of every stage; of those that are another stage's output, something much like it.
@@ -130,7 +139,7 @@ WORKLOADS = {
     )
 }
 
-CHOICES: dict[str, dict[str, int]] = {
+CHOICES: dict[str, dict[str, Any]] = {
     "l=64": {"compress_block_size": 64},
     "d=8": {"compress_stride": 8},
     "d=32": {"compress_stride": 32},

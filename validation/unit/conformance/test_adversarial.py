@@ -6,6 +6,7 @@ Elsewhere a small case in the widest dtype proves the algebra, and these tests t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from ...stages import STAGES, StageSpec, importance, select_blocks
 pytestmark = pytest.mark.usefixtures("on_device")
 
 SMALL = config((16, 8, 16), 3, 12, num_local_blocks=1)
-SHAPE = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
-DIMS = {"key_dim": 128, "value_dim": 128}
+SHAPE: dict[str, Any] = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
+DIMS: dict[str, Any] = {"key_dim": 128, "value_dim": 128}
 POOLED = pooled("pooled", whole(52), 4)
 if torch.cuda.is_available():
     TRIED = [
@@ -31,7 +32,7 @@ if torch.cuda.is_available():
         (Case("by_tile", whole(1300), NSAConfig(), kv_heads=1, group=16, **DIMS), POOLED),
         (Case("by_block", whole(1200), NSAConfig(), group=4, **DIMS), POOLED),
     ]
-    DTYPES = ("widest", "float16", "bfloat16")
+    DTYPES: tuple[str, ...] = ("widest", "float16", "bfloat16")
 else:
     TRIED = [
         (Case("by_query", whole(44), SMALL, group=8, **SHAPE), POOLED),
@@ -179,7 +180,7 @@ def test_large_logits_cost_outputs_no_precision(
 ) -> None:
     tensors = adverse(case, dtype, logits_a_hundredfold)
     expected = stage.run(oracle, case, upcast(tensors))
-    bound = {"reduction": stage.reduction(case), "logit": largest_logit(tensors), "dtype": dtype}
+    bound: dict[str, Any] = {"reduction": stage.reduction(case), "logit": largest_logit(tensors), "dtype": dtype}
     for name, actual in stage.run(impl, case, tensors).items():
         # Plain PyTorch rounds logits to the dtype, and is no guide where they are hundreds.
         assert_matches(actual, expected[name], what=f"{name} of {stage.name}", **bound)

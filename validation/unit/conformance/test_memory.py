@@ -67,7 +67,7 @@ def test_expanded_inputs_are_read_right(impl: Implementation, stage: StageSpec) 
     case = fitted(impl, *SMALL, stages=stage.functions)
     tensors = draw(case, impl.widest)
     names = [name for name in ("k", "v", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win") if name in tensors]
-    expanded = {**tensors, **{name: tensors[name][:, :, :1].expand_as(tensors[name]) for name in names}}
+    expanded: Tensors = {**tensors, **{name: tensors[name][:, :, :1].expand_as(tensors[name]) for name in names}}
     expanded["gates"] = tensors["gates"][:, :1].expand_as(tensors["gates"])
     dense = {name: x.contiguous() for name, x in expanded.items()}
     actual, expected = (stage.run(impl, case, x) for x in (expanded, dense))

@@ -248,11 +248,11 @@ def separately(impl: Implementation, case: Case) -> Implementation:
         return call
 
     def compress(x: Tensor, params: Any, config: Any, **_: Any) -> Tensor:
-        parts = [impl.compress(x[:, part.keys], params, config) for part in sequences if part.keys.stop]
+        parts = [impl.function("compress")(x[:, part.keys], params, config) for part in sequences if part.keys.stop]
         blocks = torch.cat(parts, 1)
         return pad(blocks, (0, 0, 0, 0, 0, config.num_compressed(x.shape[1]) - blocks.shape[1]))
 
-    calls = {"compress": compress, **{name: cut(name) for name in PARTS}}
+    calls: dict[str, Any] = {"compress": compress, **{name: cut(name) for name in PARTS}}
     return replace(impl, **{name: call for name, call in calls.items() if impl.has(name)})
 
 
@@ -421,9 +421,9 @@ def gated(impl: Implementation) -> Implementation:
         q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
         gates: Tensor, config: Any, *, indices: Tensor, **rest: Any,
     ) -> Tensor:  # fmt: skip
-        compressed, _ = impl.compressed_attention(q, k_cmp, v_cmp, config, num_keys=k_slc.shape[1], **rest)
-        selected = impl.selected_attention(q, k_slc, v_slc, indices, config, **rest)
-        window = impl.sliding_window_attention(q, k_win, v_win, config, **rest)
+        compressed, _ = impl.function("compressed_attention")(q, k_cmp, v_cmp, config, num_keys=k_slc.shape[1], **rest)
+        selected = impl.function("selected_attention")(q, k_slc, v_slc, indices, config, **rest)
+        window = impl.function("sliding_window_attention")(q, k_win, v_win, config, **rest)
         return (gates.unsqueeze(-2) * torch.stack([compressed, selected, window], -1)).sum(-1)
 
     return replace(impl, nsa_attention=nsa_attention)

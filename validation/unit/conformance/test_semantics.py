@@ -232,6 +232,7 @@ def test_room_for_blocks_that_packed_sequences_lack_is_zero(impl: Implementation
     tensors["v"][:, 0] = torch.nan  # which nothing may reach that holds no token of the first sequence
     out = run("compress_values", impl, case, tensors)
     filled = block_starts(case.num_keys, case.config, case.cu_seqlens["cu_seqlens_k"]).filled
+    assert filled is not None
     assert not filled.all(), "no room is left: this test would show nothing"
     beyond = out[:, ~filled]
     assert_equal(beyond, torch.zeros_like(beyond), what="room beyond the blocks")
@@ -271,6 +272,7 @@ def test_large_logits_are_finite_and_right(impl: Implementation, stage: StageSpe
     tensors |= {name: x.round() for name, x in tensors.items() if name == "q" or name.startswith(("k", "v"))}
     out, expected = (stage.run(subject, case, tensors)["out"] for subject in (impl, oracle))
     longest = max(tensors[name].double().norm(dim=-1).max() for name in ("k", "k_cmp", "k_slc", "k_win"))
+    assert case.scale is not None
     largest = case.scale * float(tensors["q"].double().norm(dim=-1).max() * longest)
     assert_matches(out, expected, what="output", reduction=case.num_keys, logit=largest)
 

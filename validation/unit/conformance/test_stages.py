@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import oracle
-from ...cases import BY_ID, Case, config, draw, fitted, pooled, require, upcast, whole
+from ...cases import BY_ID, Case, Tensors, config, draw, fitted, pooled, require, upcast, whole
 from ...comparison import assert_selected, check_selection, compare, compare_selection
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
@@ -49,10 +49,11 @@ def test_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
 @pytest.mark.sparing(case=("last_queries", "packed_last_queries", "pooled_last_queries"))
 def test_the_whole_with_its_own_selection(impl: Implementation, case: Case, dtype_name: str) -> None:
     dtype, stage = getattr(torch, dtype_name), SHARED if case.config.shared_kv else STAGES["nsa_attention"]
-    tensors, made = draw(case, dtype), {}
+    tensors = draw(case, dtype)
+    made: Tensors = {}
 
     def nsa_attention(q: Tensor, k_cmp: Tensor, *rest: Any, indices: Tensor, **options: Any) -> Tensor:
-        out, made["indices"] = impl.nsa_attention(q, k_cmp, *rest, **options, return_indices=True)
+        out, made["indices"] = impl.function("nsa_attention")(q, k_cmp, *rest, **options, return_indices=True)
         made["k_cmp"] = k_cmp.detach()
         return out
 
@@ -99,12 +100,11 @@ def test_returned_indices_are_those_of_the_selection(impl: Implementation, case:
     expected = select_blocks(impl, case, tensors)
     require(impl, case, ("nsa_attention",), impl.widest, own_keys=True)
     names = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
-    _, indices = impl.nsa_attention(*(tensors[n] for n in names), case.config, return_indices=True, **case.call)
+    attend = impl.function("nsa_attention")
+    _, indices = attend(*(tensors[n] for n in names), case.config, return_indices=True, **case.call)
     assert_equal(indices, expected, what="returned indices")
     given = tensors["indices"]
-    _, indices = impl.nsa_attention(
-        *(tensors[n] for n in names), case.config, indices=given, return_indices=True, **case.call
-    )
+    _, indices = attend(*(tensors[n] for n in names), case.config, indices=given, return_indices=True, **case.call)
     assert_equal(indices, given, what="returned indices where they were given")
 
 
