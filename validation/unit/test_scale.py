@@ -1,15 +1,12 @@
 """Lengths and batches of real training, where loops are long, tiles are many and offsets pass 32 bits.
 
-The oracle's masks grow with the square of the length, so it is asked for single queries: query `t` is the last of a
-sequence of `t + 1` tokens, by the rule that queries are the last of their keys. With a cotangent that is zero but for
-sampled queries, their gradients are all there is, and the oracle has every element of `dk` and `dv` too.
+Long sequences are compared at sampled queries (see `validation/sampled.py`).
 
 Compiled kernels only; under Triton's interpreter the same tests take a short sequence, to prove themselves.
 """
 
 import gc
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from fcntl import LOCK_EX, flock
@@ -19,20 +16,19 @@ from tempfile import gettempdir
 
 import pytest
 import torch
-from torch import Tensor
 
 from nsa import kernels
 from nsa.config import NSAConfig
 from validation import oracle
-from validation.cases import PARAMETERS, Case, Tensors, config, draw_inputs, whole
+from validation.cases import Case, config, draw_inputs, whole
 from validation.implementations import load
-from validation.numerics import assert_equal, assert_matches, assert_selection_matches
-from validation.stages import STAGES, StageSpec, importance, select_blocks
+from validation.numerics import assert_equal, assert_matches
+from validation.sampled import assert_sampled_match, assert_selection_sampled, draw_long, sample
+from validation.stages import STAGES, StageSpec, select_blocks
 
 pytestmark = pytest.mark.usefixtures("on_device", "memory_given_back")
 
 TRITON = load("triton")
-BY_QUERY = ("q", "gates", "indices", "lse", "out")
 ATTENTION = [stage for stage in STAGES.values() if "compress_" not in stage.name]
 SAMPLES = 64
 """Queries (or blocks) at which a long sequence is compared."""
@@ -82,113 +78,18 @@ def memory_given_back() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def draw_long(case: Case, dtype: torch.dtype) -> Tensors:
-    """Inputs whose `lse` and `indices` are the implementation's own, for the oracle has none at this length."""
-    tensors = draw_inputs(case, dtype)
-    compressed = STAGES["compressed_attention"].run(TRITON, case, tensors)
-    tensors["lse"] = compressed["lse"]
-    return {**tensors, "indices": select_blocks(TRITON, case, tensors)}
-
-
-def sample(case: Case) -> list[int]:
-    """Queries on both sides of every kind of edge, at both ends, and anywhere."""
-    c, end = case.config, case.num_queries
-    edges = {c.compress_stride, c.compress_block_size, c.select_block_size, c.window_size, end // 2, end}
-    wanted = {0, 1, end - 2, *(edge + side for edge in edges for side in (-1, 0))} & set(range(end))
-    for token in torch.randperm(end).tolist():
-        if len(wanted) >= SAMPLES:
-            break
-        wanted.add(token)
-    return sorted(wanted)
-
-
-def up_to(case: Case, name: str, x: Tensor, query: int) -> Tensor:
-    """What one query, or the query at its place, has of a tensor."""
-    if name in BY_QUERY:
-        return x[:, query : query + 1]
-    return x[:, : case.config.num_compressed(query + 1)] if name.endswith("_cmp") else x[:, : query + 1]
-
-
-def alone(case: Case, tensors: Tensors, query: int) -> tuple[Case, Tensors]:
-    """The query as the only one, last of its keys."""
-    names = [name for name in tensors if not name.endswith(PARAMETERS)]
-    return replace(case, lengths=((1, query + 1),)), {n: up_to(case, n, tensors[n], query) for n in names}
-
-
-def by_queries(
-    stage: StageSpec, case: Case, tensors: Tensors, queries: list[int], cotangent: Tensor, dtype: torch.dtype
-) -> Tensors:
-    """Outputs and gradients as the oracle has them in a dtype: rows of `queries`, and all keys and values."""
-    rows: dict[str, list[Tensor]] = defaultdict(list)
-    sums = {name: torch.zeros(tensors[name].shape, dtype=torch.float64) for name in stage.inputs if name[0] in "kv"}
-    for query in queries:
-        one, inputs = alone(case, tensors, query)
-        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        given = up_to(case, "out", cotangent, query)
-        for name, x in stage.results(oracle, one, inputs, dtype, cotangent=given.to(dtype)):
-            key = name.removeprefix("gradient of ")
-            if key in sums:
-                up_to(case, key, sums[key], query).add_(x)
-            else:
-                rows[name].append(x)
-    return {name: torch.cat(parts, 1) for name, parts in rows.items()} | {
-        f"gradient of {n}": x for n, x in sums.items()
-    }
-
-
-def sampled_results(
-    stage: StageSpec, case: Case, tensors: Tensors, queries: list[int], dtype: torch.dtype
-) -> tuple[Tensors, Tensor]:
-    """The implementation's results, rows of `queries` alone, and the cotangent, zero for all other queries."""
-    cotangent = torch.zeros(*tensors["q"].shape[:3], case.value_dim, dtype=dtype)
-    cotangent[:, queries] = torch.randn(case.batch, len(queries), *cotangent.shape[2:], dtype=dtype)
-    results = dict(stage.results(TRITON, case, tensors, dtype, cotangent=cotangent))
-    for name, x in results.items():
-        if name.removeprefix("gradient of ") in BY_QUERY:
-            results[name] = x[:, queries]
-            if name.startswith("gradient"):
-                others = x.detach().clone()
-                others[:, queries] = 0
-                assert not others.any(), f"{name}: not 0 where the cotangent is"
-    return results, cotangent
-
-
-def assert_sampled_match(stage: StageSpec, case: Case, dtype: torch.dtype, queries: list[int]) -> None:
-    tensors = draw_long(case, dtype)
-    results, cotangent = sampled_results(stage, case, tensors, queries, dtype)
-    expected = by_queries(stage, case, tensors, queries, cotangent, torch.float64)
-    nearest: Tensors = {}
-    if dtype != torch.float64:
-        with oracle.computing_in(dtype):
-            nearest = by_queries(stage, case, tensors, queries, cotangent, dtype)
-    reduction = max(stage.reduction(case), len(queries) * case.group)
-    for name, actual in results.items():
-        bound = {"baseline": nearest.get(name), "reduction": reduction, "dtype": dtype}
-        assert_matches(actual, expected[name], what=f"{stage.name}, case {case.id}, {name}", **bound)
-
-
-def assert_selection_sampled(case: Case, dtype: torch.dtype, queries: list[int]) -> None:
-    tensors = draw_long(case, dtype)
-    for query in queries:
-        one, inputs = alone(case, tensors, query)
-        expected, scores = select_blocks(oracle, one, inputs), importance(one, inputs)
-        bound = {**case.selection, "positions": torch.tensor([query])}
-        what = f"indices of query {query}"
-        assert_selection_matches(inputs["indices"], expected, scores, case.config, dtype, **bound, what=what)
-
-
 # 1. Long sequences.
 
 
 @each_long
 @each_stage
 def test_long_sequences_match_the_oracle_at_sampled_queries(stage: StageSpec, case: Case, dtype: torch.dtype) -> None:
-    assert_sampled_match(stage, case, dtype, sample(case))
+    assert_sampled_match(TRITON, stage, case, dtype, sample(case, SAMPLES))
 
 
 @each_long
 def test_selection_of_long_sequences_at_sampled_queries(case: Case, dtype: torch.dtype) -> None:
-    assert_selection_sampled(case, dtype, sample(case))
+    assert_selection_sampled(TRITON, case, dtype, sample(case, SAMPLES))
 
 
 @each_long
@@ -217,7 +118,7 @@ def test_the_last_row_of_a_large_batch_is_what_it_is_as_the_first(stage: StageSp
         tensors = {"k": torch.randn(case.batch, case.num_keys, case.kv_heads * case.group, case.key_dim, dtype=DTYPE)}
         case = replace(case, config=replace(case.config, compression="mean"))
     else:
-        tensors = draw_long(case, DTYPE)
+        tensors = draw_long(TRITON, case, DTYPE)
     cotangent = torch.randn_like(stage.run(TRITON, case, tensors)["out"])
     results = stage.results(TRITON, case, tensors, DTYPE, cotangent=cotangent)
     last = {name: x[-1].clone() for name, x in results}
@@ -230,7 +131,7 @@ def test_the_last_row_of_a_large_batch_is_what_it_is_as_the_first(stage: StageSp
 @needs_memory
 @each_large
 def test_the_selection_of_a_large_batch_keeps_its_rows(case: Case) -> None:
-    tensors = draw_long(case, DTYPE)
+    tensors = draw_long(TRITON, case, DTYPE)
     turned = {name: x.flip(0) for name, x in tensors.items() if name in ("q", "k_cmp", "lse")}
     assert_equal(select_blocks(TRITON, case, turned).flip(0), tensors["indices"], what="indices of rows turned round")
 
@@ -240,7 +141,7 @@ def test_the_selection_of_a_large_batch_keeps_its_rows(case: Case) -> None:
 @each_stage
 def test_the_end_of_a_very_long_sequence_matches_the_oracle(stage: StageSpec) -> None:
     end = VERY_LONG.num_queries
-    assert_sampled_match(stage, VERY_LONG, DTYPE, [0, end // 2, end - 2, end - 1])
+    assert_sampled_match(TRITON, stage, VERY_LONG, DTYPE, [0, end // 2, end - 2, end - 1])
 
 
 @needs_gpu
