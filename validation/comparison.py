@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import PARAMETERS, Case, Tensors, draw, upcast
+from .cases import PARAMETERS, Case, Tensors, declares, draw, require, upcast
 from .numerics import Margin, Mismatch, assert_equal, assert_matches, assert_selection_matches, gradcheck
 from .stages import SEEN, SHARED, StageSpec, importance, select_blocks
 
@@ -33,8 +33,11 @@ def compare(
     if beside_plain:
         with oracle.computing_in(dtype):
             nearest = dict(stage.results(oracle, case, tensors, dtype))
+    # Without a backward pass there are outputs to compare.
+    forward_only = declares(impl) and impl.lacks(case, backward=True)
+    results = stage.run(impl, case, tensors).items() if forward_only else stage.results(impl, case, tensors, dtype)
     given: Tensors = {}
-    for name, actual in stage.results(impl, case, tensors, dtype):
+    for name, actual in results:
         given[name] = actual
         bound = {**bounds(stage, case, tensors, name, actual, dtype), "baseline": nearest.get(name)}
         bound["logit"] = max(logit, case.logit)
@@ -105,6 +108,7 @@ def check_selection(case: Case, tensors: Mapping[str, Any], indices: Tensor, dty
 def check_gradients(subject: Any, stage: StageSpec, case: Case, *, fast: bool = True) -> None:
     """Hold a stage's gradients to central differences of its own values."""
     tensors = draw(case)
+    require(subject, case, stage.functions, torch.float64, backward=True, own_keys=stage.own_keys)
     leaves = stage.leaves(tensors)
 
     def function(*values: Tensor) -> Tensor:
