@@ -20,8 +20,8 @@ Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def _attention(compiled: bool) -> Any:
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Mask, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Mask, scale: float | None) ->
     if not k.shape[1]:  # it takes no tensor without elements
         out = q.new_zeros(batch, queries, heads, v.shape[-1])
         return out, q.new_full((batch, queries, heads), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    attend: Callable[..., Any] = _compiled() if q.is_cuda else flex_attention
+    attend = _attention(q.is_cuda)
     mask = create_block_mask(sees, batch, heads, queries, k.shape[1], device=q.device.type)
     # On a CPU it refuses inputs that want gradients.
     inputs = (x.transpose(1, 2) if q.is_cuda else x.transpose(1, 2).detach() for x in (q, k, v))
