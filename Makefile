@@ -42,7 +42,7 @@ help:  ## list the targets and variables
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
 	@echo '  JOBS=auto         processes the unit tests are shared out among: one a core'
-	@echo '  IMPL=             implementations under test: eager, triton, fla or package.module:object (unit)'
+	@echo '  IMPL=             implementations under test: eager, triton, fla, flex or package.module:object (unit)'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  RUNS=...          saved runs of one machine (perf-docs)'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'

@@ -34,7 +34,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sees: Mask, scale: float | None) ->
     mask = create_block_mask(sees, batch, heads, queries, k.shape[1], device=q.device.type)
     # On a CPU it refuses inputs that want gradients.
     inputs = (x.transpose(1, 2) if q.is_cuda else x.transpose(1, 2).detach() for x in (q, k, v))
-    with warnings.catch_warnings():
+    # Called as it is, it would trace itself all the same.
+    stance = torch.compiler.set_stance("default" if q.is_cuda else "force_eager")
+    with stance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         out, more = attend(*inputs, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True))
     return out.transpose(1, 2), more.lse.transpose(1, 2)
