@@ -116,9 +116,9 @@ if kernels.INTERPRETED:
         ("eager", "mlp", "whole"),
         ("eager", "linear", "packed"),
         ("eager", "mean", "tables"),
-        ("triton", "mean", "whole"),
-        ("triton", "mlp", "packed"),
-        ("triton", "linear", "tables"),
+        ("triton", "linear", "whole"),
+        ("triton", "mean", "packed"),
+        ("triton", "mlp", "tables"),
     ]
 
 
