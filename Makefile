@@ -6,6 +6,7 @@ NGPU ?= 4
 JOBS ?= auto
 PYTEST_ARGS ?=
 IMPL ?=
+TIER ?=
 FRESH ?=
 OUT ?= out
 # The first that has a figure is believed.
@@ -32,7 +33,7 @@ endif
 
 PYTEST = $(PY) -m pytest --out='$(OUT)' $(IMPL:%=--impl=%) $(if $(COVERAGE),--cov --cov-append --cov-report= --cov-fail-under=0)
 
-.PHONY: help setup lint unit meta smoke integration coverage system perf perf-baseline perf-docs faults sanitize train test \
+.PHONY: help setup lint unit meta smoke integration coverage system perf perf-baseline perf-docs validate faults sanitize train test \
         docs doctor clean
 
 help:  ## list the targets and variables
@@ -42,7 +43,8 @@ help:  ## list the targets and variables
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
 	@echo '  JOBS=auto         processes the unit tests are shared out among: one a core'
-	@echo '  IMPL=             implementations under test: eager, triton, fla, flex or package.module:object (unit)'
+	@echo '  IMPL=             implementations under test: eager, triton, fla, flex or package.module:object (unit, validate)'
+	@echo '  TIER=cpu          size of the training runs of validate; the others need a GPU'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  RUNS=...          saved runs of one machine (perf-docs)'
 	@echo '  FRESH=1           train: start over instead of reusing the runs that are already there'
@@ -82,7 +84,10 @@ integration: $(READY)  ## do the parts work together, across NGPU processes?
 	NGPU=$(NGPU) $(PYTEST) -n 2 --dist worksteal validation/integration $(PYTEST_ARGS)
 
 system: $(READY)  ## does it do its job? short training runs against a dense twin
-	$(PYTEST) validation/system $(PYTEST_ARGS)
+	$(PYTEST) validation/system -m 'not ladder' $(PYTEST_ARGS)
+
+validate: $(READY)  ## the whole ladder, each layer a little, and what models learn; the report is out/validate/index.html
+	$(PY) -m validation.ladder --out '$(OUT)/validate' $(IMPL:%=--impl=%) $(TIER:%=--tier=%)
 
 # The option to compare comes last: it takes what follows for the run to compare with. Pictures are drawn of a run that
 # fails its gates too (1), not of one that came to no end; a picture that cannot be drawn says so and fails nothing.

@@ -35,6 +35,7 @@ import nsa.titan.train_spec  # noqa: F401  (registers the spec)
 from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
 from nsa.titan.flavors import config_file
 from nsa.titan.graphs import StepGraph, mode_of, step_graph, why_not
+from nsa.titan.health import SelectionHealth
 from nsa.titan.job_checks import check_job, check_table
 from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
@@ -62,6 +63,7 @@ class Trainer(torchtitan.train.Trainer):
     _steps_left: bool | None = None  # None before the first step
     _control: dist.ProcessGroup | None = None
     _graph: StepGraph | None = None
+    _health: SelectionHealth | None = None
 
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
@@ -73,6 +75,15 @@ class Trainer(torchtitan.train.Trainer):
             if reason is None:
                 self._graph = step_graph(self, super().forward_backward_step)
             logger.info("The training step is " + ("a CUDA graph" if reason is None else f"no CUDA graph: {reason}"))
+        if getattr(getattr(job_config, "nsa", None), "selection_metrics", False) and isinstance(
+            self.model_args, ModelArgs
+        ):
+            dims = self.parallel_dims
+            if dims.cp > 1 or dims.pp > 1 or self.model_args.attn_mask_type != "causal":
+                logger.warning("No selection metrics: they need whole causal sequences and whole models in a process")
+            else:
+                self._health = SelectionHealth(self.model_parts[0], self.maybe_enable_amp)
+                self.metrics_processor.health = self._health
 
     def init_distributed(self) -> ParallelDims:
         lock_folder(self.job_config)
@@ -86,6 +97,8 @@ class Trainer(torchtitan.train.Trainer):
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
+        if self._health is not None:
+            self._health.observe(input_dict["input"])
         batch = {"labels": labels, "global_valid_tokens": global_valid_tokens}
         if self._graph is None:
             return super().forward_backward_step(input_dict=input_dict, **batch)
@@ -95,7 +108,7 @@ class Trainer(torchtitan.train.Trainer):
         with _signals(self._interrupt, signal.SIGINT, signal.SIGTERM):
             try:
                 super().train()
-            except SystemExit:
+            except (SystemExit, JobError):  # interrupted, or diverged
                 self.close()
                 raise
 

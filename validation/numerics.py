@@ -54,6 +54,15 @@ FLOAT64_BOUND = 1e-12
 TWIN_LOSS_RATIO = 1.03
 """A sparse model's loss over its dense twin's, at most: the price it may have."""
 
+SEEDS_LOSS_RATIO = 1.01
+"""A sparse model's validation loss over its dense twin's, mean over seeds, at most, unless a standard error is more."""
+
+SOLVED = 0.95
+"""A task is solved by a model that answers this part of its questions."""
+
+RECALL_RATIO = 0.99
+"""A sparse model's score at the trained length over the dense one's, at least, where that solves the task."""
+
 CONVERTED_LOSS_RATIO = 1.02
 """Loss of a sparse model that was made from a dense one, over the dense one's, at most."""
 

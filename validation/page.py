@@ -7,10 +7,18 @@ from typing import Any
 from .verdict import ASPECTS, BAD, cell, command, downstream, in_cases, smallest
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
-.failed { color: #b00020; font-weight: 600 } .passed { color: #12703a; font-weight: 600 }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
+:root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd; --code: #f5f5f5; --bad: #b00020;
+  --good: #12703a }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #161616; --line: #444; --code: #262626;
+  --bad: #ff8a80; --good: #81c995 } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--text); background: var(--back); overflow-wrap: anywhere }
+table { border-collapse: collapse } td, th { padding: .25rem .8rem; border-bottom: 1px solid var(--line);
+  text-align: left }
+.wide { overflow-x: auto } .wide td, .wide th { overflow-wrap: normal } .source { font-size: 13px; opacity: .8 }
+figure { margin: 1rem 0 } img { max-width: 100%; background: #fff }
+.failed { color: var(--bad); font-weight: 600 } .passed { color: var(--good); font-weight: 600 }
+pre { background: var(--code); padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
 CELL = 6
 

@@ -69,6 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_gpu(count=1, gib=0): so many GPUs, with so much memory each")
     config.addinivalue_line("markers", "smoke: one of the few of its layer that show that it works at all")
+    config.addinivalue_line("markers", "ladder: takes minutes; `make validate` runs it, `make system` does not")
     config.addinivalue_line("markers", "every_dtype: every case in every dtype, beside float64 too")
     config.addinivalue_line(
         "markers", "claim(*aspects): what of a stage a test is about: rules, forward, gradients, ..."

@@ -3,7 +3,11 @@
 A metric is worth less than a step of training: no logger, TorchTitan's included, can end a run.
 """
 
+import math
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from nsa.titan.checkpoints import lock_folder, require_lock
+from nsa.titan.refusals import JobError
 from nsa.titan.runs import RecordLog
 
 METRICS_FILE = "metrics.jsonl"
@@ -76,8 +81,67 @@ class _Progress(BaseLogger):
         logger.info(f"{step} of {self.steps} steps done, {seconds // 60}:{seconds % 60:02} left")
 
 
+class Diverged(JobError):
+    """Training has diverged: nothing that comes after would be of use."""
+
+    status = 4
+
+
+class DivergenceWatch:
+    """Raises where a loss is not finite, or far above those before it.
+
+    Args:
+        max_ratio: of a loss to the median of the last `SEEN` before it; 0 is any.
+    """
+
+    SEEN = 10
+
+    def __init__(self, max_ratio: float = 0.0):
+        self.max_ratio = max_ratio
+        self._losses: deque[float] = deque(maxlen=self.SEEN)
+
+    def __call__(self, step: int, loss: float, grad_norm: float) -> None:
+        """Looks at a step that was logged.
+
+        Raises:
+            Diverged: with the step, what is wrong with it, and what may help.
+        """
+        remedy = "Go on from a checkpoint before it, with a lower optimizer.lr or training.max_norm"
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"training diverged: the loss of step {step} is {loss}, its gradient norm {grad_norm}. {remedy}"
+            )
+        usual = statistics.median(self._losses) if len(self._losses) == self.SEEN else math.inf
+        if self.max_ratio and loss > self.max_ratio * usual:
+            raise Diverged(
+                f"training diverged: the loss of step {step} is {loss:.4g}, more than nsa.max_loss_ratio "
+                f"({self.max_ratio:g}) times the usual {usual:.4g}. {remedy}"
+            )
+        self._losses.append(loss)
+
+
 class _Processor(MetricsProcessor):
-    """TorchTitan's metrics processor, with the validation loss of a token under context parallelism too."""
+    """TorchTitan's metrics processor, with the validation loss of a token under context parallelism too.
+
+    Attributes:
+        health: gives more metrics of a step that is logged, in every process; the trainer sets it.
+        watch: looks at every loss that is logged.
+    """
+
+    health: Callable[[], dict[str, float]] = staticmethod(dict)
+    watch: Callable[[int, float, float], None] = staticmethod(lambda step, loss, grad_norm: None)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        metrics = {**(extra_metrics or {}), **self.health()}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
+        self.watch(step, global_avg_loss, grad_norm)
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         # The validator divides by the tokens of one part of each row, and adds up the losses of all of them.
@@ -102,6 +166,7 @@ def build_metrics_processor(
         logger.warning(f"TensorBoard and W&B are left out, training goes on without them: {error!r}")
         silent = replace(job_config.metrics, enable_tensorboard=False, enable_wandb=False)
         processor = _Processor(replace(job_config, metrics=silent), parallel_dims, tag)
+    processor.watch = DivergenceWatch(getattr(getattr(job_config, "nsa", None), "max_loss_ratio", 0.0))
     folder = Path(job_config.job.dump_folder)
     parts = list(getattr(processor.logger, "_loggers", []))  # TorchTitan's, each of which may fail alone
     if (rank := torch.distributed.get_rank()) == _get_metrics_rank(parallel_dims, job_config):

@@ -70,6 +70,8 @@ NSAOptions = make_dataclass(
     [
         *((name, kind | None, None) for name, kind in _NSA_OPTIONS.items()),
         ("cuda_graphs", Literal["auto", "on", "off"], "auto"),
+        ("selection_metrics", bool, False),
+        ("max_loss_ratio", float, 0.0),
         ("allow_changes", list[str], field(default_factory=list)),
     ],
 )
@@ -93,6 +95,10 @@ def _describe_options() -> str:
         "can, and logs what keeps it from it."
     )
     lines.append(f"    cuda_graphs: {graphs}")
+    health = "whether each step that is logged also logs how healthy the selection is, and the mean gates."
+    lines.append(f"    selection_metrics: {health}")
+    watch = "the run ends where the loss is so many times the median of those logged before; 0 is any that is finite."
+    lines.append(f"    max_loss_ratio: {watch}")
     changes = "fields of the job that may differ from those of the checkpoint that is resumed, named as in job.json."
     return "\n".join((*lines, f"    allow_changes: {changes}"))
 

@@ -1,0 +1,121 @@
+"""Does NSA find in a long sequence what dense attention finds? Tasks, models and scores are in `tasks.py`."""
+
+import os
+
+import pytest
+import torch
+
+from validation import numerics, reports
+from validation.implementations import load
+from validation.system import tasks
+from validation.system.tasks import TASKS, VARIANTS, Setting
+
+SUBJECT = "NSA_VALIDATION_SUBJECT"
+"""The environment variable that names the implementation of the layers; ours where it is not set."""
+TINY = Setting(length=48, batch=2, steps=2, scored=2)
+
+
+# 1. The tasks themselves.
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("depth", [None, 0.0, 0.95])
+def test_answers_stand_where_the_rows_say(task, depth):
+    rows = TASKS[task](torch.Generator().manual_seed(1), 8, 96, depth=depth)
+    asked = rows.answers != tasks.UNASKED
+    row, _ = asked.nonzero(as_tuple=True)
+    source = rows.sources[asked]
+    assert torch.equal(rows.tokens[row, source], rows.answers[asked])
+    # What is asked for stands just before its answer, and is in the haystack, not among the questions.
+    assert torch.equal(rows.tokens[row, source - 1], rows.tokens[asked])
+    assert (source < asked.long().argmax(1)[row]).all()
+    if depth is not None:
+        assert abs(source.double().mean() / 96 - depth) < 0.5
+
+
+def test_a_window_does_not_reach_most_answers():
+    setting = Setting()
+    for task, draw in TASKS.items():
+        rows = draw(torch.Generator().manual_seed(1), 64, setting.length)
+        asked = rows.answers != tasks.UNASKED
+        distance = (torch.arange(setting.length) - rows.sources)[asked]
+        assert (distance < setting.config.window_size).double().mean() < 0.1, task
+
+
+@pytest.mark.parametrize("kind", ["random", "oracle"])
+def test_blocks_that_are_given_are_legal(kind):
+    setting = Setting()
+    rows = TASKS["recall"](torch.Generator().manual_seed(1), 4, setting.length)
+    given = tasks.blocks_of(rows, setting, kind, torch.Generator().manual_seed(2))[:, :, 0]
+    own = torch.arange(setting.length) // setting.config.select_block_size
+    assert (given <= own[:, None]).all()
+    assert (given == own[:, None]).any(-1).all(), "the own block is forced"
+    assert (given == 0).any(-1).all(), "the initial block is forced"
+    real = given.where(given >= 0, torch.arange(-given.shape[-1], 0))
+    assert (real.sort(-1).values.diff(dim=-1) > 0).all(), "no block twice"
+    answers = rows.sources // setting.config.select_block_size
+    there = (given == answers[..., None]).any(-1)[rows.answers != tasks.UNASKED]
+    assert there.all() == (kind == "oracle")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_model_trains(variant):
+    result = tasks.train("recall", variant, setting=TINY)
+    assert len(result.losses) == TINY.steps
+    assert sorted(result.scores) == [48, 96, 192]
+    assert tasks.train("recall", variant, setting=TINY).losses == result.losses, "the same seed, the same run"
+
+
+def test_an_implementation_computes_the_layers():
+    own = tasks.train("recall", "NSA", setting=TINY)
+    theirs = tasks.train("recall", "NSA", setting=TINY, subject="docs.examples.sixty_lines:mine")
+    for mine, other in zip(own.losses, theirs.losses, strict=True):
+        assert abs(mine - other) <= numerics.LAYOUT_BOUND * mine
+
+
+def test_results_are_saved_with_their_pictures(tmp_path):
+    results = [tasks.train("copy", name, setting=TINY) for name in ("NSA", "dense")]
+    tasks.save(tmp_path, results, "a command")
+    assert tasks.read(tmp_path / "tasks.json") == results
+    assert [row.split("|")[2].strip() for row in tasks.table(results)[2:]] == ["dense", "NSA"]
+    assert {file.name for file in tmp_path.glob("*.png")} == {"tasks-curves.png", "tasks-heat.png"}
+
+
+# 2. What models learn.
+
+
+@pytest.fixture(scope="module")
+def scores(request):
+    """Every model, trained: scores at the trained length by task and model."""
+    subject, setting = os.environ.get(SUBJECT), Setting()
+    if subject and (lack := tasks.why_not(load(subject), setting)):
+        pytest.skip(f"{subject} lacks {lack}")
+    jobs = tasks.jobs_of(list(TASKS), list(VARIANTS), [0], setting, subject)
+    results = tasks.train_all(jobs, os.cpu_count() or 1)
+    tasks.save(reports.folder(request.config), results, "python -m validation.system.tasks")
+    return {(result.task, result.variant): result.scores[setting.length] for result in results}
+
+
+@pytest.mark.ladder
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("variant", ["NSA", "hybrid"])
+def test_what_dense_attention_finds_is_found(scores, task, variant):
+    dense, found = scores[task, "dense"], scores[task, variant]
+    assert dense >= numerics.SOLVED, f"dense attention does not solve {task} ({dense:.3f}): nothing to compare with"
+    assert found >= numerics.RECALL_RATIO * dense, f"{task}: {variant} {found:.3f}, dense {dense:.3f}"
+
+
+@pytest.mark.ladder
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.solves is False])
+def test_what_is_out_of_reach_is_not_found(scores, variant):
+    """A model that finds it nevertheless was told the answer: then the task shows nothing."""
+    found = scores["recall", variant]
+    assert found < numerics.RECALL_RATIO * scores["recall", "dense"], f"{variant}: {found:.3f}"
+    assert found < numerics.SOLVED
+
+
+@pytest.mark.ladder
+def test_the_blocks_of_the_answers_are_enough(scores):
+    """Where these models fail it is not the selection that is wrong."""
+    found = scores["recall", "oracle's blocks"]
+    assert found >= numerics.RECALL_RATIO * scores["recall", "dense"], f"{found:.3f}"
