@@ -76,9 +76,11 @@ TIERS: Mapping[str, Tier] = {
         (
             "--training.seq_len=256", "--training.local_batch_size=2", "--training.steps=80",
             "--validation.seq_len=256", "--validation.local_batch_size=8", "--validation.freq=80",
-            "--validation.steps=8", "--metrics.log_freq=2", "--checkpoint.no-enable",
+            "--validation.steps=4", "--metrics.log_freq=2", "--checkpoint.no-enable", "--nsa.selection_metrics",
         ),
         (0, 1, 2),
+        # The flavor's sizes leave nothing out of so short a sequence.
+        sparse=("--nsa.select_block_size=16", "--nsa.num_selected_blocks=6", "--nsa.window_size=32"),
     ),
     "100m-4k": _gpu("100m", 4096, 4, 200, 3),
     "100m-16k": _gpu("100m", 16384, 1, 200, 3),

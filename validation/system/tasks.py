@@ -512,7 +512,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--impl", help="the implementation that computes the layers (default: ours)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models that are trained at a time")
     parser.add_argument("--out", type=Path, default=Path("out/tasks"), help="folder of results and pictures")
-    for name in ("length", "batch", "steps", "dim", "layers", "heads", "kv_heads"):
+    for name in ("length", "batch", "steps", "scored", "dim", "layers", "heads", "kv_heads"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--blocks", type=int, nargs=7, metavar="N", help="the numbers of an NSAConfig, in its order")

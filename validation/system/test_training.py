@@ -181,6 +181,24 @@ def test_gradients_are_clipped(whole, tmp_path):
     assert unmoved < moved / 10, f"clipped run moved by {unmoved}, the other by {moved}"
 
 
+def test_a_run_that_diverges_ends_and_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="exited with 4:") as stopped:
+        train((*TINY, "--optimizer.lr=1e30", "--checkpoint.no-enable"), tmp_path)
+    said = str(stopped.value)
+    assert re.search(r"error: training diverged: the loss of step [2-6] is nan, its gradient norm ", said)
+    assert "completed" not in said
+    assert "Traceback" not in said
+
+
+def test_selection_and_gates_are_logged_on_request(whole, tmp_path):
+    logged = train((*TINY, "--nsa.selection_metrics", "--checkpoint.no-enable"), tmp_path)
+    assert logged[LOSS] == read_metrics(whole)[LOSS], "looking at the selection changes training"
+    for name in ("union_4", "union_8", "neighbour_change", "forced", "entropy", "never"):
+        assert sorted(logged[f"selection/{name}"]) == [1, 2, 3, 4, 5, 6]
+    assert sorted(logged["selection/step_change"]) == [2, 3, 4, 5, 6]
+    assert all(0 < logged[f"gates/{branch}"][6] < 1 for branch in ("compressed", "selected", "window"))
+
+
 def test_learning_rate_follows_its_schedule(tmp_path):
     options = ("--optimizer.lr=1.0e-3", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.decay_ratio=0.5")
     shape = ("--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0.1", "--checkpoint.no-enable")
