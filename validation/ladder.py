@@ -3,8 +3,8 @@
     python -m validation.ladder [--impl NAME|package.module:object] [--layers unit,system] [--out out/validate]
 
 Each layer is a run of pytest, or of the benchmarks. The report is `index.html` in the folder, one file that needs no
-other. The same verdict is printed, and written as `junit.xml` and `verdict.json` (docs/verdict.md). The exit status is
-the verdict: 0 if every layer holds, 1 if one does not or one was not tested, 2 if the command is wrong.
+other. The same verdict is printed, and written as `junit.xml`, `summary.md` and `verdict.json` (docs/verdict.md). The
+exit status is the verdict: 0 if every layer holds, 1 if one does not or was not tested, 2 if the command is wrong.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 from validation import ladder_page, reports
 from validation.implementations import load
 from validation.system.repeats import TIERS
@@ -30,8 +32,8 @@ from validation.verdict import BAD, versions
 
 SCHEMA, VERSION = "nsa-validation/ladder", 1
 ROOT = Path(__file__).parents[1]
-FEW = "test_rules or small or paper"
-"""What the ladder runs of the unit layer: the rules, and the smallest cases and the paper's. `make unit` runs all."""
+FEW = "test_rules or test_semantics or small or paper"
+"""Of the unit layer: rules, semantics, the smallest cases and the paper's. `make unit` runs all of it."""
 SYSTEM = "validation/system/"
 
 Claim = dict[str, Any]
@@ -110,8 +112,8 @@ def _of_stages(folder: Path) -> list[Claim]:
     return claims
 
 
-OURS = "eager"
-"""The implementation that the ladder is about unless another is named: it runs on any machine."""
+OURS = "triton" if torch.cuda.is_available() else "eager"
+"""The implementation that the ladder is about unless another is named."""
 
 RUNGS: Mapping[str, Rung] = {
     "unit": Rung("is each stage right?", _unit, _of_verdict, True, 150),
@@ -199,7 +201,7 @@ def junit(verdict: Mapping[str, Any]) -> str:
 
 
 def text(verdict: Mapping[str, Any]) -> list[str]:
-    """Lines for a terminal, and for the summary of a job; the verdict is the last."""
+    """Lines for a terminal; the verdict is the last."""
     lines = []
     for name, layer in verdict["layers"].items():
         counts = ", ".join(f"{count} {outcome}" for outcome, count in layer["counts"].items())
@@ -210,6 +212,15 @@ def text(verdict: Mapping[str, Any]) -> list[str]:
     lines += [f"tier {name} was not run here: it {reason}" for name, reason in verdict["not_run"].items()]
     word = verdict["verdict"]
     return [*lines, f"{verdict['implementation']}: {word}" + f" in {', '.join(verdict['failed'])}" * (word == "failed")]
+
+
+def summary(verdict: Mapping[str, Any]) -> str:
+    """The verdict in Markdown, for the summary of a job."""
+    rows = ["| layer | asks | verdict | time |", "|---|---|---|---|"]
+    for name, layer in verdict["layers"].items():
+        rows.append(f"| {name} | {layer['asks']} | {layer['verdict']} | {layer['seconds']:.0f} s |")
+    lines = "\n".join(text(verdict))
+    return f"## {verdict['implementation']}: {verdict['verdict']}\n\n" + "\n".join(rows) + f"\n\n```\n{lines}\n```\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = run(names, given.impl, folder, given.tier, given.only)
     (folder / "verdict.json").write_text(json.dumps(verdict, indent=1) + "\n")
     (folder / "junit.xml").write_text(junit(verdict))
+    (folder / "summary.md").write_text(summary(verdict))
     with reports.attempt("the page", print):
         (folder / "index.html").write_text(ladder_page.page(verdict, folder))
         print(f"\nthe report is {folder / 'index.html'}")

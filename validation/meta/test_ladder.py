@@ -42,6 +42,7 @@ def test_a_ladder_that_holds_passes(tmp_path):
     assert status == 0, output
     assert verdict["verdict"] == "passed"
     assert verdict["layers"]["system"]["counts"] == {"passed": 4}
+    assert "## eager: passed" in (tmp_path / "summary.md").read_text()
     assert [suite.get("name") for suite in ElementTree.parse(tmp_path / "junit.xml").getroot()] == ["system"]
 
 

@@ -383,6 +383,9 @@ def _factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 20, max(0.05, 3 * (steps - step) / steps))
 
 
+LONGER = {"copy": 4}
+"""How many times as many steps a task takes. NSA solves all others in the same steps as dense attention."""
+
 Job = tuple[str, str, int, Setting, str | None]
 """Arguments of `train`."""
 
@@ -409,15 +412,19 @@ def jobs_of(
     tasks: Sequence[str],
     variants: Sequence[str],
     seeds: Sequence[int],
-    setting: Setting,
+    setting: Setting | None = None,
     subject: str | None = None,
 ) -> list[Job]:
-    """Every task for the models that are to solve it, the ablations on recall alone; what takes longest is first."""
+    """Every task for the whole models, and the ablations on recall, where that is among the tasks; dense ones are last.
+
+    Without a setting each task has its usual number of steps.
+    """
     whole = [name for name in variants if name in MODELS]
     ablated = [name for name in variants if name not in MODELS]
-    pairs = [*product(tasks, whole), *product([task for task in tasks if task == "recall"], ablated)]
+    pairs = [*product(tasks, whole), *product(["recall"] if "recall" in tasks else tasks, ablated)]
     ordered = sorted(pairs, key=lambda pair: VARIANTS[pair[1]].layers == "dense")
-    return [(task, variant, seed, setting, subject) for seed in seeds for task, variant in ordered]
+    usual = {task: replace(Setting(), steps=Setting.steps * LONGER.get(task, 1)) for task in tasks}
+    return [(task, name, seed, setting or usual[task], subject) for seed in seeds for task, name in ordered]
 
 
 # Tables and pictures.
@@ -521,8 +528,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("tasks", "variants", "seeds", "impl", "jobs", "out")
     tasks, variants, seeds, subject, processes, out = (given.pop(name) for name in names)
     blocks = given.pop("blocks")
-    changes = {name: value for name, value in given.items() if value is not None}
-    setting = replace(Setting(), **changes, **({"config": NSAConfig(*blocks)} if blocks else {}))
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes |= {"config": NSAConfig(*blocks)} if blocks else {}
+    setting = replace(Setting(), **changes) if changes else None
     results = train_all(jobs_of(tasks, variants, seeds, setting, subject), processes)
     words = sys.argv[1:] if arguments is None else arguments
     save(out, results, f"python -m validation.system.tasks {shlex.join(words)}".strip())

@@ -90,7 +90,7 @@ def scores(request):
     subject, setting = os.environ.get(SUBJECT), Setting()
     if subject and (lack := tasks.why_not(load(subject), setting)):
         pytest.skip(f"{subject} lacks {lack}")
-    jobs = tasks.jobs_of(list(TASKS), list(VARIANTS), [0], setting, subject)
+    jobs = tasks.jobs_of(list(TASKS), list(VARIANTS), [0], None, subject)
     results = tasks.train_all(jobs, os.cpu_count() or 1)
     tasks.save(reports.folder(request.config), results, "python -m validation.system.tasks")
     return {(result.task, result.variant): result.scores[setting.length] for result in results}

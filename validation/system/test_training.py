@@ -249,6 +249,11 @@ def test_documents_are_kept_apart_on_request(tmp_path, flavor):
     assert apart[1] != plain[1], "the mask does nothing"
 
 
+def test_a_recipe_of_ones_own_trains(tmp_path):
+    run = train((*TINY, "--checkpoint.no-enable"), tmp_path, module="docs.examples.recipe")
+    assert sorted(run[LOSS]) == [1, 2, 3, 4, 5, 6]
+
+
 def test_every_sparse_option_reaches_the_model(whole, tmp_path):
     options = ("--nsa.attention=dense,nsa", "--nsa.window_size=32", "--nsa.compression=linear", "--nsa.shared_kv=True")
     run = train((*TINY, *options), tmp_path)

@@ -171,3 +171,24 @@ def test_expected_failures_are_as_the_page_says(mine: Path) -> None:
     status, output = run(mine, *chosen)
     assert status == pytest.ExitCode.USAGE_ERROR
     assert_printed(block("ERROR: known.txt").replace("known.txt", str(file)), output)
+
+
+# 4. Messages and programs.
+
+
+def test_messages_of_the_page_on_trouble_are_said_somewhere() -> None:
+    sources = "\n".join(f.read_text() for folder in ("nsa", "validation") for f in (ROOT / folder).rglob("*.py"))
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # messages in several pieces
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"(?m)^\| `([^`]*)`", page)
+    assert len(messages) > 5
+    for message in messages:
+        for part in filter(None, map(str.strip, re.split(r"\.\.\.|needs 1 GPU, 0 found|: it", message))):
+            assert part in sources, f"{message}: {part!r} is said nowhere"
+
+
+def test_the_loop_of_the_example_learns() -> None:
+    from docs.examples import plain_loop
+
+    losses = plain_loop.train()
+    assert losses[-1] < losses[0] / 2

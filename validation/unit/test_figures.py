@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from nsa.kernels import configs
+from validation import numerics
 from validation.integration import throughput
 from validation.perf import records
 from validation.perf.report import BEGIN, END, readme, render, results_page
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
-from validation.system import variations
+from validation.system import repeats, tasks, variations
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +177,15 @@ def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
     assert "\n".join(["", *made, ""]) in RESULTS
 
 
+def test_what_models_learn_is_that_of_the_saved_runs() -> None:
+    scored = ("system-tasks", "system-copy", "system-copy-oracle")
+    for name in scored:
+        assert "\n".join(["", *tasks.table(tasks.read(RUNS / f"{name}.json")), ""]) in RESULTS, name
+    assert "\n".join(["", *repeats.table(repeats.read(RUNS / "system-repeats.json")), ""]) in RESULTS
+    for name in (*scored, "system-repeats"):
+        assert f"```sh\n{json.loads((RUNS / f'{name}.json').read_text())['command']}\n```" in RESULTS, name
+
+
 def test_a_variation_that_changed_nothing_is_no_result() -> None:
     with pytest.raises(ValueError, match="triton-unsplit has the losses of triton"):
         variations.table(lambda name: saved(f"variations-{name.removesuffix('-unsplit')}"))
@@ -208,6 +218,7 @@ def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
         max(losses) - min(losses) for losses in zip(*([x[s] for s in variations.STEPS] for x in sets), strict=False)
     )
     known = {f"{size:.1f}" for size in sizes} | {
+        f"{numerics.RECALL_RATIO:.0%}",
         f"{sizes[0] / sizes[1] - 1:.0%}",
         f"{SUMMARY['validation_loss_ratio']:.3f}",
         f"{math.ceil(1e3 * apart) / 1e3}",

@@ -33,7 +33,7 @@ def test_forced_blocks_are_counted_apart() -> None:
 
 
 def test_a_query_that_takes_another_block_than_its_neighbour_is_a_change() -> None:
-    # A new own block for every second token: one of 2 blocks, then of 3. The free block of token 4 was its neighbour's own.
+    # A new own block for every second token, of 2 blocks and then of 3. Token 4's free one was its neighbour's own.
     assert selection_metrics(STEADY, CONFIG)["neighbour_change"] == pytest.approx((1 / 2 + 6 / 3) / 15)
 
 
