@@ -94,6 +94,8 @@ def _of_junit(name: str) -> Callable[[Path], list[Claim]]:
         for case in ElementTree.parse(folder / f"{name}.xml").iter("testcase"):
             bad = next((case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None)
             outcome = {"failure": "failed", "error": "error", "skipped": "skipped"}[bad.tag] if bad is not None else ""
+            if bad is not None and bad.get("type") == "pytest.xfail":
+                outcome = "xfailed"
             id = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
             claim = {"id": id, "outcome": outcome or "passed", "seconds": float(case.get("time", 0))}
             claims.append(claim | ({"message": bad.get("message", "")} if bad is not None else {}))
@@ -207,6 +209,8 @@ def text(verdict: Mapping[str, Any]) -> list[str]:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in layer["counts"].items())
         lines.append(f"{name:12} {layer['verdict']:10} {counts} ({layer['seconds']:.0f} s)")
         for claim in layer["claims"]:
+            if claim["outcome"] == "xfailed":
+                lines.append(f"    known not to hold: {claim['id']}: {claim.get('message', '')}")
             if claim["outcome"] in BAD:
                 lines.append(f"    {claim['id']}: {claim.get('message', '').partition(chr(10))[0][:160]}")
     lines += [f"tier {name} was not run here: it {reason}" for name, reason in verdict["not_run"].items()]

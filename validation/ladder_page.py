@@ -24,6 +24,7 @@ def page(verdict: Mapping[str, Any], folder: Path) -> str:
     """The page of a verdict, with the results that its layers left in a folder."""
     title = f"{verdict['implementation']}: {verdict['verdict']}"
     parts = [f'<h1 class="{verdict["verdict"]}">{escape(title)}</h1>', *_layers(verdict), *_failures(verdict)]
+    parts += _known(verdict)
     parts += [*_unit(folder), *_mutants(verdict), *_training(verdict, folder), *_speed(verdict, folder)]
     parts += ["<h2>Not run here</h2>", wide(["tier", "reason"], list(verdict["not_run"].items()))] * bool(
         verdict["not_run"]
@@ -59,6 +60,13 @@ def _failures(verdict: Mapping[str, Any]) -> Iterator[str]:
             yield f"<h2>What fails in {escape(name)}</h2>"
         for claim in bad:
             yield f"<p class=failed>{escape(claim['id'])}</p><pre>{escape(claim.get('message', ''))}</pre>"
+
+
+def _known(verdict: Mapping[str, Any]) -> Iterator[str]:
+    claims = [claim for layer in verdict["layers"].values() for claim in layer["claims"]]
+    rows = [[claim["id"], claim.get("message", "")] for claim in claims if claim["outcome"] == "xfailed"]
+    if rows:
+        yield "<h2>What is known not to hold</h2>" + wide(["claim", "reason"], rows)
 
 
 def _unit(folder: Path) -> Iterator[str]:

@@ -96,10 +96,20 @@ def scores(request):
     return {(result.task, result.variant): result.scores[setting.length] for result in results}
 
 
+BEHIND = pytest.mark.xfail(strict=True, reason="the selection misses some letters: docs/results.md")
+"""What is known not to hold; the report shows it, and it fails the run as soon as it holds."""
+
+
 @pytest.mark.ladder
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("variant", ["NSA", "hybrid"])
-def test_what_dense_attention_finds_is_found(scores, task, variant):
+@pytest.mark.parametrize(
+    ("variant", "task"),
+    [
+        pytest.param(variant, task, marks=BEHIND if (variant, task) == ("NSA", "copy") else ())
+        for variant in ("NSA", "hybrid")
+        for task in TASKS
+    ],
+)
+def test_what_dense_attention_finds_is_found(scores, variant, task):
     dense, found = scores[task, "dense"], scores[task, variant]
     assert dense >= numerics.SOLVED, f"dense attention does not solve {task} ({dense:.3f}): nothing to compare with"
     assert found >= numerics.RECALL_RATIO * dense, f"{task}: {variant} {found:.3f}, dense {dense:.3f}"

@@ -178,7 +178,7 @@ def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
 
 
 def test_what_models_learn_is_that_of_the_saved_runs() -> None:
-    scored = ("system-tasks", "system-copy", "system-copy-oracle")
+    scored = ("system-tasks", "system-copy", "system-copy-longer", "system-copy-oracle", "system-published")
     for name in scored:
         assert "\n".join(["", *tasks.table(tasks.read(RUNS / f"{name}.json")), ""]) in RESULTS, name
     assert "\n".join(["", *repeats.table(repeats.read(RUNS / "system-repeats.json")), ""]) in RESULTS
