@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from validation import ladder_page
+from validation.ladder.page import PICTURES
+from validation.ladder.page import page as page_of
 from validation.runs import LOSS, VALIDATION_LOSS, Metrics
 from validation.system import repeats, tasks
 from validation.system.mutants import MUTANTS, VARIABLE
@@ -99,14 +100,14 @@ def page(tmp_path: Path) -> str:
         "verdict": "failed", "failed": ["system"], "implementation": "mine", "tier": "cpu", "versions": {"torch": "2"},
         "layers": {"system": layer}, "not_run": {"1b-32k": "needs 1 GPU, 0 found"},
     }  # fmt: skip
-    return ladder_page.page(verdict, tmp_path)
+    return page_of(verdict, tmp_path)
 
 
 def test_the_page_has_every_part_and_needs_no_other_file(page):
     for part in ("Mutants", "Precision", "Long-sequence tasks", "Speed and memory", "Versions", "Commands", "Not run"):
         assert f"<h2>{part}" in page, part
     assert page.index("class=wide") < page.index("<h2>"), "the verdict by layer comes first"
-    assert page.count("<img") == len(ladder_page.PICTURES)
+    assert page.count("<img") == len(PICTURES)
     assert "test_&lt;b&gt;" in page
     for address in re.findall(r'(?:src|href)=["\']?([^"\'> ]+)', page):
         assert address.startswith("data:"), address

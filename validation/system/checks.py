@@ -36,7 +36,7 @@ def rope(length: int) -> Tensor:
 def expected(of: NativeSparseAttention, x: Tensor) -> Tensor:
     """The oracle's output of a layer as it is now."""
     weights = {name: weight.detach() for name, weight in of.state_dict().items()}
-    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM // HEADS}
+    sizes: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM // HEADS}
     return oracle.native_sparse_attention(x, weights, CONFIG, rope=rope(x.shape[1]), **sizes)
 
 

@@ -33,6 +33,8 @@ from validation import numerics, reports
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, train
 
 GRAD_NORM = "grad_norm"
+TIER = "NSA_VALIDATION_TIER"
+"""The environment variable that names the tier of a run of the tests."""
 
 
 @dataclass(frozen=True)

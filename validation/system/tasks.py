@@ -42,6 +42,9 @@ from validation import reports
 from validation.cases import Case
 from validation.implementations import Implementation, load
 
+SUBJECT = "NSA_VALIDATION_SUBJECT"
+"""The environment variable that names the implementation in a run of the tests; ours where it is not set."""
+
 # Rows of a task.
 
 KEYS, VALUES, NOISE = 16, 16, 32
@@ -202,12 +205,15 @@ class Dense(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, indices: Tensor | None = None) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = (rotate(y, rope[: x.shape[1]]) for y in (q, k))
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True, enable_gqa=True)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
 class Sparse(NativeSparseAttention):
     """A layer of NSA of whose branches some may be silent."""
+
+    open_gates: Tensor
 
     def __init__(self, *args: Any, open_gates: tuple[int, int, int], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -249,6 +255,7 @@ class Model(nn.Module):
         if self.before is not None:
             x = x + self.before(F.pad(x, (0, 0, 1, -1)))
         for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
             x = x + layer["attention"](layer["norm"](x), self.rope, indices=indices)
             x = x + layer["wide"](layer["wide_norm"](x))
         return self.head(self.norm(x))
@@ -298,9 +305,8 @@ def functions_of(implementation: Any) -> Iterator[None]:
 def why_not(implementation: Implementation, setting: Setting) -> str | None:
     """What these layers need of an implementation and it does not declare, or None."""
     head_dim = setting.dim // setting.heads
-    sizes = {"kv_heads": setting.kv_heads, "group": setting.heads // setting.kv_heads}
-    dims = {"key_dim": head_dim, "value_dim": head_dim}
-    case = Case("tasks", ((setting.length, setting.length),), setting.config, setting.batch, **sizes, **dims)
+    lengths, group = ((setting.length, setting.length),), setting.heads // setting.kv_heads
+    case = Case("tasks", lengths, setting.config, setting.batch, setting.kv_heads, group, head_dim, head_dim)
     if "cpu" not in implementation.devices:
         return "inputs on a CPU"
     stages = ("compress", "nsa_attention")

@@ -8,10 +8,7 @@ import pytest
 from validation import reports
 from validation.runs import LOSS, VALIDATION_LOSS, Metrics
 from validation.system import repeats
-from validation.system.repeats import GRAD_NORM, TIERS
-
-TIER = "NSA_VALIDATION_TIER"
-"""The environment variable that names the tier of the training runs."""
+from validation.system.repeats import GRAD_NORM, TIER, TIERS
 
 
 def invented(losses):

@@ -8,10 +8,8 @@ import torch
 from validation import numerics, reports
 from validation.implementations import load
 from validation.system import tasks
-from validation.system.tasks import TASKS, VARIANTS, Setting
+from validation.system.tasks import SUBJECT, TASKS, VARIANTS, Setting
 
-SUBJECT = "NSA_VALIDATION_SUBJECT"
-"""The environment variable that names the implementation of the layers; ours where it is not set."""
 TINY = Setting(length=48, batch=2, steps=2, scored=2)
 
 

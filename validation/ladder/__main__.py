@@ -23,15 +23,15 @@ from xml.etree import ElementTree
 
 import torch
 
-from validation import ladder_page, reports
+from validation import reports
 from validation.implementations import load
-from validation.system.repeats import TIERS
-from validation.system.test_repeats import TIER
-from validation.system.test_tasks import SUBJECT
+from validation.ladder.page import page
+from validation.system.repeats import TIER, TIERS
+from validation.system.tasks import SUBJECT
 from validation.verdict import BAD, versions
 
 SCHEMA, VERSION = "nsa-validation/ladder", 1
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FEW = "test_rules or test_semantics or small or paper"
 """Of the unit layer: rules, semantics, the smallest cases and the paper's. `make unit` runs all of it."""
 SYSTEM = "validation/system/"
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "junit.xml").write_text(junit(verdict))
     (folder / "summary.md").write_text(summary(verdict))
     with reports.attempt("the page", print):
-        (folder / "index.html").write_text(ladder_page.page(verdict, folder))
+        (folder / "index.html").write_text(page(verdict, folder))
         print(f"\nthe report is {folder / 'index.html'}")
     print("\n".join(["", *text(verdict)]))
     return 0 if verdict["verdict"] == "passed" else 1
