@@ -289,13 +289,13 @@ def functions_of(implementation: Any) -> Iterator[None]:
     with ExitStack() as stack:
         if implementation is not None:
 
-            def attention(*tensors: Any, backend: Any = None, **options: Any) -> Any:
-                return implementation.nsa_attention(*tensors, **options)
+            def attention(*tensors: Any, backend: Any = None, return_indices: bool = True, **options: Any) -> Any:
+                given = {name: option for name, option in options.items() if option is not None}
+                return implementation.nsa_attention(*tensors, **given), None  # who uses the layer asks for no indices
 
             def compressed(k: Tensor, v: Tensor, k_params: Any, v_params: Any, config: Any, **options: Any) -> Any:
-                options.pop("backend", None)
-                make = implementation.compress
-                return make(k, k_params, config, **options), make(v, v_params, config, **options)
+                make = implementation.compress  # of sequences that are not packed, on whatever device they are
+                return make(k, k_params, config), make(v, v_params, config)
 
             stack.enter_context(mock.patch("nsa.module.nsa_attention", attention))
             stack.enter_context(mock.patch("nsa.module.compress_keys_and_values", compressed))

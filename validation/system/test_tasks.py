@@ -66,9 +66,14 @@ def test_every_model_trains(variant):
 
 def test_an_implementation_computes_the_layers():
     own = tasks.train("recall", "NSA", setting=TINY)
-    theirs = tasks.train("recall", "NSA", setting=TINY, subject="docs.examples.sixty_lines:mine")
+    theirs = tasks.train("recall", "NSA", setting=TINY, subject="eager")
     for mine, other in zip(own.losses, theirs.losses, strict=True):
         assert abs(mine - other) <= numerics.LAYOUT_BOUND * mine
+
+
+def test_an_implementation_that_cannot_is_told_why():
+    assert tasks.why_not(load("eager"), TINY) is None
+    assert tasks.why_not(load("docs.examples.sixty_lines:mine"), TINY) == "mlp compression"
 
 
 def test_results_are_saved_with_their_pictures(tmp_path):
