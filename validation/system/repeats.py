@@ -197,6 +197,7 @@ def health(runs: Runs) -> Figure:
         axis.set_title(name, fontsize=8)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
+    figure.supxlabel("step")
     return figure
 
 

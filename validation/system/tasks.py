@@ -465,10 +465,12 @@ def curves(results: Sequence[Result]) -> Figure:
             width = min(5, losses.shape[1])
             smooth = F.avg_pool1d(losses[:, None], width)[:, 0]
             step = [width * (i + 1) for i in range(smooth.shape[1])]
-            [line] = axis.plot(step, smooth.mean(0), label=variant)
-            axis.fill_between(step, smooth.amin(0), smooth.amax(0), color=line.get_color(), alpha=0.2)
+            colour = f"C{list(VARIANTS).index(variant)}"
+            axis.plot(step, smooth.mean(0), color=colour, label=variant)
+            axis.fill_between(step, smooth.amin(0), smooth.amax(0), color=colour, alpha=0.2)
         axis.set(xlabel="step", ylabel="loss (nats)", title=task)
-        axis.legend(fontsize=6)
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8)
     return figure
 
 
