@@ -1958,7 +1958,7 @@ _DECODE = [
         "stores.py",
         "with torch.inference_mode(False):",
         "with torch.no_grad():",
-        ("test_decode.py::test_a_cache_goes_from_inference_mode_to_another_and_back[True-dense]",),
+        ("test_decode.py::test_a_cache_goes_from_inference_mode_to_another_and_back[True-dense-new]",),
     ),
     Fault(
         "dense-steps-see-their-last-half",

@@ -477,17 +477,18 @@ def test_eager_steps_are_not_captured() -> None:
     assert all(torch.isfinite(x).all() for x in steps)
 
 
+@pytest.mark.parametrize("forked", [True, False], ids=["forked", "new"])
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_cache_goes_from_inference_mode_to_another_and_back(kind: str, inside: bool) -> None:
-    """What is made in inference mode could not be written to outside: a cache is not."""
+def test_a_cache_goes_from_inference_mode_to_another_and_back(kind: str, inside: bool, forked: bool) -> None:
+    """What is made in inference mode could not be written to outside: a cache, or a fork of one, can."""
     model = Model(PLAIN, "eager", kind == "dense")
     tokens, outs = torch.arange(40).reshape(2, 20) % 50, []
     for mode in (inside, None):
         with torch.inference_mode(bool(mode)):
             cache = model.make_caches(2)
             model(tokens, cache=cache, at=torch.full((2,), 19))
-            cache = {name: one.fork() for name, one in cache.items()}
+            cache = {name: one.fork() for name, one in cache.items()} if forked else cache
             graphs = DecodeGraphs(model, cache)
         with torch.inference_mode(mode is False), torch.no_grad():
             out = [graphs(torch.tensor([1, 2])) for _ in range(12)]
