@@ -28,7 +28,10 @@ UNIT = "validation/unit/"
 LEFT_OUT = shutil.ignore_patterns(".*", "out", "outputs", "build", "dist", "*.egg-info")
 PRELOADED = ["pytest", "torch._dynamo", "triton.language"]
 """What every run imports and no fault is in: one process imports it, and each run is a fork of that."""
-MISSPELT = re.compile(r"(?<!DID NOT RAISE )\b(NameError|UnboundLocalError|SyntaxError|ImportError|ModuleNotFoundError|CompilationError)\b")
+MISSPELT = re.compile(
+    r"(?<!DID NOT RAISE )"  # a test that expects one of these
+    r"\b(NameError|UnboundLocalError|SyntaxError|ImportError|ModuleNotFoundError|CompilationError)\b"
+)
 
 
 @dataclass(frozen=True)
