@@ -358,7 +358,8 @@ def test_help_describes_each_option_of_nsa(job):
     text = " ".join(re.sub("[│|]", " ", printed.getvalue()).split())
     for option in fields(NSAOptions):
         default = " Unless given, the flavor's: (.*?)" if option.default is None else ""
-        described = re.search(rf"--nsa.{option.name.replace('_', '-')} \S+ (.*?){default}\.", text)
+        name = option.name.replace("_", "-")
+        described = re.search(rf"--nsa.{name}(?:, --nsa.no-{name}| \S+) (.*?){default}\.", text)
         assert described, f"{option.name} is not described"
         assert len(described[1]) > 20, f"{option.name} is hardly described: {described[1]}"
     assert "Unless given, the flavor's: 128 (debug, debug_parallel); 512 (100m, 1b)." in text  # window_size
