@@ -15,14 +15,9 @@ from typing import Any
 import pytest
 
 from . import doctor, reports, seeds
-from .stages import FUNCTIONS, SHARED
 
 SCHEMA, VERSION = "nsa-validation/verdict", 1
 ASPECTS = ("rules", "forward", "gradients", "selection", "properties")
-STAGES = (*FUNCTIONS, "whole", "any")
-"""The rows of the table, in the order of the computation."""
-PARTS = {name: stage.parts for name, stage in (*FUNCTIONS.items(), ("whole", SHARED))}
-"""Stages that others are made of."""
 BAD = ("failed", "error", "xpassed")
 
 
@@ -117,8 +112,10 @@ def passes(claim: Mapping[str, Any], aspect: str) -> bool | None:
 
 def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
     """By stage: counts of each aspect and, where some fail, the smallest failing case and what they have in common."""
+    from .stages import FUNCTIONS, SHARED  # with them comes `nsa`, which pytest wants to see first
+
     found: dict[str, Any] = {}
-    rows = [name for name in STAGES if any(claim.get("stage") == name for claim in claims)]
+    rows = [name for name in (*FUNCTIONS, "whole", "any") if any(claim.get("stage") == name for claim in claims)]
     for name in rows:
         own = [claim for claim in claims if claim.get("stage") == name]
         row: dict[str, Any] = {"aspects": {}}
@@ -135,7 +132,8 @@ def stages(claims: list[dict[str, Any]]) -> dict[str, Any]:
         if bad:
             row["explanations"] = explanations(bad)
         found[name] = row
-    for name, parts in PARTS.items():
+    parts_of = {name: stage.parts for name, stage in (*FUNCTIONS.items(), ("whole", SHARED))}
+    for name, parts in parts_of.items():
         if parts and "explanations" in found.get(name, {}):
             found[name]["downstream_of"] = [part for part in parts if "explanations" in found.get(part, {})]
     return found
