@@ -107,11 +107,9 @@ class Gatekeeper:
             pytest.UsageError: there is no such run, or the option's value cannot be meant as one.
         """
         asked, option = self.asked, self.config.option
-        if asked is True:
+        if not isinstance(asked, str):
             self.baseline = self._default()
-            return
-        assert isinstance(asked, str)
-        if Path(asked).is_file() and Path(asked).suffix == ".json":
+        elif Path(asked).is_file() and Path(asked).suffix == ".json":
             self.baseline = Path(asked)
         elif Path(asked).exists() or "::" in asked or asked.endswith(".py"):
             raise pytest.UsageError(
