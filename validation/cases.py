@@ -1,4 +1,4 @@
-"""What the stages are tried on: a list of cases and one generator of inputs.
+"""Cases that the stages are tried on, and one generator of inputs.
 
 A case is here because it differs from the others in a way that has broken somebody's kernel; it is not a product. It is
 written as small as it can be, and `fitted` to what an implementation can do. What that cannot do at any scale is

@@ -1,4 +1,4 @@
-"""What a stage costs at least: operations of the matrix units and bytes of device memory.
+"""The least cost of a stage: operations of the matrix units and bytes of device memory.
 
 Operations are every product of a query with a key it sees, once. Softmax, gates and positions are left out. Bytes are
 those of tensors that must be read or written in device memory, each once; what a kernel reads again, or keeps for its
@@ -29,7 +29,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Cost:
-    """What something needs at least: `flops` of the matrix units, `bytes` of device memory."""
+    """The least that something needs: `flops` of the matrix units, `bytes` of device memory."""
 
     flops: float
     bytes: float

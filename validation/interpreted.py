@@ -41,7 +41,7 @@ def repeating(builder: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
                 result = operation(*args, **kwargs, _semantic=semantic)
             finally:
                 semantic.builder = builder
-            # Of a tensor given twice, notes do not say which of the two was used.
+            # Notes do not say which of two arguments was used where both are one tensor.
             if len({id(x.handle) for x in tensors}) == len(tensors):
                 if len(known) == MOST_KINDS:
                     known.clear()

@@ -3,7 +3,7 @@
 One that cannot be made says why, and changes no result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .implementations import Implementation
 
 OUT = "out"
@@ -38,6 +40,17 @@ def attempt(report: str, say: Callable[[str], object]) -> Iterator[None]:
         yield
     except Exception as error:
         say(f"{report} could not be made: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def save_pictures(folder: Path, pictures: Mapping[str, Callable[[], "Figure"]]) -> None:
+    """Draws pictures into files `NAME.png`; one that cannot be drawn is said in a line."""
+    from matplotlib import pyplot as plt
+
+    for name, draw in pictures.items():
+        with attempt(f"the picture {name}", print):
+            figure = draw()
+            figure.savefig(folder / f"{name}.png", dpi=100)
+            plt.close(figure)
 
 
 def note(config: pytest.Config, line: str) -> None:

@@ -26,7 +26,7 @@ def membership(indices: Tensor, num_blocks: int) -> Tensor:
 
 
 def selection_metrics(indices: Tensor, config: NSAConfig, before: Tensor | None = None) -> dict[str, float]:
-    """What a selection is like.
+    """Metrics of a selection.
 
     Args:
         indices: int32 `[B, T, Hk, N]`, those of whole sequences, `T` of at least 8.

@@ -85,7 +85,7 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, config: Any, *, sc
 
 
 def flex() -> Implementation:
-    """What FlexAttention can express of the stages."""
+    """The stages that FlexAttention can express."""
     compiled = torch.cuda.is_available()
     return Implementation(
         name="flex",

@@ -27,7 +27,7 @@ UNIT = "validation/unit/"
 # Of no use to tests, some of it large; what git and tools keep begins with a dot.
 LEFT_OUT = shutil.ignore_patterns(".*", "out", "outputs", "build", "dist", "*.egg-info")
 PRELOADED = ["pytest", "torch._dynamo", "triton.language"]
-"""What every run imports and no fault is in: one process imports it, and each run is a fork of that."""
+"""Modules that every run imports and that no fault changes: one process imports them, and each run is a fork of it."""
 MISSPELT = re.compile(
     r"(?<!DID NOT RAISE )"  # a test that expects one of these
     r"\b(NameError|UnboundLocalError|SyntaxError|ImportError|ModuleNotFoundError|CompilationError)\b"

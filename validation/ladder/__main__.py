@@ -33,7 +33,7 @@ from validation.verdict import BAD, versions
 SCHEMA, VERSION = "nsa-validation/ladder", 1
 ROOT = Path(__file__).parents[2]
 FEW = "test_rules or test_semantics or small or paper"
-"""Of the unit layer: rules, semantics, the smallest cases and the paper's. `make unit` runs all of it."""
+"""The tests of the unit layer that are run here: rules, semantics, the smallest cases and the paper's."""
 SYSTEM = "validation/system/"
 
 Claim = dict[str, Any]

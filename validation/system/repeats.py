@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,11 +213,7 @@ def save(folder: Path, runs: Runs, command: str) -> None:
     records = {name: {seed: metrics.records for seed, metrics in by_seed.items()} for name, by_seed in runs.items()}
     saved = {"command": command, "torch": torch.__version__, "runs": records}
     write_whole(folder / "repeats.json", json.dumps(saved) + "\n")
-    for name, draw in (("repeats", curves), ("selection", health)):
-        with reports.attempt(f"the picture {name}", print):
-            figure = draw(runs)
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            plt.close(figure)
+    reports.save_pictures(folder, {"repeats": partial(curves, runs), "selection": partial(health, runs)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -512,11 +512,8 @@ def save(folder: Path, results: Sequence[Result], command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     saved = {"command": command, "torch": torch.__version__, "results": [asdict(result) for result in results]}
     write_whole(folder / "tasks.json", json.dumps(saved) + "\n")
-    for name, draw in (("tasks-curves", curves), ("tasks-heat", heat_maps)):
-        with reports.attempt(f"the picture {name}", print):
-            figure = draw(results)
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            plt.close(figure)
+    pictures = {"tasks-curves": partial(curves, results), "tasks-heat": partial(heat_maps, results)}
+    reports.save_pictures(folder, pictures)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
