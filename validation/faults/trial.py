@@ -59,7 +59,8 @@ def run(arguments: Sequence[str], fault: Fault | None = None) -> Outcome:
                 return Outcome(problem=str(error))
             module = ".".join(["nsa", *Path(fault.file).with_suffix("").parts])
         output = Path(folder, "output")
-        witness = _WITNESS.format(copy=str(copy), output=str(output), argv=["witness", str(report), module, *arguments])
+        argv = ["witness", str(report), module, *arguments]
+        witness = _WITNESS.format(root=str(ROOT), copy=str(copy), output=str(output), argv=argv)
         process = _processes().Process(target=exec, args=(witness, {"__name__": "__main__"}))
         process.start()
         process.join()
@@ -78,9 +79,10 @@ _WITNESS = """
 import os, runpy, sys
 output = os.open({output!r}, os.O_CREAT | os.O_WRONLY)
 os.dup2(output, 1), os.dup2(output, 2)
-# From within the copy it is the copy's packages that are found, by processes that tests start too.
+# From within the copy it is the copy's packages that are found, by processes that tests start too. The repository goes:
+# pytest reads what an installation left there of itself, and warns that it comes too late to rewrite `validation`.
 os.chdir({copy!r})
-sys.path.insert(0, {copy!r})
+sys.path[:] = [{copy!r}, *(path for path in sys.path if path not in ("", {root!r}))]
 for name in [name for name in sys.modules if name.partition(".")[0] in ("nsa", "validation")]:
     del sys.modules[name]
 sys.dont_write_bytecode = True
