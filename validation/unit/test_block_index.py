@@ -81,8 +81,8 @@ class Selection:
         """What is under test."""
         device, varlen = torch.empty(0).device, None
         if len(self.lengths) > 1:
-            cu = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in zip(*self.lengths, strict=True))
-            varlen = Varlen.of(*cu, self.queries, NSAConfig(SIZE, SIZE, SIZE))
+            queries, keys = (torch.tensor([0, *x]).cumsum(0).int() for x in zip(*self.lengths, strict=True))
+            varlen = Varlen.of(queries, keys, self.queries, NSAConfig(SIZE, SIZE, SIZE))
         packing = Packing.of(varlen, self.keys, SIZE)
         return build_block_index(indices.to(device), self.keys - self.queries, packing, SIZE, self.chunk)
 

@@ -1,6 +1,6 @@
 """Kernels keep to their own memory: nothing is written beside a result, and rows may be far apart."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ ROOM, UNTOUCHED = 1024, -7
 
 
 @pytest.fixture
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The elements around every tensor that launchers make while the test runs: before them and after."""
     found: list[Tensor] = []
 

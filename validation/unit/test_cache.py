@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsa import CachedKeys, KVCache, NativeSparseAttention, NSAConfig, cached_attention, rope_table
+from nsa.backends import BackendName
 from validation.cases import config
 from validation.numerics import assert_equal, assert_matches
 
@@ -31,7 +32,7 @@ each_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def make(
-    settings: NSAConfig, backend: str = "eager", dtype: torch.dtype = torch.float64, **options: Any
+    settings: NSAConfig, backend: BackendName = "eager", dtype: torch.dtype = torch.float64, **options: Any
 ) -> NativeSparseAttention:
     layer = NativeSparseAttention(DIM, HEADS, KV_HEADS, HEAD_DIM, settings, backend=backend, **options)
     return layer.to(dtype)
@@ -106,7 +107,8 @@ def test_packed_sequences_go_on_from_a_cache(name: str) -> None:
     """Each in a row of its own: as prompts, as later pieces, some of them empty, and then step by step."""
     layer, total = make(CONFIGS[name]), (40, 7, 23)
     x = [torch.randn(1, length, DIM, dtype=torch.float64) for length in total]
-    cache, found, taken = layer.make_cache(3, TOKENS), [[], [], []], [0, 0, 0]
+    cache, taken = layer.make_cache(3, TOKENS), [0, 0, 0]
+    found: list[list[tuple[Tensor, ...]]] = [[], [], []]
     for sizes in ((30, 5, 0), (0, 0, 0), (9, 0, 21), (0, 1, 1)):
         pieces = [row[:, begin : begin + size] for row, begin, size in zip(x, taken, sizes, strict=True)]
         offsets = torch.tensor([0, *sizes]).cumsum(0).int()
@@ -119,8 +121,8 @@ def test_packed_sequences_go_on_from_a_cache(name: str) -> None:
     for row, sequence in enumerate(x):
         begin = taken[row]
         whole = torch.cat((sequence[:, :begin], sequence[:, -1:]), 1)
-        parts = [*found[row], tuple(y[row : row + 1] for y in last)]
-        out, indices = (torch.cat(y, 1) for y in zip(*parts, strict=True))
+        all_parts = [*found[row], tuple(y[row : row + 1] for y in last)]
+        out, indices = (torch.cat(y, 1) for y in zip(*all_parts, strict=True))
         check(layer, (out, indices), whole)
 
 
@@ -306,7 +308,7 @@ KEYS = {
 
 @pytest.mark.parametrize(("name", "message"), KEYS.items(), ids=KEYS)
 def test_keys_that_are_too_few_are_refused(name: str, message: str) -> None:
-    sizes, keys = CONFIGS["mlp"], {}
+    sizes, keys = CONFIGS["mlp"], dict[str, Tensor]()
     for of, length in (("cmp", sizes.num_compressed(5)), ("slc", 5), ("win", 5)):
         keys |= {f"{x}_{of}": torch.randn(1, length, 2, 8) for x in "kv"}
     keys[name] = keys[name][:, 1:]

@@ -1,8 +1,9 @@
 """Keys and values compressed together: the same as each by itself, in half of the launches."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nsa import (
     pack_sequences,
     rope_table,
 )
+from nsa.backends import BackendName
 from nsa.blocks import BlockFunction
 from validation.cases import Case, config, draw, draw_cotangent, whole
 from validation.memory import fresh_memory_is_poisoned
@@ -31,21 +33,24 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "triton"])
 
 
 def params(x: dict[str, Tensor], name: str) -> CompressionParams | None:
-    learned = [x.get(f"{name}{kind}") for kind in KINDS[1:]]
-    return CompressionParams(*learned) if learned[0] is not None else None
+    position, weight, weight_out = (f"{name}{kind}" for kind in KINDS[1:])
+    return CompressionParams(x[position], x[weight], x.get(weight_out)) if position in x else None
 
 
-def together(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: str) -> tuple[Tensor, ...]:
-    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": backend}
-    return compress_keys_and_values(x["k"], x["v"], params(x, "k"), params(x, "v"), settings, **packing)
+def together(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: BackendName) -> tuple[Tensor, ...]:
+    cu_seqlens = case.cu_seqlens.get("cu_seqlens_k")
+    both = params(x, "k"), params(x, "v")
+    return compress_keys_and_values(x["k"], x["v"], *both, settings, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def apart(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: str) -> tuple[Tensor, ...]:
-    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": backend}
-    return tuple(compress(x[name], params(x, name), settings, **packing) for name in "kv")
+def apart(x: dict[str, Tensor], case: Case, settings: NSAConfig, backend: BackendName) -> tuple[Tensor, ...]:
+    cu_seqlens = case.cu_seqlens.get("cu_seqlens_k")
+    return tuple(compress(x[n], params(x, n), settings, cu_seqlens=cu_seqlens, backend=backend) for n in "kv")
 
 
-def results(function, x: dict[str, Tensor], case: Case, backend: str) -> Iterator[tuple[str, Tensor]]:
+def results(
+    function: Callable[..., tuple[Tensor, ...]], x: dict[str, Tensor], case: Case, backend: BackendName
+) -> Iterator[tuple[str, Tensor]]:
     leaves = {name: x[name].detach().requires_grad_() for n in "kv" for kind in KINDS if (name := f"{n}{kind}") in x}
     outs = function({**x, **leaves}, case, case.config, backend)
     yield from zip(("k_cmp", "v_cmp"), outs, strict=True)
@@ -58,7 +63,9 @@ def results(function, x: dict[str, Tensor], case: Case, backend: str) -> Iterato
 @pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
 @pytest.mark.parametrize("lengths", [whole(70), whole(20, 7, 0, 43)], ids=["whole", "packed"])
 @pytest.mark.parametrize("value_dim", [16, 24])
-def test_a_pair_is_two_of_one(backend: str, compression: str, lengths, value_dim: int) -> None:
+def test_a_pair_is_two_of_one(
+    backend: BackendName, compression: str, lengths: tuple[tuple[int, int], ...], value_dim: int
+) -> None:
     settings = config((16, 8, 16), 3, 12, compression=compression)
     case = Case(
         "pair", lengths, settings, kv_heads=2, key_dim=16, value_dim=value_dim, batch=2 if len(lengths) == 1 else 1
@@ -76,14 +83,16 @@ def test_a_pair_is_two_of_one(backend: str, compression: str, lengths, value_dim
 @each_backend
 @pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
 @pytest.mark.parametrize("function", [together, apart])
-def test_results_can_be_changed_in_place(function, compression: str, backend: str) -> None:
+def test_results_can_be_changed_in_place(
+    function: Callable[..., tuple[Tensor, ...]], compression: str, backend: BackendName
+) -> None:
     """Each is a tensor of its own: a change of one reaches neither the other nor the gradients."""
     settings = config((16, 8, 16), 3, 12, compression=compression)
     case = Case("in place", whole(40), settings, kv_heads=2, key_dim=16, value_dim=16)
     x = draw(case, torch.float32)
     expected = dict(results(function, x, case, backend))
 
-    def doubled(*inputs) -> tuple[Tensor, ...]:
+    def doubled(*inputs: Any) -> tuple[Tensor, ...]:
         k_cmp, v_cmp = function(*inputs)
         return k_cmp.mul_(2), v_cmp
 
@@ -93,7 +102,7 @@ def test_results_can_be_changed_in_place(function, compression: str, backend: st
 
 
 @pytest.mark.parametrize("value_dim", [16, 24], ids=["same_shapes", "others"])
-def test_a_pair_takes_one_launch(value_dim: int, monkeypatch) -> None:
+def test_a_pair_takes_one_launch(value_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("nsa.kernels.compress")
     watched = {name: Watched(getattr(module, name)) for name in ("_rows_kernel", "_tokens_kernel")}
     for name, kernel in watched.items():
@@ -114,14 +123,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_values_unlike_the_keys_are_refused(change, error, message) -> None:
+def test_values_unlike_the_keys_are_refused(
+    change: Callable[[Tensor], Tensor], error: type[Exception], message: str
+) -> None:
     k = torch.randn(1, 40, 2, 16)
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         compress_keys_and_values(k, change(k), None, None, config(compression="mean"))
 
 
 @each_backend
-def test_tables_for_fewer_queries_serve_their_keys(backend: str) -> None:
+def test_tables_for_fewer_queries_serve_their_keys(backend: BackendName) -> None:
     settings = config((16, 8, 16), 3, 12, compression="mean")
     offsets = torch.tensor([0, 25, 60], dtype=torch.int32)
     queries = torch.tensor([0, 4, 10], dtype=torch.int32)
@@ -145,7 +156,7 @@ def test_second_derivatives_are_refused_whatever_the_first_depend_on() -> None:
 # Importing what torch.func needs warns in PyTorch itself.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @each_backend
-def test_derivatives_by_parameters_are_refused_like_those_by_keys(backend: str) -> None:
+def test_derivatives_by_parameters_are_refused_like_those_by_keys(backend: BackendName) -> None:
     case = Case("forward", whole(40), config((16, 8, 16), 3, 12), kv_heads=2, key_dim=16, value_dim=16)
     x = draw(case, torch.float32)
     position, *rest = (x[f"k{kind}"] for kind in KINDS[1:])
@@ -175,24 +186,22 @@ def as_mlp(given: CompressionParams) -> BlockFunction:
 
 
 @pytest.mark.parametrize("lengths", [whole(70), whole(20, 7, 0, 43)], ids=["whole", "packed"])
-def test_a_function_of_blocks_gives_what_the_kind_it_computes_does(lengths) -> None:
+def test_a_function_of_blocks_gives_what_the_kind_it_computes_does(lengths: tuple[tuple[int, int], ...]) -> None:
     settings = config((16, 8, 16), 3, 12, compression="mlp")
     case = Case("function", lengths, settings, key_dim=16, value_dim=16)
     x = draw(case, torch.float64)
-    packing = {"cu_seqlens": case.cu_seqlens.get("cu_seqlens_k"), "backend": "eager"}
-    learned = params(x, "k")
-    assert learned is not None
-    leaves = [t.detach().requires_grad_() for t in (x["k"], *learned)]
+    cu_seqlens = case.cu_seqlens.get("cu_seqlens_k")
+    leaves = [x[f"k{kind}"].detach().requires_grad_() for kind in KINDS]
     found = []
     for kind in (CompressionParams(*leaves[1:]), as_mlp(CompressionParams(*leaves[1:]))):
-        out = compress(leaves[0], kind, settings, **packing)
+        out = compress(leaves[0], kind, settings, cu_seqlens=cu_seqlens, backend="eager")
         found.append([out, *torch.autograd.grad(out, leaves, draw_cotangent(case, out, out.dtype))])
     for name, expected, actual in zip(("blocks", *KINDS), *found, strict=True):
         assert_matches(actual, expected, what=name or "gradient of k", reduction=16 * 16)
 
 
 @each_backend
-def test_a_function_stands_beside_parameters(backend: str) -> None:
+def test_a_function_stands_beside_parameters(backend: BackendName) -> None:
     settings = config((16, 8, 16), 3, 12, compression="mlp")
     case = Case("beside", whole(40), settings, key_dim=16, value_dim=16)
     x = draw(case, torch.float32)
@@ -251,6 +260,7 @@ def test_a_layer_takes_functions_of_blocks() -> None:
     """Its parameters are the layer's and keep their values, and pieces over a cache give what the whole does."""
     settings = config((16, 8, 16), 6, 12)
     layer = NativeSparseAttention(32, 4, 2, 16, settings, backend="eager", phi=(Weighted(16), Weighted(16))).double()
+    assert isinstance(layer.compress_k, Weighted)
     assert_equal(layer.compress_k.weight.detach(), Weighted(16).weight.detach().double(), what="weight")
     x, rope = torch.randn(1, 90, 32, dtype=torch.float64), rope_table(90, 16)
     out = layer(x, rope)

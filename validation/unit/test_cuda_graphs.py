@@ -2,12 +2,14 @@
 other inputs each time, and whatever eager calls run in between."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from nsa import NativeSparseAttention, NSAConfig, pack_sequences, rope_table
+from nsa.config import Compression
 from validation.cases import Case, draw, whole
 from validation.implementations import load
 from validation.numerics import assert_equal
@@ -17,7 +19,7 @@ from validation.unit.synchronisation import no_synchronisation
 pytestmark = [pytest.mark.needs_gpu, pytest.mark.usefixtures("on_device")]
 
 CONFIG = NSAConfig(num_selected_blocks=4, window_size=128)
-SIZES = {"kv_heads": 2, "group": 16, "key_dim": 64, "value_dim": 64}
+SIZES: dict[str, Any] = {"kv_heads": 2, "group": 16, "key_dim": 64, "value_dim": 64}
 CASES = [
     Case("whole", whole(1003), CONFIG, **SIZES),
     Case("group_4", whole(1003), CONFIG, **{**SIZES, "group": 4}),
@@ -63,7 +65,7 @@ def test_stages(stage: str, case: Case) -> None:
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize("compression", ["mlp", "mean"])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_layers(kind: str, compression: str, packed: bool) -> None:
+def test_layers(kind: str, compression: Compression, packed: bool) -> None:
     config = NSAConfig(num_selected_blocks=4, window_size=128, compression=compression)
     layer = NativeSparseAttention(128, 32, 2, 64, config, backend="triton").bfloat16()
     x, rope = torch.randn(1, 1003, 128, dtype=torch.bfloat16, requires_grad=True), rope_table(1003, 64)
@@ -80,7 +82,7 @@ def test_layers(kind: str, compression: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("compression", ["mlp", "mean"])
-def test_a_layer_waits_for_nothing(compression: str, packed: bool) -> None:
+def test_a_layer_waits_for_nothing(compression: Compression, packed: bool) -> None:
     """Forward and backward pass, once the tables of packed sequences are made."""
     config = NSAConfig(num_selected_blocks=4, window_size=128, compression=compression)
     layer = NativeSparseAttention(128, 32, 2, 64, config, backend="triton").bfloat16()

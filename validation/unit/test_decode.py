@@ -1,6 +1,6 @@
 """Decoding: one token or a few of every sequence, over all that a cache has room for, whatever the lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -58,7 +58,12 @@ def make_keys(
         slots = torch.arange(max(0, length - ring), length) % ring
         for store in stores[4:]:
             store[row, slots] = torch.randn(len(slots), heads, store.shape[3], dtype=dtype)
-    return StepKeys(*stores, torch.tensor(lengths))
+    return StepKeys._make([*stores, torch.tensor(lengths)])
+
+
+def with_stores(keys: StepKeys, change: Callable[[Tensor], Tensor]) -> StepKeys:
+    """The same sequences in stores that are changed."""
+    return StepKeys._make([*(change(x) for x in keys[:-1]), keys.lengths])
 
 
 def make_queries(keys: StepKeys, group: int = 4, queries: int = 1) -> tuple[Tensor, Tensor]:
@@ -75,7 +80,7 @@ def test_kernels_give_what_eager_does(name: str, queries: int, dtype: torch.dtyp
     keys = make_keys(settings, lengths, 320, dtype=dtype, queries=queries)
     q, gates = make_queries(keys, queries=queries)
     out, indices = decode_attention(q, keys, gates, settings, backend="triton")
-    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    wide = with_stores(keys, Tensor.double)
     expected, chosen = decode_attention(q.double(), wide, gates.double(), settings, backend="eager")
     baseline, _ = decode_attention(q, keys, gates, settings, backend="eager")
     assert_equal(indices, chosen, what="selected blocks")
@@ -88,7 +93,7 @@ def test_any_group_and_head_dim(dims: tuple[int, int], group: int) -> None:
     keys = make_keys(PLAIN, (90, 41), 96, dims=dims)
     q, gates = make_queries(keys, group)
     out, _ = decode_attention(q, keys, gates, PLAIN, backend="triton")
-    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    wide = with_stores(keys, Tensor.double)
     expected, _ = decode_attention(q.double(), wide, gates.double(), PLAIN, backend="eager")
     assert_matches(out, expected, what="output", reduction=96)
 
@@ -146,7 +151,7 @@ def test_no_queries_give_nothing(backend: Any, batch: int, queries: int) -> None
 def test_stores_may_have_any_strides() -> None:
     keys = make_keys(PLAIN, (90, 41), 96)
     q, gates = make_queries(keys)
-    strided = StepKeys(*(x.mT.contiguous().mT for x in keys[:-1]), keys.lengths)
+    strided = with_stores(keys, lambda x: x.mT.contiguous().mT)
     found, expected = (decode_attention(q, x, gates, PLAIN, backend="triton")[0] for x in (strided, keys))
     assert_equal(found, expected, what="output")
 
@@ -159,7 +164,7 @@ def test_a_long_context_is_shared_among_programs(monkeypatch: pytest.MonkeyPatch
     q, gates = make_queries(keys)
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 5)
     out, indices = decode_attention(q, keys, gates, PLAIN, backend="triton")
-    wide = StepKeys(*(x.double() for x in keys[:-1]), keys.lengths)
+    wide = with_stores(keys, Tensor.double)
     expected, chosen = decode_attention(q.double(), wide, gates.double(), PLAIN, backend="eager")
     assert_equal(indices, chosen, what="selected blocks")
     assert_matches(out, expected, what="output", reduction=2048)
@@ -183,7 +188,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type, mess
     keys = make_keys(PLAIN, (90, 41), 96)
     q, gates = make_queries(keys)
     moved = {name: x.to(q.device) if isinstance(x, Tensor) else x for name, x in changes.items()}
-    given = {"q": q, "gates": gates, "keys": keys}
+    given: dict[str, Any] = {"q": q, "gates": gates, "keys": keys}
     given |= {name: x for name, x in moved.items() if name in given}
     fields = {name: x for name, x in moved.items() if name not in given}
     if fields:
@@ -284,11 +289,11 @@ class Dense(nn.Module):
 class Model(nn.Module):
     """Two layers and an embedding, called as `generate` calls models."""
 
-    def __init__(self, settings: NSAConfig, backend: Any, dense: bool = False):
+    def __init__(self, settings: NSAConfig, backend: Any, dense: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 64)
         sparse = (NativeSparseAttention(64, 8, 2, 16, settings, backend=backend) for _ in range(2 - dense))
-        self.layers = nn.ModuleList([*([Dense()] if dense else []), *sparse])
+        self.layers: Any = nn.ModuleList([*([Dense()] if dense else []), *sparse])
         self.rope = rope_table(256, 16)
 
     def forward(self, tokens: Tensor, cache: dict[str, KVCache], at: Tensor) -> Tensor:
@@ -397,7 +402,7 @@ class Steps(nn.Linear):
 
     fails = False
 
-    def forward(self, tokens: Tensor, cache: dict[str, Counter], at: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: dict[str, Counter], at: Tensor) -> Tensor:  # type: ignore[override]
         cache["0"].host += 1
         cache["0"].device += not cache["0"].captured
         if self.fails and cache["0"].captured:

@@ -82,20 +82,14 @@ def call(stage: str, **changes: Any) -> Any:
     return getattr(functional, stage)(**values)
 
 
-def refused(
-    error: type[Exception],
-    stage: str,
-    *words: str,
-    by_value: bool = False,
-    under: Sequence[Callable[..., Any]] = TRANSFORMATIONS,
-    **changes: Any,
+def refused_under(
+    transformations: Sequence[Callable[..., Any]], error: type[Exception], stage: str, *words: str, **changes: Any
 ) -> None:
     """Fail unless the call raises exactly `error` with every one of `words` in its message, however it is transformed.
 
-    A graph that must be whole has an error of its own, which quotes ours. `by_value` says that the call is refused for
-    what tensors hold, which a compiler does not see.
+    A graph that must be whole has an error of its own, which quotes ours.
     """
-    for transformation in BY_VALUE if by_value else under:
+    for transformation in transformations:
         expected = torch._dynamo.exc.Unsupported if transformation is compiled_whole else error
         with pytest.raises(expected) as caught:
             transformation(lambda: call(stage, **changes))
@@ -103,6 +97,11 @@ def refused(
         message = str(caught.value)
         missing = [word for word in (*words, error.__name__ * (expected is not error)) if word not in message]
         assert not missing, f"{transformation.__name__}: the message lacks {missing}: {message}"
+
+
+refused = partial(refused_under, TRANSFORMATIONS)
+refused_by_value = partial(refused_under, BY_VALUE)
+"""A refusal for what tensors hold, which a compiler does not see."""
 
 
 @each_stage
@@ -113,8 +112,8 @@ def test_the_good_call_is_good(stage: str) -> None:
 @each_stage
 def test_a_graph_that_may_break_refuses_too(stage: str) -> None:
     name = ARGUMENTS[stage][0]
-    refused(ValueError, stage, name, "dimensions", "got", under=(compiled,), **{name: lambda x: x[0]})
-    refused(TypeError, stage, "config", "NSAConfig", "dict", under=(compiled,), config={})
+    refused_under([compiled], ValueError, stage, name, "dimensions", "got", **{name: lambda x: x[0]})
+    refused_under([compiled], TypeError, stage, "config", "NSAConfig", "dict", config={})
 
 
 # 1. Each tensor of each stage: rank, dtype, device, type.
@@ -239,8 +238,8 @@ def offsets_name(stage: str) -> str:
 def test_bad_offsets(stage: str, kind: str) -> None:
     values, error, word = BAD_OFFSETS[kind]
     name = offsets_name(stage)
-    by_value = kind != "empty"
-    refused(error, stage, name, word, by_value=by_value, **{name: torch.tensor(values, dtype=torch.int32)})
+    check = refused if kind == "empty" else refused_by_value
+    check(error, stage, name, word, **{name: torch.tensor(values, dtype=torch.int32)})
 
 
 @each_stage
@@ -265,7 +264,7 @@ def test_packing_takes_a_batch_of_one(stage: str) -> None:
 @each_attention
 def test_bad_offsets_of_the_keys(stage: str) -> None:
     bad = {"cu_seqlens_q": cumulative((5, 7)), "cu_seqlens_k": cumulative((5, 6))}
-    refused(ValueError, stage, "cu_seqlens_k", "12", "[0, 5, 11]", by_value=True, **bad)
+    refused_by_value(ValueError, stage, "cu_seqlens_k", "12", "[0, 5, 11]", **bad)
 
 
 @each_attention
@@ -277,7 +276,7 @@ def test_offsets_of_different_length(stage: str) -> None:
 @each_attention
 def test_a_sequence_with_more_queries_than_keys(stage: str) -> None:
     bad = {"cu_seqlens_q": cumulative((5, 7)), "cu_seqlens_k": cumulative((7, 5))}
-    refused(ValueError, stage, "cu_seqlens_k", "[5, 7]", "[7, 5]", by_value=True, **bad)
+    refused_by_value(ValueError, stage, "cu_seqlens_k", "[5, 7]", "[7, 5]", **bad)
 
 
 @each_attention
@@ -291,7 +290,7 @@ def test_offsets_of_the_keys_alone(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["selected_attention", "nsa_attention"])
 def test_a_block_listed_twice(stage: str) -> None:
     indices = torch.tensor([1, -1, 1], dtype=torch.int32).expand(1, T, 2, 3)
-    refused(ValueError, stage, "indices", "once", "got 1 twice", indices=indices, by_value=True)
+    refused_by_value(ValueError, stage, "indices", "once", "got 1 twice", indices=indices)
 
 
 def test_minus_one_may_be_listed_twice() -> None:

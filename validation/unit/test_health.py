@@ -1,6 +1,7 @@
 """Selection health and the divergence watch, on selections and losses made by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,14 @@ def test_change_from_step_to_step() -> None:
 
 
 def test_a_model_is_looked_at_on_the_first_row() -> None:
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 16, "max_seq_len": 32, "initial_gates": ".2,.5,.9"}
+    sizes: dict[str, Any] = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "vocab_size": 16,
+        "max_seq_len": 32,
+        "initial_gates": ".2,.5,.9",
+    }
     model = Transformer(ModelArgs(**sizes, nsa=CONFIG, backend="eager"))
     model.init_weights()
     health = SelectionHealth(model)

@@ -102,8 +102,11 @@ class Launcher:
             return self.recorded(*inputs)
 
 
+Make = Callable[[Callable[..., Any]], Launcher]
+
+
 @pytest.fixture
-def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Launcher]:
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Make:
     return lambda function: Launcher(function, monkeypatch)
 
 
@@ -118,7 +121,7 @@ def pairs(*shape: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(*shape), torch.randn(*shape)
 
 
-def test_the_second_call_is_written_down_and_later_ones_repeat_it(launcher):
+def test_the_second_call_is_written_down_and_later_ones_repeat_it(launcher: Make) -> None:
     run, given = launcher(sums), pairs(2, 5)
     add.grids.clear()
     for calls, repeated in ((1, 0), (2, 0), (2, 1), (2, 2)):
@@ -128,7 +131,7 @@ def test_the_second_call_is_written_down_and_later_ones_repeat_it(launcher):
     assert add.grids == [(3, 1, 1)] * 4
 
 
-def test_workspaces_fills_views_tuples_and_descriptors_are_repeated(launcher):
+def test_workspaces_fills_views_tuples_and_descriptors_are_repeated(launcher: Make) -> None:
     def function(x: Tensor, scale: float) -> tuple[Tensor, list[Tensor], Tensor]:
         rows, columns = x.shape
         both, twos = x.new_zeros(2, rows, columns), x.new_full((columns,), scale)
@@ -163,7 +166,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_inputs_of_another_kind_are_not_taken_for_the_same(launcher, other):
+def test_inputs_of_another_kind_are_not_taken_for_the_same(
+    launcher: Make, other: Callable[[Tensor, Tensor], tuple[Any, ...]]
+) -> None:
     run, given = launcher(lambda *inputs: torch.empty(1)), pairs(5)
     for _ in range(3):
         run(*next(given), 1.0)
@@ -189,7 +194,12 @@ RELATED = {
 @pytest.mark.parametrize("first", RELATED.values(), ids=RELATED)
 @pytest.mark.parametrize("then", RELATED.values(), ids=RELATED)
 @pytest.mark.parametrize("function", [sums, second_row_of_the_first])
-def test_inputs_that_lay_within_one_another_need_not_the_next_time(launcher, function, first, then):
+def test_inputs_that_lay_within_one_another_need_not_the_next_time(
+    launcher: Make,
+    function: Callable[..., Tensor],
+    first: Callable[[Tensor], tuple[Tensor, Tensor]],
+    then: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
     """Where an address is in two inputs, a recording is of how these lie to one another."""
     run = launcher(function)
     for i in range(6):
@@ -211,7 +221,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("function", UNKNOWN.values(), ids=UNKNOWN)
-def test_a_launcher_that_does_something_else_is_called(launcher, function):
+def test_a_launcher_that_does_something_else_is_called(launcher: Make, function: Callable[..., Tensor]) -> None:
     run = launcher(function)
     for i in range(4):
         x = torch.randn(3, 3)
@@ -234,7 +244,9 @@ def uses_workspaces(x: Tensor) -> Tensor:
     [(15, {"empty_strided": (4, 2), "empty": (0, 0)}), (16, {"empty_strided": (1, 1), "empty": (1, 1)})],
     ids=["large", "small"],
 )
-def test_memory_is_taken_and_freed_as_the_launcher_does(launcher, monkeypatch, small, expected):
+def test_memory_is_taken_and_freed_as_the_launcher_does(
+    launcher: Make, monkeypatch: pytest.MonkeyPatch, small: int, expected: dict[str, tuple[int, int]]
+) -> None:
     """Number of times, and the most at a time; small workspaces are taken together instead."""
     monkeypatch.setattr(launches, "_SMALL", small)
     run, x = launcher(uses_workspaces), torch.randn(4)
@@ -259,7 +271,7 @@ def test_memory_is_taken_and_freed_as_the_launcher_does(launcher, monkeypatch, s
     assert {name: (len(alive[name]), most[name]) for name in expected} == expected
 
 
-def test_small_workspaces_do_not_overlap(launcher):
+def test_small_workspaces_do_not_overlap(launcher: Make) -> None:
     def function(x: Tensor) -> Tensor:
         first, second, out = (x.new_empty(x.shape) for _ in range(3))
         add[(1,)](first, x, x, x.numel())
@@ -275,7 +287,7 @@ def test_small_workspaces_do_not_overlap(launcher):
     assert run.repeated == 2
 
 
-def test_what_a_recording_was_derived_from_may_change(launcher):
+def test_what_a_recording_was_derived_from_may_change(launcher: Make) -> None:
     run, given = launcher(sums), pairs(2)
     for _ in range(3):
         run(*next(given))
@@ -290,7 +302,7 @@ class Observer(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("how", ["direct", "mode", "enter", "exit"])
-def test_who_looks_sees_a_call(launcher, how):
+def test_who_looks_sees_a_call(launcher: Make, how: str) -> None:
     run, given = launcher(sums), pairs(2)
     for _ in range(3):
         run(*next(given))
@@ -313,7 +325,7 @@ def test_who_looks_sees_a_call(launcher, how):
     assert (run.calls, run.repeated) == (3, 2)
 
 
-def test_recordings_do_not_grow_without_end(launcher, monkeypatch):
+def test_recordings_do_not_grow_without_end(launcher: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "_LARGEST", 4)
     run = launcher(sums)
     for _ in range(3):
@@ -325,7 +337,7 @@ def test_recordings_do_not_grow_without_end(launcher, monkeypatch):
     assert run.calls == calls + 1, "the first kind is still there"
 
 
-def test_a_launcher_that_fails_leaves_no_recorder(launcher):
+def test_a_launcher_that_fails_leaves_no_recorder(launcher: Make) -> None:
     def function(x: Tensor) -> Tensor:
         if fails:
             raise ValueError("no")

@@ -4,6 +4,7 @@ Memory that was never written and memory beyond the inputs are filled with NaN. 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 TRITON = load("triton")
 if kernels.INTERPRETED:
     DTYPE, SMALL = torch.float64, config((16, 8, 16), 3, 12, compression="mean")
-    SIZES = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
+    SIZES: dict[str, Any] = {"kv_heads": 1, "key_dim": 16, "value_dim": 16}
     LONG = SHORT = [Case("packed", whole(23, 0, 18), SMALL, **SIZES)]
 else:
     DTYPE, PAPER = torch.bfloat16, NSAConfig(compression="mean")
@@ -75,14 +76,21 @@ def test_repeated_runs_give_the_same_bits(subject: str, case: Case) -> None:
 @pytest.mark.needs_gpu  # interpreted launchers are never repeated
 @each_subject
 @each_short
-def test_a_repeated_launcher_gives_what_a_called_one_gives(subject: str, case: Case, monkeypatch) -> None:
-    repeated, again = [], Recording.__call__
+def test_a_repeated_launcher_gives_what_a_called_one_gives(
+    subject: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated, again = list[Recording](), Recording.__call__
+
+    def counted(recording: Recording, addresses: list[int]) -> Any:
+        repeated.append(recording)
+        return again(recording, addresses)
+
     with direct():
         expected = []
         for factor in (1.0, 0.5, 2.0):
             tensors = {name: factor * x if x.is_floating_point() else x for name, x in draw(case, DTYPE).items()}
             expected.append((tensors, results(subject, case, tensors)))
-    monkeypatch.setattr(Recording, "__call__", lambda *inputs: repeated.append(inputs[0]) or again(*inputs))
+    monkeypatch.setattr(Recording, "__call__", counted)
     monkeypatch.setattr(launches, "_directly", 0)
     for tensors, results_of_calls in expected:
         assert_same(results(subject, case, tensors), results_of_calls, "of a repeated launcher")

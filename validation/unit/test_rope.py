@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nsa import NativeSparseAttention, NSAConfig, apply_rope, eager, rope_table
+from nsa.backends import BackendName
 from nsa.kernels import rope as kernel
 from validation import oracle
 from validation.cases import cumulative
@@ -33,7 +34,12 @@ def draw(dim: int, dtype: torch.dtype, batch: int = 1, tokens: int = TOKENS) -> 
     return {"q": q, "k_cmp": blocks.transpose(1, 2), "k_slc": keys[..., 1, :], "k_win": keys[..., 2, :]}
 
 
-def expected_positions(kind: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def in_order(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k_cmp, k_slc, k_win = (tensors[name] for name in NAMES)
+    return q, k_cmp, k_slc, k_win
+
+
+def expected_positions(kind: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Arguments that say where tokens are, and the positions of tokens and of blocks."""
     blocks = CONFIG.compress_stride * torch.arange(CONFIG.num_compressed(TOKENS))
     if kind == "whole":
@@ -66,7 +72,7 @@ def check(actual: Any, tensors: dict[str, Tensor], rope: Tensor, at: tuple[Tenso
 @each_backend
 @pytest.mark.parametrize("kind", ["whole", "part", "packed"])
 @pytest.mark.parametrize("dim", [16, 24])
-def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: str, kind: str, dim: int) -> None:
+def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: BackendName, kind: str, dim: int) -> None:
     """Rotating the halves is rotating neighbours in another order of the dimensions, to the bit, gradients too."""
     order = torch.arange(dim).view(2, dim // 2).T.flatten()  # of halves, so that pairs are neighbours
     given = expected_positions(kind)[0]
@@ -75,7 +81,7 @@ def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: str, kind: str, d
     outs = []
     for tensors, interleaved in ((halves, False), (neighbours, True)):
         rotated = apply_rope(
-            *tensors.values(), rope_table(64, dim), CONFIG, **given, interleaved=interleaved, backend=backend
+            *in_order(tensors), rope_table(64, dim), CONFIG, **given, interleaved=interleaved, backend=backend
         )
         cotangents = [torch.linspace(-1, 1, x.numel()).view_as(x) for x in rotated]
         cotangents = cotangents if not interleaved else [x[..., order] for x in cotangents]
@@ -86,12 +92,12 @@ def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: str, kind: str, d
 
 
 @each_backend
-def test_pairs_of_two_halves_are_those_of_transformers(backend: str) -> None:
+def test_pairs_of_two_halves_are_those_of_transformers(backend: BackendName) -> None:
     """`x cos + rotate_half(x) sin`, cosines and sines repeated, as models of `transformers` have it."""
     tensors, angles = draw(16, torch.float32), torch.outer(torch.arange(64.0), 500.0 ** -(torch.arange(0, 16, 2) / 16))
     cos, sin = (torch.cat((x, x), -1)[:TOKENS, None] for x in (angles.cos(), angles.sin()))
     table = torch.stack((angles.cos(), angles.sin()), -1)
-    found = apply_rope(*tensors.values(), table, CONFIG, interleaved=False, backend=backend)[0]
+    found = apply_rope(*in_order(tensors), table, CONFIG, interleaved=False, backend=backend)[0]
     first, second = tensors["q"].chunk(2, -1)
     expected = tensors["q"] * cos + torch.cat((-second, first), -1) * sin
     assert_matches(found, expected.double(), what="q")
@@ -101,13 +107,15 @@ def test_pairs_of_two_halves_are_those_of_transformers(backend: str) -> None:
 @pytest.mark.parametrize("kind", ["whole", "part", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [16, 24])
-def test_matches_its_definition(backend: str, kind: str, dtype: torch.dtype, dim: int, monkeypatch) -> None:
+def test_matches_its_definition(
+    backend: BackendName, kind: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel, "_ELEMENTS", 512)  # several tiles of each tensor, the last of them not full
     tensors = {name: x.requires_grad_() for name, x in draw(dim, dtype, 1 if kind == "packed" else 2).items()}
     given, *at = expected_positions(kind)
     rope = rope_table(60, dim)
     with fresh_memory_is_poisoned():
-        actual = apply_rope(*tensors.values(), rope, CONFIG, **given, backend=backend)
+        actual = apply_rope(*in_order(tensors), rope, CONFIG, **given, backend=backend)
         check(actual, tensors, rope, (at[0], at[1]))
     assert all(x.is_contiguous() for x in actual)
 
@@ -117,25 +125,25 @@ def test_the_kernel_takes_any_even_head_dim(dim: int) -> None:
     tensors = {name: x.requires_grad_() for name, x in draw(dim, torch.float32, 2).items()}
     _, *at = expected_positions("whole")
     rope = rope_table(TOKENS, dim)
-    check(kernel.apply_rope(*tensors.values(), rope, CONFIG, None, None, True), tensors, rope, (at[0], at[1]))
+    check(kernel.apply_rope(*in_order(tensors), rope, CONFIG, None, None, True), tensors, rope, (at[0], at[1]))
 
 
 @each_backend
-def test_angles_of_a_wider_dtype_are_not_rounded(backend: str) -> None:
+def test_angles_of_a_wider_dtype_are_not_rounded(backend: BackendName) -> None:
     """One rounding is all that is between the result and the definition in float64."""
     tensors = draw(16, torch.float32)
     rope = rope_table(TOKENS, 16).double() * (1 + 2**-30)
     _, *at = expected_positions("whole")
-    for name, x in zip(NAMES, apply_rope(*tensors.values(), rope, CONFIG, backend=backend), strict=True):
+    for name, x in zip(NAMES, apply_rope(*in_order(tensors), rope, CONFIG, backend=backend), strict=True):
         exact = oracle.rotate(tensors[name].double(), rope, at[name == "k_cmp"])
         assert_equal(x, exact.float(), what=name)
 
 
 @each_backend
 @pytest.mark.parametrize("tokens", [0, 7])
-def test_no_blocks_or_no_tokens(backend: str, tokens: int) -> None:
+def test_no_blocks_or_no_tokens(backend: BackendName, tokens: int) -> None:
     tensors = draw(16, torch.float32, 2, tokens)
-    outs = apply_rope(*tensors.values(), rope_table(8, 16), CONFIG, backend=backend)
+    outs = apply_rope(*in_order(tensors), rope_table(8, 16), CONFIG, backend=backend)
     assert [x.shape for x in outs] == [x.shape for x in tensors.values()]
 
 
@@ -145,12 +153,12 @@ def test_no_blocks_or_no_tokens(backend: str, tokens: int) -> None:
     [lambda x: torch.stack((x, x + 1), 1)[:, 0], lambda x: x[:1].expand(TOKENS)],
     ids=["every_other", "expanded"],
 )
-def test_positions_may_have_any_strides(backend: str, strides: Any) -> None:
+def test_positions_may_have_any_strides(backend: BackendName, strides: Any) -> None:
     tensors, rope = draw(16, torch.float32), rope_table(80, 16)
     positions = strides(torch.arange(TOKENS) + 5)
     assert not positions.is_contiguous()
     found, expected = (
-        apply_rope(*tensors.values(), rope, CONFIG, positions=given, backend=backend)
+        apply_rope(*in_order(tensors), rope, CONFIG, positions=given, backend=backend)
         for given in (positions, positions.contiguous())
     )
     for name, x, y in zip(tensors, found, expected, strict=True):
@@ -158,17 +166,19 @@ def test_positions_may_have_any_strides(backend: str, strides: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_table_for_the_longest_document_is_enough_where_nobody_can_look(backend: str, monkeypatch) -> None:
+def test_a_table_for_the_longest_document_is_enough_where_nobody_can_look(
+    backend: BackendName, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As while a CUDA graph is captured."""
     tensors, rope, offsets = draw(16, torch.float32), rope_table(22, 16), cumulative((22, 3, 20))
-    options = {"cu_seqlens": offsets, "backend": backend}
-    expected = apply_rope(*tensors.values(), rope, CONFIG, **options)
+    options: dict[str, Any] = {"cu_seqlens": offsets, "backend": backend}
+    expected = apply_rope(*in_order(tensors), rope, CONFIG, **options)
     monkeypatch.setattr("nsa.checks._has_values", lambda x: False)
-    for name, x, y in zip(tensors, apply_rope(*tensors.values(), rope, CONFIG, **options), expected, strict=True):
+    for name, x, y in zip(tensors, apply_rope(*in_order(tensors), rope, CONFIG, **options), expected, strict=True):
         assert_equal(x[:, :1], y[:, :1], what=name)
 
 
-def test_a_layer_rotates_in_one_launch_each_way(monkeypatch) -> None:
+def test_a_layer_rotates_in_one_launch_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(kernel._rope_kernel)
     monkeypatch.setattr(kernel, "_rope_kernel", watched)
     layer = NativeSparseAttention(32, 2, 1, 16, CONFIG, backend="triton")
@@ -183,7 +193,7 @@ def test_positions_without_angles_show(implementation: Any) -> None:
     """Where nobody can look at positions, nothing outside of the table is read."""
     tensors = draw(16, torch.float32)
     positions = torch.arange(TOKENS) - 1
-    outs = implementation.apply_rope(*tensors.values(), rope_table(40, 16), CONFIG, positions, None, True)
+    outs = implementation.apply_rope(*in_order(tensors), rope_table(40, 16), CONFIG, positions, None, True)
     outside = (positions < 0) | (positions >= 40)
     for name, x in zip(NAMES, outs, strict=True):
         wanted = outside if name != "k_cmp" else torch.zeros(x.shape[1], dtype=torch.bool)
@@ -192,13 +202,13 @@ def test_positions_without_angles_show(implementation: Any) -> None:
 
 
 @each_backend
-def test_another_length_compiles_nothing(backend: str) -> None:
+def test_another_length_compiles_nothing(backend: BackendName) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(apply_rope, dynamic=True, fullgraph=True, backend=counter)
     rope = rope_table(80, 16)
     for tokens in (40, 48, 75):
-        tensors = draw(16, torch.float32, 3, tokens).values()
+        tensors = in_order(draw(16, torch.float32, 3, tokens))
         outs = compiled(*tensors, rope, CONFIG, backend=backend)
         for name, x, y in zip(NAMES, outs, apply_rope(*tensors, rope, CONFIG, backend=backend), strict=True):
             assert_equal(x, y, what=f"compiled {name}")
@@ -273,7 +283,7 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
     changes = dict(changes)
     dim = changes.pop("dim", 8)
     with torch.device("cpu"):  # elsewhere, to look at positions would mean to wait for them
-        inputs = {**draw(dim, torch.float32), "rope": rope_table(60, dim + dim % 2), "config": CONFIG}
+        inputs: dict[str, Any] = {**draw(dim, torch.float32), "rope": rope_table(60, dim + dim % 2), "config": CONFIG}
         inputs["positions"] = torch.arange(TOKENS)
         if lengths := changes.pop("cu_seqlens", None):
             inputs["cu_seqlens"] = cumulative(lengths)
