@@ -2,17 +2,20 @@
 
 import tomllib
 from importlib import metadata
+from typing import Any
 
 import pytest
 
 from validation import doctor
-from validation.doctor import Machine, Package
+from validation.doctor import Layer, Machine, Package
+
+Installed = dict[str, str | None]
 
 
 @pytest.fixture
-def installed(monkeypatch):
+def installed(monkeypatch: pytest.MonkeyPatch) -> Installed:
     """What is installed, as far as the doctor can see: a dict to change, None for what is missing."""
-    versions = {
+    versions: Installed = {
         "torch": "2.13.0+cpu",
         "triton": "3.7.1",
         "torchtitan": "0.2.2",
@@ -22,10 +25,11 @@ def installed(monkeypatch):
         "pytest-benchmark": "5.3.1",
     }
 
-    def version(name):
-        if versions[name] is None:
+    def version(name: str) -> str:
+        found = versions[name]
+        if found is None:
             raise metadata.PackageNotFoundError(name)
-        return versions[name]
+        return found
 
     monkeypatch.setattr(doctor.metadata, "version", version)
     monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
@@ -34,12 +38,13 @@ def installed(monkeypatch):
     return versions
 
 
-def machine(**fields):
+def machine(**fields: Any) -> Machine:
     packages = {name: Package(name, "1") for needs in doctor.NEEDS.values() for name in needs}
-    return Machine(**{"packages": packages, "cores": 8, "memory": 64.0, "backends": ("gloo",)} | fields)
+    usual: dict[str, Any] = {"packages": packages, "cores": 8, "memory": 64.0, "backends": ("gloo",)}
+    return Machine(**usual | fields)
 
 
-def verdicts(machine):
+def verdicts(machine: Machine) -> dict[str, Layer]:
     return {layer.name: layer for layer in doctor.layers(machine)}
 
 
@@ -62,11 +67,11 @@ def verdicts(machine):
         ("1", "", True),
     ],
 )
-def test_within(version, bounds, expected):
+def test_within(version: str, bounds: str, expected: bool) -> None:
     assert doctor.within(version, bounds) is expected
 
 
-def test_ranges_are_those_of_the_package():
+def test_ranges_are_those_of_the_package() -> None:
     project = tomllib.loads(doctor.PYPROJECT.read_text())["project"]
     assert doctor.supported("python") == project["requires-python"]
     for name in ("torch", "triton", "torchtitan"):
@@ -77,7 +82,7 @@ def test_ranges_are_those_of_the_package():
     assert doctor.supported("hypothesis") == ""
 
 
-def test_extras_are_those_of_the_package():
+def test_extras_are_those_of_the_package() -> None:
     extras = tomllib.loads(doctor.PYPROJECT.read_text())["project"]["optional-dependencies"]
     found = {name: doctor.extra_of(name) for needs in doctor.NEEDS.values() for name in needs}
     assert {name for name, extra in found.items() if not extra} == {"python", "torch", "triton"}
@@ -88,7 +93,7 @@ def test_extras_are_those_of_the_package():
 # 2. Packages
 
 
-def test_all_is_well(installed, capsys):
+def test_all_is_well(installed: Installed, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     out = capsys.readouterr().out
     assert "!!" not in out
@@ -108,7 +113,9 @@ def test_all_is_well(installed, capsys):
         ("hypothesis", None, {"unit"}),
     ],
 )
-def test_what_is_missing_or_unsupported_is_named_with_a_remedy(installed, capsys, name, version, stopped):
+def test_what_is_missing_or_unsupported_is_named_with_a_remedy(
+    installed: Installed, capsys: pytest.CaptureFixture[str], name: str, version: str | None, stopped: set[str]
+) -> None:
     installed[name] = version
     assert doctor.main() == 1
     out = capsys.readouterr().out
@@ -122,13 +129,15 @@ def test_what_is_missing_or_unsupported_is_named_with_a_remedy(installed, capsys
     assert all(name in found[layer].how for layer in stopped)
 
 
-def test_python_out_of_range(installed, monkeypatch):
+def test_python_out_of_range(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.13.1")
     assert "PYTHON=" in doctor.inspect_package("python", imports=True).problem
 
 
-def test_an_installation_that_does_not_import(installed, monkeypatch, capsys):
-    def broken(name):
+def test_an_installation_that_does_not_import(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> None:
         if name == "torchtitan":
             raise OSError("lost a library")
 
@@ -137,13 +146,15 @@ def test_an_installation_that_does_not_import(installed, monkeypatch, capsys):
     assert "does not import: OSError: lost a library" in capsys.readouterr().out
 
 
-def test_triton_is_not_missed_where_it_does_not_exist(installed, monkeypatch):
+def test_triton_is_not_missed_where_it_does_not_exist(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed["triton"] = None
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
     assert not doctor.inspect_package("triton", imports=True).problem
 
 
-def test_works_without_torch(installed, monkeypatch, capsys):
+def test_works_without_torch(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed["torch"] = None
     monkeypatch.setitem(doctor.sys.modules, "torch", None)  # importing it fails from here on
     assert doctor.main() == 1
@@ -165,21 +176,23 @@ def test_works_without_torch(installed, monkeypatch, capsys):
         (0, (), 4, False, "neither"),
     ],
 )
-def test_integration_says_over_what(monkeypatch, gpus, backends, processes, runs, how):
+def test_integration_says_over_what(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, backends: tuple[str, ...], processes: int, runs: bool, how: str
+) -> None:
     monkeypatch.setenv("NGPU", str(processes))
     layer = verdicts(machine(gpus=("H200",) * gpus, backends=backends))["integration"]
     assert layer.runs is runs
     assert how in layer.how
 
 
-def test_kernels_are_compiled_only_where_there_is_a_gpu():
+def test_kernels_are_compiled_only_where_there_is_a_gpu() -> None:
     assert "interpreter" in verdicts(machine())["unit"].how
     assert "compiled" not in verdicts(machine())["unit"].how
     assert "compiled" in verdicts(machine(gpus=("H200",)))["unit"].how
     assert "GPU" in verdicts(machine(gpus=("H200",)))["perf"].how
 
 
-def test_a_gpu_torch_cannot_use_is_mentioned():
+def test_a_gpu_torch_cannot_use_is_mentioned() -> None:
     assert doctor.describe_gpus(machine()) == "none"
     assert "CUDA build" in doctor.describe_gpus(machine(driver="580.1"))
     assert doctor.describe_gpus(machine(driver="580.1", gpus=("H200", "H200"))) == "2 x H200, driver 580.1"
@@ -188,7 +201,7 @@ def test_a_gpu_torch_cannot_use_is_mentioned():
 # 4. The header
 
 
-def test_facts_are_short_lines():
+def test_facts_are_short_lines() -> None:
     facts = doctor.facts()
     assert any(metadata.version("torch") in line for line in facts)
     assert all("\n" not in line for line in facts)

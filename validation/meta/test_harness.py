@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 
 from docs.examples.my_nsa import my_nsa
+from nsa.config import NSAConfig
 from validation import plugin, reports, seeds
 from validation.cases import BY_ID, draw, draw_cotangent, fitted
 from validation.faults.trial import LEFT_OUT
@@ -32,7 +36,7 @@ WINDOW = f"{SEMANTICS}::test_a_window_of_one_is_the_value_itself"
 def one_more_token() -> Implementation:
     """A window of `w + 1`."""
 
-    def window(q, k, v, config, **rest):
+    def window(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, **rest: Any) -> Tensor:
         return my_nsa.sliding_window_attention(q, k, v, replace(config, window_size=config.window_size + 1), **rest)
 
     return replace(my_nsa, name="wrong", sliding_window_attention=window)
@@ -41,7 +45,7 @@ def one_more_token() -> Implementation:
 def crashes() -> Implementation:
     """Ends its process in the middle of a call."""
 
-    def window(q, *rest, **options):
+    def window(q: Tensor, *rest: Any, **options: Any) -> Tensor:
         if q.shape[1] == BY_ID["window_1"].num_queries:
             os._exit(139)
         return my_nsa.sliding_window_attention(q, *rest, **options)
@@ -57,7 +61,7 @@ def packs() -> Implementation:
 def not_finite() -> Implementation:
     """Gives NaN in place of every output."""
 
-    def nsa_attention(*arguments, **options):
+    def nsa_attention(*arguments: Any, **options: Any) -> Tensor:
         return torch.nan * my_nsa.nsa_attention(*arguments, **options)
 
     return replace(my_nsa, name="wrong", nsa_attention=nsa_attention)
@@ -88,7 +92,7 @@ def own(name: str) -> str:
 # 1. Implementations and what they declare.
 
 
-def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
+def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     status, output = run(STAGES, "-k", "mean or paper or last_queries", f"--junitxml={report}")
     assert status == 0, output
@@ -99,17 +103,17 @@ def test_the_example_passes_and_is_skipped_for_what_it_lacks(tmp_path):
     assert ["packed", "sequences", "no"] in rows
     assert ["compression", "mean"] in rows
     properties = ElementTree.parse(report).getroot().findall("./testsuite/properties/property")
-    counts = {x.get("name"): x.get("value") for x in properties}
+    counts = {x.attrib["name"]: x.attrib["value"] for x in properties}
     assert int(counts["skipped: my_nsa lacks packed sequences"]) > 0
 
 
-def test_a_stage_that_is_not_there_is_skipped_everywhere():
+def test_a_stage_that_is_not_there_is_skipped_everywhere() -> None:
     status, output = run(CONFORMANCE, impl=own("no_stage"))
     assert status == 1, output
     assert "no_stage: not tested (" in output
 
 
-def test_whoever_ends_the_process_has_failed():
+def test_whoever_ends_the_process_has_failed() -> None:
     chosen = "test_matches and sliding and float32 and (small or window_1)"
     status, output = run(STAGES, "-k", chosen, "-n", "1", impl=own("crashes"))
     assert status == 1
@@ -123,7 +127,7 @@ def test_whoever_ends_the_process_has_failed():
         ("packs", (STAGES, "-k", "pooled_packed and float64 and sliding"), "pooled_packed"),
     ],
 )
-def test_a_wrong_one_fails(name, selection, test):
+def test_a_wrong_one_fails(name: str, selection: tuple[str, ...], test: str) -> None:
     status, output = run(*selection, impl=own(name))
     assert status == 1, output
     assert any(line.startswith("FAILED") and test in line for line in output.splitlines())
@@ -138,7 +142,7 @@ def test_a_wrong_one_fails(name, selection, test):
         ("validation.implementations:STAGES", TypeError, "must be an Implementation or make one, got tuple"),
     ],
 )
-def test_an_unknown_implementation_is_refused(name, error, message):
+def test_an_unknown_implementation_is_refused(name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load(name)
 
@@ -150,7 +154,7 @@ def test_an_unknown_implementation_is_refused(name, error, message):
         (own("not_made"), "RuntimeError: it cannot be made here"),
     ],
 )
-def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(subject, message):
+def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(subject: str, message: str) -> None:
     status, output = run(WINDOW, impl=subject)
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert f"--impl: {message}" in output
@@ -165,12 +169,12 @@ def test_an_implementation_that_cannot_be_loaded_is_a_usage_error(subject, messa
         ({"dtypes": frozenset()}, "dtypes of x must hold one at least"),
     ],
 )
-def test_a_capability_that_no_test_knows_is_refused(declared, message):
+def test_a_capability_that_no_test_knows_is_refused(declared: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Implementation("x", **declared)
 
 
-def test_a_missing_peer_names_the_extra(monkeypatch):
+def test_a_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla", None)
     monkeypatch.delitem(sys.modules, "validation.adapters.fla", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"fla-core, of the extra `peers`: pip install .*\[peers\]"):
@@ -194,14 +198,14 @@ def test_a_missing_peer_names_the_extra(monkeypatch):
         ({"config": lambda config: False}, "small", "blocks (4, 2, 8), 4 selected"),
     ],
 )
-def test_a_capability_not_declared_is_found_missing(declared, case, missing):
+def test_a_capability_not_declared_is_found_missing(declared: dict[str, Any], case: str, missing: str) -> None:
     whole, stages = Implementation("all", compress=my_nsa.compress), ("compress",)
     assert whole.lacks(BY_ID[case], stages) is None
     less = replace(whole, **declared)
     assert less.lacks(fitted(less, BY_ID[case], stages=stages), stages) == missing
 
 
-def test_compressions_matter_to_compression_alone():
+def test_compressions_matter_to_compression_alone() -> None:
     means = replace(my_nsa, compressions=frozenset({"mean"}))
     assert means.lacks(BY_ID["linear"], ("compress",)) == "linear compression"
     assert means.lacks(BY_ID["linear"], ("compressed_attention", "select_blocks")) is None
@@ -210,7 +214,7 @@ def test_compressions_matter_to_compression_alone():
 # 2. Expected failures.
 
 
-def test_expected_failures_are_strict(tmp_path):
+def test_expected_failures_are_strict(tmp_path: Path) -> None:
     file = tmp_path / "xfails"
     file.write_text(f"# known\n\n{WINDOW}[wrong] # one token too many\n")
     status, output = run(WINDOW, f"--xfails-file={file}", impl=own("one_more_token"))
@@ -223,7 +227,7 @@ def test_expected_failures_are_strict(tmp_path):
 
 
 @pytest.mark.parametrize("processes", ["0", "1"])
-def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path, processes):
+def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path: Path, processes: str) -> None:
     file = tmp_path / "xfails"
     file.write_text("nothing::like_this # gone")
     status, output = run(WINDOW, f"--xfails-file={file}", "-n", processes)
@@ -235,7 +239,7 @@ def test_an_expected_failure_of_no_test_is_a_usage_error(tmp_path, processes):
 @pytest.mark.parametrize(
     ("text", "message"), [("a::b", ":1: a::b needs a reason"), ("a::b # c\na::b # d", ":2: a::b is there twice")]
 )
-def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path, text, message):
+def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "xfails"
     file.write_text(text)
     with pytest.raises(pytest.UsageError, match=message):
@@ -245,20 +249,23 @@ def test_an_unusable_file_of_expected_failures_is_a_usage_error(tmp_path, text, 
 # 3. Gates.
 
 
-def test_gpus_that_are_required_and_not_there_fail():
+def test_gpus_that_are_required_and_not_there_fail() -> None:
     status, output = run(WINDOW, "--require-gpus=99")
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert "--require-gpus=99: " in output
 
 
 @pytest.mark.parametrize(("required", "outcome"), [(0, pytest.skip.Exception), (1, pytest.fail.Exception)])
-def test_a_gpu_that_is_not_there_skips_unless_required(monkeypatch, required, outcome):
+def test_a_gpu_that_is_not_there_skips_unless_required(
+    monkeypatch: pytest.MonkeyPatch, required: int, outcome: type[BaseException]
+) -> None:
     monkeypatch.setattr(plugin, "GPUS", [])
+    config: Any = SimpleNamespace(option=SimpleNamespace(require_gpus=required))
     with pytest.raises(outcome, match="missing hardware: 1 GPU of 80 GiB, 0 found"):
-        plugin._need_gpus(SimpleNamespace(option=SimpleNamespace(require_gpus=required)), 1, gib=80)
+        plugin._need_gpus(config, 1, gib=80)
 
 
-def test_a_run_that_executed_nothing_fails():
+def test_a_run_that_executed_nothing_fails() -> None:
     status, output = run(STAGES, "-k", "test_matches and packed_paper")
     assert status == 1, output
     assert "no test was executed" in output
@@ -271,7 +278,7 @@ GROWTH = "validation/unit/conformance/test_precision.py::test_error_grows_no_fas
 
 
 @pytest.mark.parametrize("processes", ["0", "1"])
-def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path, processes):
+def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path: Path, processes: str) -> None:
     # The test of pictures is the last of the file: at its teardown a picture would be made.
     tests = (GROWTH, f"{GROWTH.partition('::')[0]}::test_the_picture_is_drawn_of_any_errors")
     status, output = run(*tests, f"--out={tmp_path}", "-n", processes, impl=own("not_finite"))
@@ -282,7 +289,7 @@ def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path, processes):
     assert (tmp_path / "unit" / "precision.png").exists()
 
 
-def test_a_picture_that_cannot_be_made_says_so_and_changes_no_result(tmp_path):
+def test_a_picture_that_cannot_be_made_says_so_and_changes_no_result(tmp_path: Path) -> None:
     (tmp_path / "out").touch()  # where a folder is needed
     status, output = run(GROWTH, "-k", "head_dim", f"--out={tmp_path / 'out'}")
     assert status == 0, output
@@ -290,14 +297,14 @@ def test_a_picture_that_cannot_be_made_says_so_and_changes_no_result(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("no\ndata"), OSError("disk full"), UserWarning("odd")])
-def test_a_report_ends_with_its_own_error(error):
-    said = []
+def test_a_report_ends_with_its_own_error(error: Exception) -> None:
+    said: list[str] = []
     with reports.attempt("the table", said.append):
         raise error
     assert said == [f"the table could not be made: {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
-def test_a_report_does_not_hold_up_an_interruption():
+def test_a_report_does_not_hold_up_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt), reports.attempt("the table", print):
         raise KeyboardInterrupt
 
@@ -308,11 +315,12 @@ def test_a_report_does_not_hold_up_an_interruption():
 def reported(file: Path) -> list[tuple[str, str]]:
     """Names and seeds of the tests in a JUnit report, in its order; every one has a duration."""
     cases = ElementTree.parse(file).getroot().findall(".//testcase")
-    assert all(float(case.get("time")) >= 0 for case in cases)
-    return [(case.get("name"), case.find(".//property[@name='seed']").get("value")) for case in cases]
+    assert all(float(case.attrib["time"]) >= 0 for case in cases)
+    seeds = [case.findall(".//property[@name='seed']")[0] for case in cases]
+    return [(case.attrib["name"], seed.attrib["value"]) for case, seed in zip(cases, seeds, strict=True)]
 
 
-def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path):
+def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path: Path) -> None:
     runs = []
     for number, shuffle in enumerate((1, 1, 2)):
         report = tmp_path / f"{number}.xml"
@@ -327,7 +335,7 @@ def test_shuffling_changes_order_and_numbers_and_says_so(tmp_path):
     assert not set(seeds) & set(other_seeds)
 
 
-def test_a_variation_draws_other_inputs_and_cotangents(monkeypatch):
+def test_a_variation_draws_other_inputs_and_cotangents(monkeypatch: pytest.MonkeyPatch) -> None:
     case, drawn = BY_ID["small"], []
     for variation in (None, 1, 1):
         monkeypatch.setattr(seeds, "variation", variation)
@@ -338,14 +346,14 @@ def test_a_variation_draws_other_inputs_and_cotangents(monkeypatch):
     assert [name for name, x in second.items() if not torch.equal(x, again[name])] == []
 
 
-def test_a_cotangent_is_no_input_once_more():
+def test_a_cotangent_is_no_input_once_more() -> None:
     """Otherwise whoever confuses the two would be right."""
     x = draw(BY_ID["small"])
     cotangent = draw_cotangent(BY_ID["small"], x["q"], torch.float64)
     assert [name for name, value in x.items() if torch.equal(value, cotangent)] == []
 
 
-def test_a_seed_is_of_the_test_alone(tmp_path):
+def test_a_seed_is_of_the_test_alone(tmp_path: Path) -> None:
     seeds = []
     for number, selection in enumerate(([WINDOW], [SEMANTICS, "-k", "window"])):
         report = tmp_path / f"{number}.xml"
@@ -367,8 +375,11 @@ OF_USERS = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME")
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR", "COVERAGE_FILE", "PYTEST_ADDOPTS", "OUT")
 
 
+Locked = Callable[..., tuple[int, str]]
+
+
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory):
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     """A function that runs a command in a checkout, at a path with a space, from a home: none can be written to.
 
     Permissions do not hold root up. What it cannot do either is to make a folder where a file is.
@@ -393,7 +404,7 @@ def locked(tmp_path_factory):
         folder.chmod(0o755)  # to be removed
 
 
-def test_unit_tests_need_no_place_to_write_to(locked):
+def test_unit_tests_need_no_place_to_write_to(locked: Locked) -> None:
     options = "-k 'error_grows and eager and head_dim and float32'"
     status, output = locked("make", "unit", "VENV=", f"PYTHON={sys.executable}", "JOBS=0", f"PYTEST_ARGS={options}")
     assert status == 0, output
@@ -401,14 +412,14 @@ def test_unit_tests_need_no_place_to_write_to(locked):
     assert "eager: passed (1 passed)" in output
 
 
-def test_training_needs_no_place_to_write_to_but_its_own(locked, tmp_path):
+def test_training_needs_no_place_to_write_to_but_its_own(locked: Locked, tmp_path: Path) -> None:
     options = ("--model.flavor=debug", "--training.steps=1", "--training.seq_len=64", "--validation.no-enable")
     status, output = locked(sys.executable, "-m", "nsa.train", *options, f"--job.dump_folder={tmp_path / 'a run'}")
     assert status == 0, output
     assert (tmp_path / "a run" / "metrics.jsonl").exists()
 
 
-def test_what_must_write_says_where_it_cannot(locked):
+def test_what_must_write_says_where_it_cannot(locked: Locked) -> None:
     status, output = locked("make", "train", "VENV=", f"PYTHON={sys.executable}")
     assert status != 0
     assert "--folder out/train cannot be made (Not a directory): name another, as in make train OUT=FOLDER" in output

@@ -35,7 +35,7 @@ def everything() -> dict[str, torch.Tensor]:
     return results
 
 
-def test_this_version_of_triton_is_accelerated():
+def test_this_version_of_triton_is_accelerated() -> None:
     assert interpreter.accelerate() == kernels.INTERPRETED
 
 
@@ -43,19 +43,19 @@ def test_this_version_of_triton_is_accelerated():
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason="Triton 3.6's own interpreter does not run with NumPy 2.4",
 )
-def test_results_are_bit_for_bit_those_of_triton():
+def test_results_are_bit_for_bit_those_of_triton() -> None:
     command = [sys.executable, "-m", "validation.meta.test_interpreter"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @triton.jit
-def _copy_kernel(x, out, COUNT: tl.constexpr):
+def _copy_kernel(x, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.arange(0, COUNT)
     tl.store(out + places, tl.load(x + places).to(tl.bfloat16))
 
 
-def test_a_bfloat16_is_the_nearest_one(on_device):
+def test_a_bfloat16_is_the_nearest_one(on_device: None) -> None:
     ties = [1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, -1 - 3 / 256]
     extremes = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38]
     x = torch.cat((torch.tensor(ties + extremes), torch.randn(1013)))
@@ -65,21 +65,21 @@ def test_a_bfloat16_is_the_nearest_one(on_device):
 
 
 @triton.jit
-def _first_kernel(x, out, count, COUNT: tl.constexpr):
+def _first_kernel(x, out, count: int, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.arange(0, COUNT)
     kept = (places < 3) & (count > 0)
     tl.store(out + places, tl.load(x + places, mask=kept, other=0.0), mask=kept)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_condition_on_a_scalar_is_part_of_a_mask(on_device, count):
+def test_a_condition_on_a_scalar_is_part_of_a_mask(on_device: None, count: int) -> None:
     out = torch.zeros(8)
     _first_kernel[(1,)](torch.arange(1.0, 9), out, count, COUNT=8)
     assert out.tolist() == [*([1.0, 2.0, 3.0] if count else [0.0] * 3), *[0.0] * 5]
 
 
 @triton.jit
-def _products_kernel(x, y, out, COUNT: tl.constexpr):
+def _products_kernel(x, y, out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.arange(0, COUNT)
     a, b = tl.load(x + places), tl.load(y + places)
     tl.store(out + places, a * a)
@@ -88,7 +88,7 @@ def _products_kernel(x, y, out, COUNT: tl.constexpr):
     tl.store(out + 3 * COUNT + places, a * 3)
 
 
-def test_operands_of_the_same_types_are_told_apart(on_device):
+def test_operands_of_the_same_types_are_told_apart(on_device: None) -> None:
     """A tensor twice is not two tensors, and one number is not another."""
     x, y = torch.arange(1.0, 9), torch.arange(3.0, 11)
     for a, b in ((x, y), (y, x)):

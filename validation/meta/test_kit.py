@@ -63,7 +63,7 @@ def run(environment: Path, tmp_path: Path) -> Run:
 
     def run(lines: str, *arguments: str, subject: str = "theirs:mine") -> tuple[int, str, dict[str, Any]]:
         (tmp_path / "theirs.py").write_text(lines)
-        command = [environment / "bin" / "nsa-validate", subject, "--json=verdict.json", *arguments]
+        command = [str(environment / "bin" / "nsa-validate"), subject, "--json=verdict.json", *arguments]
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
         variables = {**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
@@ -192,7 +192,7 @@ def test_pytest_beside_it_is_left_alone(environment: Path, tmp_path: Path) -> No
     (tmp_path / "test_own.py").write_text(
         "def test_own(pytestconfig):\n    assert not hasattr(pytestconfig.option, 'impl')\n"
     )
-    command = [environment / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [str(environment / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "machine:" not in done.stdout
@@ -202,7 +202,15 @@ def test_pytest_beside_it_is_left_alone(environment: Path, tmp_path: Path) -> No
 
 def test_pytest_that_names_the_harness_has_its_options(environment: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(EXAMPLE)
-    command = [environment / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--impl=theirs:mine"]
+    command = [
+        str(environment / "bin" / "python"),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--impl=theirs:mine",
+    ]
     command += ["--import-mode=importlib", "--pyargs", "nsa_validation.unit.conformance.test_rules"]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ def climb(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, di
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_fails_the_ladder_in_the_system_layer(tmp_path, name):
+def test_a_mutant_fails_the_ladder_in_the_system_layer(tmp_path: Path, name: str) -> None:
     killer = f"test_holds and {MUTANTS[name].killer}"
     status, output, verdict = climb(tmp_path, "--layers=system", "-k", killer, **{VARIABLE: name})
     assert status == 1, output
@@ -38,7 +38,7 @@ def test_a_mutant_fails_the_ladder_in_the_system_layer(tmp_path, name):
     assert output.rstrip().endswith("eager: failed in system")
 
 
-def test_a_ladder_that_holds_passes(tmp_path):
+def test_a_ladder_that_holds_passes(tmp_path: Path) -> None:
     status, output, verdict = climb(tmp_path, "--layers=system", "-k", "test_holds and not all_learn")
     assert status == 0, output
     assert verdict["verdict"] == "passed"
@@ -47,7 +47,7 @@ def test_a_ladder_that_holds_passes(tmp_path):
     assert [suite.get("name") for suite in ElementTree.parse(tmp_path / "junit.xml").getroot()] == ["system"]
 
 
-def test_a_ladder_that_tests_nothing_fails(tmp_path):
+def test_a_ladder_that_tests_nothing_fails(tmp_path: Path) -> None:
     status, output, verdict = climb(tmp_path, "--layers=system", "-k", "no_such_test")
     assert status == 1, output
     assert verdict["layers"]["system"]["verdict"] == "not tested"
@@ -61,7 +61,7 @@ def test_a_ladder_that_tests_nothing_fails(tmp_path):
         (["--tier=1b-32k"], "--tier 1b-32k cannot be run here: it needs 1 GPU, 0 found"),
     ],
 )
-def test_a_wrong_command_is_refused_before_work(tmp_path, arguments, says):
+def test_a_wrong_command_is_refused_before_work(tmp_path: Path, arguments: list[str], says: str) -> None:
     status, output, verdict = climb(tmp_path, *arguments)
     assert status == 2, output
     assert says in output
@@ -103,7 +103,7 @@ def page(tmp_path: Path) -> str:
     return page_of(verdict, tmp_path)
 
 
-def test_the_page_has_every_part_and_needs_no_other_file(page):
+def test_the_page_has_every_part_and_needs_no_other_file(page: str) -> None:
     for part in ("Mutants", "Precision", "Long-sequence tasks", "Speed and memory", "Versions", "Commands", "Not run"):
         assert f"<h2>{part}" in page, part
     assert page.index("class=wide") < page.index("<h2>"), "the verdict by layer comes first"
@@ -138,6 +138,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser: chromium
 
 def seen(page: str, folder: Path, dark: bool = False) -> list[str]:
     """What a browser finds wrong with a page at the width of a desktop and of a phone, and the colours it shows."""
+    assert BROWSER is not None
     (folder / "report.html").write_text(page)
     frames = "".join(
         f'<iframe src="report.html" style="width:{width}px;height:800px" onload="done(this, {width})"></iframe>'
@@ -156,14 +157,14 @@ def seen(page: str, folder: Path, dark: bool = False) -> list[str]:
 
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_all_of_it(page, tmp_path, dark):
+def test_a_browser_shows_all_of_it(page: str, tmp_path: Path, dark: bool) -> None:
     """Without errors, overflow or missing pictures, in light and dark."""
     colours = "rgb(221, 221, 221) on rgb(22, 22, 22)" if dark else "rgb(34, 34, 34) on rgb(255, 255, 255)"
     assert seen(page, tmp_path, dark) == sorted(f"shown {width} {colours}" for width in (1280, 390))
 
 
 @needs_browser
-def test_the_browser_notices_what_is_wrong(page, tmp_path):
+def test_the_browser_notices_what_is_wrong(page: str, tmp_path: Path) -> None:
     broken = '<div style="width:3000px">x</div><img alt=gone src="nowhere.png"><script>throw Error("a slip")</script>'
     found = "\n".join(seen(page.replace("</body>", f"{broken}</body>"), tmp_path))
     for part in ("overflow at 1280", "overflow at 390", "no picture: gone", "a slip"):

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_a_straddling_block_counts_for_both_neighbours() -> None:
 
 # 4. Selection. Blocks (2, 2, 2) make importance the plain probability of a block.
 
-SIMPLE = {"blocks": (2, 2, 2), "window": 2}
+SIMPLE: dict[str, Any] = {"blocks": (2, 2, 2), "window": 2}
 
 
 def test_forced_blocks_are_taken_whatever_their_importance() -> None:
@@ -257,5 +258,6 @@ def test_module_reads_its_projections_in_branch_order(branch: int, expected: flo
 
 def test_oracle_promotes_every_float_dtype() -> None:
     tensors = draw(BY_ID["small"], torch.float16)
-    out, lse = oracle.compressed_attention(*(tensors[n] for n in ("q", "k_cmp", "v_cmp")), BY_ID["small"].config)
+    q, k_cmp, v_cmp = (tensors[name] for name in ("q", "k_cmp", "v_cmp"))
+    out, lse = oracle.compressed_attention(q, k_cmp, v_cmp, BY_ID["small"].config)
     assert out.dtype == lse.dtype == torch.float64

@@ -97,7 +97,13 @@ def test_a_peer_may_be_there_or_not() -> None:
 
 
 def test_a_rival_may_do_now_what_it_could_not_when_the_baseline_was_made() -> None:
-    flex = {"workload": "W", "length": 8192, "stage": "window", "direction": "backward", "subject": "FlexAttention"}
+    flex: dict[str, Any] = {
+        "workload": "W",
+        "length": 8192,
+        "stage": "window",
+        "direction": "backward",
+        "subject": "FlexAttention",
+    }
     run = [record(), record("flex", role="rival", **flex)]
     assert not list(gates.differences(run, [record()], {}, partial=False, failures=[flex]))
     others = [{**flex, "direction": "forward"}]
@@ -123,7 +129,7 @@ def test_saved_runs_of_stages_are_compared_too() -> None:
 
 
 def test_within_a_run_ours_is_compared_with_dense_and_the_best_peer() -> None:
-    where = {"workload": "W", "length": 1024, "stage": "nsa_attention", "direction": "forward"}
+    where: dict[str, Any] = {"workload": "W", "length": 1024, "stage": "nsa_attention", "direction": "forward"}
     run = [
         record("ours", 2.0, subject="ours", **where),
         record("dense", 3.0, role="rival", subject="dense (cuDNN)", **where),
@@ -137,7 +143,7 @@ def test_within_a_run_ours_is_compared_with_dense_and_the_best_peer() -> None:
 
 
 def whole(ours: float, dense: float, memory: int = 90) -> list[Record]:
-    where = {"workload": "W", "length": 8192, "stage": "nsa_attention"}
+    where: dict[str, Any] = {"workload": "W", "length": 8192, "stage": "nsa_attention"}
     rows = [("ours", "ours", ours, memory), ("rival", "dense (cuDNN)", dense, 100)]
     return [
         record(f"{role}-{direction}", ms / 2, memory, role, subject=subject, direction=direction, **where)
@@ -164,13 +170,13 @@ def test_a_promise_is_kept_or_named(kind: str, run: list[Record], broken: bool) 
 
 
 def launched(host: float, ops: int) -> list[Record]:
-    where = {"workload": "W", "length": 8192, "stage": "nsa_attention", "subject": "ours"}
-    figures = {"host_sustained": host, "host_cold": 9.0, "device_ops": ops}
+    where: dict[str, Any] = {"workload": "W", "length": 8192, "stage": "nsa_attention", "subject": "ours"}
+    figures: dict[str, Any] = {"host_sustained": host, "host_cold": 9.0, "device_ops": ops}
     return [record(direction, direction=direction, **where, **figures) for direction in ("forward", "backward")]
 
 
 def beside(stage: str, direction: str, ours: float, *dense: float) -> list[Record]:
-    where = {"workload": "W", "length": 8192, "stage": stage, "direction": direction}
+    where: dict[str, Any] = {"workload": "W", "length": 8192, "stage": stage, "direction": direction}
     names = zip(("dense (cuDNN)", "dense (flash)"), dense, strict=False)
     others = [record(name, ms, role="rival", subject=name, **where) for name, ms in names]
     return [record("ours", ours, subject="ours", **where), *others]

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from validation.perf import plots, records, report
 
@@ -57,6 +59,10 @@ def shown(figure: Any) -> list[Any]:
     return [axes for axes in figure.axes if axes.get_visible()]
 
 
+def points(line: Line2D) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in numpy.asarray(line.get_xydata()).tolist()]
+
+
 def words(figure: Any) -> str:
     return " ".join(text.get_text() for text in figure.findobj(plt.Text))
 
@@ -80,7 +86,7 @@ def test_time_is_that_of_both_passes_of_all_beside_the_floor() -> None:
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert set(lines) == {"triton", "dense (cuDNN)", "SNSA with FlexAttention", "floor of NSA"}
-    ours = dict(zip(*lines["triton"].get_data(), strict=True))
+    ours = dict(points(lines["triton"]))
     found = {
         r["direction"]: r["median"]
         for r in PEERS["results"]
@@ -153,7 +159,7 @@ def test_generation_is_beside_the_dense_twin() -> None:
 def test_speed_is_relative_to_the_fastest_dense_attention() -> None:
     figure = plots.speedup(on_a_cpu())
     assert figure is not None
-    lines = {line.get_label(): set(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    lines = {line.get_label(): {y for _, y in points(line)} for line in figure.axes[0].get_lines()}
     assert lines == {"eager": {0.5}, "dense (math)": {0.25}, "dense (flash)": {1}}
     assert figure.axes[0].get_ylabel() == "time of dense (flash) / time"
 
@@ -199,16 +205,11 @@ def test_history_marks_and_names_what_changed_between_commits() -> None:
     assert figure is not None
     lines = figure.axes[0].get_lines()
     marks = {
-        name: [
-            point
-            for line in lines
-            if line.get_marker() == look["marker"]
-            for point in zip(*line.get_data(), strict=True)
-        ]
+        name: [point for line in lines if line.get_marker() == look["marker"] for point in points(line)]
         for name, look in (("worse", plots.WORSE), ("better", plots.BETTER))
     }
     assert marks == {"worse": [(2, pytest.approx(1.3)), (2, pytest.approx(1.0))], "better": [(1, pytest.approx(0.5))]}
-    assert [1.0, 1.0, pytest.approx(1.3)] in [list(line.get_ydata()) for line in lines]
+    assert [1.0, 1.0, pytest.approx(1.3)] in [[y for _, y in points(line)] for line in lines]
     assert words_on_panels(figure) == {"W-1k-forward +30%", "W-1k-backward +100%", "W-1k-backward -50%"}
     all_words_are_on(figure)
 

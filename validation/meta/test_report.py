@@ -1,5 +1,7 @@
 """The page of measurements: made from a saved run, and from nothing else."""
 
+from typing import Any
+
 import pytest
 
 from validation.perf import records
@@ -22,7 +24,7 @@ def record(subject: str, direction: str, ms: float, stage: str = "nsa_attention"
     return {**key, "median": ms, "lower": ms, "upper": ms, "rounds": 3, "memory": 2**30}
 
 
-def test_a_page_has_ratios_floors_the_best_other_and_failures():
+def test_a_page_has_ratios_floors_the_best_other_and_failures() -> None:
     results = [record("ours", "forward", 2.0), record("ours", "backward", 4.0)]
     results += [record("dense (cuDNN)", "forward", 3.0), record("dense (cuDNN)", "backward", 6.0)]
     results += [record(name, "forward", ms, "combine") for name, ms in (("ours", 0.2), ("slow", 0.9), ("good", 0.3))]
@@ -52,11 +54,12 @@ def test_a_page_has_ratios_floors_the_best_other_and_failures():
     assert page.count("a \\| b c |") == 1  # what neither run could do is said once
 
 
-def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it():
+def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it() -> None:
     first = [record(s, "forward", ms, "combine") for s, ms in (("ours", 0.2), ("rival", 0.3))]
     first += [record("ours", "backward", 0.2, "combine")]
     second = [record(s, d, 0.4, "combine") for s in ("theirs", "rival") for d in ("forward", "backward")]
-    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
+    roofs = {"flops": 1e15, "bytes": 4e12}
+    report: dict[str, Any] = {"machine": MACHINE, "roofs": roofs, "subject": "ours", "failures": []}
     a, b = {**report, "results": first}, {**report, "subject": "theirs", "results": second}
     assert newcomers(b, a) == ["rival"]
     page = render({"a.json": a, "b.json": b})
@@ -69,7 +72,7 @@ def test_what_the_first_run_lacks_is_shown_in_the_run_that_has_it():
     assert "img/perf-beside-1.png" in render({"a.json": a, "b.json": b})
 
 
-def test_the_page_compares_with_the_fastest_dense_attention_of_each_length():
+def test_the_page_compares_with_the_fastest_dense_attention_of_each_length() -> None:
     times = {"ours": (2.0, 2.0), "dense (math)": (8.0, 1.0), "dense (flash)": (4.0, 3.0)}
     results = [
         record(subject, direction, ms / 2, length=length)
@@ -133,18 +136,18 @@ def speeds(ratio: float) -> str:
     return " ".join(made.split())
 
 
-def test_the_readme_says_where_nsa_pays():
+def test_the_readme_says_where_nsa_pays() -> None:
     assert "faster than dense attention from 4k tokens with 64 / 4 heads and from 4k tokens with 32 / 8" in speeds(1.5)
     assert "faster than dense attention nowhere with 64 / 4 heads and nowhere with 32 / 8 heads" in speeds(0.5)
     assert "above 1 NSA is faster, below 1 it is slower" in speeds(1.5)
     assert "PyTorch {torch} and Triton {triton}".format(**BASELINE["machine"]) in speeds(1.5)
 
 
-def test_training_of_which_there_is_no_run_is_not_shown():
+def test_training_of_which_there_is_no_run_is_not_shown() -> None:
     assert training_of("100m", 4096, TRAINED)
     assert training_of("100m", 65536, TRAINED) is None
 
 
-def test_a_readme_without_its_marks_is_refused():
+def test_a_readme_without_its_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="the file must have the lines <!-- made by"):
         readme([BASELINE], "# Title")

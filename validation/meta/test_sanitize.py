@@ -14,7 +14,7 @@ CLEAN = {
 
 
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
-def test_a_clean_report_passes(tool):
+def test_a_clean_report_passes(tool: str) -> None:
     assert sanitize.problem(tool, 0, CLEAN[tool]) is None
 
 
@@ -28,13 +28,15 @@ def test_a_clean_report_passes(tool):
         ("racecheck", 0, "========= Error: Device not supported\n", "racecheck came to no end"),
     ],
 )
-def test_anything_else_does_not(tool, status, report, message):
+def test_anything_else_does_not(tool: str, status: int, report: str, message: str) -> None:
     found = sanitize.problem(tool, status, report)
     assert found is not None
     assert re.match(message, found), found
 
 
-def test_without_the_tool_it_fails_and_says_so(monkeypatch, capsys):
+def test_without_the_tool_it_fails_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sanitize"])
     assert sanitize.main() == 1

@@ -71,7 +71,9 @@ def test_the_worst_error_of_each_tensor_is_kept() -> None:
         (made(GOOD), made({**GOOD, "id": "test_a.py::test_a[ours-x]"}, name="ours"), "not worse", False),
     ],
 )
-def test_comparisons(tmp_path: Path, capsys, before: dict, after: dict, line: str, worse: bool) -> None:
+def test_comparisons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: dict, after: dict, line: str, worse: bool
+) -> None:
     files = [tmp_path / name for name in ("before.json", "after.json")]
     for file, content in zip(files, (before, after), strict=True):
         file.write_text(json.dumps(content))
@@ -83,14 +85,16 @@ def test_comparisons(tmp_path: Path, capsys, before: dict, after: dict, line: st
     ("layers", "message"),
     [("unit,speed", "must be of unit, precision, perf"), ("perf", "perf needs unit or precision")],
 )
-def test_layers_that_cannot_be_run_are_refused(layers: str, message: str, capsys) -> None:
+def test_layers_that_cannot_be_run_are_refused(layers: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["eager", f"--layers={layers}"])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--json", "--report"])
-def test_a_file_that_could_not_be_written_is_refused_before_the_run(option: str, tmp_path: Path, capsys) -> None:
+def test_a_file_that_could_not_be_written_is_refused_before_the_run(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["eager", f"{option}={tmp_path / 'none' / 'file'}"])
     assert f"{option}: must be a file in a folder that exists" in capsys.readouterr().err

@@ -12,7 +12,7 @@ SMALL = Workload("small", 6, 2, 16, 32, NSAConfig(16, 8, 16, 4, window_size=20),
 LENGTH = 150
 
 
-def test_inputs_are_those_of_the_stages():
+def test_inputs_are_those_of_the_stages() -> None:
     x = SMALL.draw(LENGTH, "cpu")
     out, lse = oracle.compressed_attention(x["q"], x["k_cmp"], x["v_cmp"], SMALL.config)
     assert out.shape == x["out_cmp"].shape
@@ -22,7 +22,7 @@ def test_inputs_are_those_of_the_stages():
     assert true.min() < drawn.min() <= drawn.max() < true.max()
 
 
-def test_drawn_indices_follow_the_rules_of_selection():
+def test_drawn_indices_follow_the_rules_of_selection() -> None:
     indices = SMALL.draw(LENGTH, "cpu")["indices"]
     config, own = SMALL.config, torch.arange(LENGTH).view(1, -1, 1) // SMALL.config.select_block_size
     assert indices.shape == (1, LENGTH, SMALL.kv_heads, config.num_selected_blocks)
@@ -36,7 +36,7 @@ def test_drawn_indices_follow_the_rules_of_selection():
         assert (indices == forced.unsqueeze(-1)).any(-1).all()
 
 
-def test_pairs_are_those_of_the_masks():
+def test_pairs_are_those_of_the_masks() -> None:
     config, query, key = SMALL.config, torch.arange(LENGTH).view(-1, 1), torch.arange(LENGTH)
     ends = torch.arange(config.num_compressed(LENGTH)) * config.compress_stride + config.compress_block_size - 1
     indices = SMALL.draw(LENGTH, "cpu")["indices"][0, :, 0]
@@ -57,11 +57,11 @@ def test_pairs_are_those_of_the_masks():
         ("sliding_window_attention", "1.1e+12"),
     ],
 )
-def test_operations_at_64k_are_those_worked_out_by_hand(stage, flops):
+def test_operations_at_64k_are_those_worked_out_by_hand(stage: str, flops: str) -> None:
     assert f"{WORKLOADS['W'].costs(65536)[stage, 'forward'].flops:.1e}" == flops
 
 
-def test_a_step_of_decoding_reads_what_was_worked_out_by_hand():
+def test_a_step_of_decoding_reads_what_was_worked_out_by_hand() -> None:
     """4095 blocks, 16 times 64 tokens and 512 of the window, keys and values of 4 heads and 128 dims in 2 bytes."""
     cost, dense = (WORKLOADS["W"].decode_cost(65536, 2, dense=dense) for dense in (False, True))
     of_queries = 2 * 64 * 256 * 2
@@ -70,7 +70,7 @@ def test_a_step_of_decoding_reads_what_was_worked_out_by_hand():
     assert dense.flops == 2 * 2 * 64 * 65536 * 256
 
 
-def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages():
+def test_the_floor_is_the_larger_of_the_two_and_adds_up_over_the_stages() -> None:
     roofs, work = Roofs(flops=1.0, bytes=1.0), WORKLOADS["W"]
     found = work.costs(4096)
     attention, combine = found["compressed_attention", "forward"], found["combine", "forward"]
