@@ -1,6 +1,7 @@
 """A run in which one of the mutants is made: `mutants.py` says which there are."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,7 +9,7 @@ from validation.system.mutants import MUTANTS, VARIABLE
 
 
 @pytest.fixture(autouse=True)
-def _mutant():
+def _mutant() -> Iterator[None]:
     name = os.environ.get(VARIABLE)
     if not name:
         yield

@@ -8,10 +8,10 @@ import pytest
 from validation import reports
 from validation.runs import LOSS, VALIDATION_LOSS, Metrics
 from validation.system import repeats
-from validation.system.repeats import GRAD_NORM, TIER, TIERS
+from validation.system.repeats import GRAD_NORM, TIER, TIERS, Runs
 
 
-def invented(losses):
+def invented(losses: dict[str, list[float]]) -> Runs:
     """Runs with these validation losses, by model."""
     return {
         name: {seed: Metrics(({"step": 1, VALIDATION_LOSS: loss},)) for seed, loss in enumerate(each)}
@@ -29,18 +29,20 @@ def invented(losses):
         ([1.0, 2.0, 3.0], True),
     ],
 )
-def test_a_difference_is_paired_by_seed(losses, holds):
+def test_a_difference_is_paired_by_seed(losses: list[float], holds: bool) -> None:
     assert repeats.paired(invented({"NSA": losses, "dense": [2.0, 3.0, 4.0]}), "NSA").holds == holds
 
 
-def test_a_tier_that_cannot_run_here_says_so(monkeypatch, capsys):
+def test_a_tier_that_cannot_run_here_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(repeats.torch.cuda, "device_count", lambda: 0)
     assert repeats.main(["--tier=1b-32k"]) == 3
     assert capsys.readouterr().err == "1b-32k was not run here: it needs 1 GPU, 0 found\n"
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     name = os.environ.get(TIER, "cpu")
     processes = 1 if TIERS[name].gpus else os.cpu_count() or 1
     found = repeats.run(TIERS[name], tmp_path_factory.mktemp("repeats"), processes)
@@ -52,14 +54,14 @@ def runs(request, tmp_path_factory):
 
 @pytest.mark.ladder
 @pytest.mark.parametrize("name", ["NSA", "hybrid"])
-def test_losses_are_those_of_the_dense_twin(runs, name):
+def test_losses_are_those_of_the_dense_twin(runs: Runs, name: str) -> None:
     found = repeats.paired(runs, name)
     assert found.holds, f"{name} from dense: {found}"
 
 
 @pytest.mark.ladder
 @pytest.mark.parametrize("name", ["NSA", "hybrid", "dense"])
-def test_training_is_stable(runs, name):
+def test_training_is_stable(runs: Runs, name: str) -> None:
     """No loss or norm that is not finite, and no step that is worse than the first."""
     for metrics in runs[name].values():
         losses, norms = list(metrics[LOSS].values()), list(metrics[GRAD_NORM].values())

@@ -1,6 +1,7 @@
 """Does NSA find in a long sequence what dense attention finds? Tasks, models and scores are in `tasks.py`."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ TINY = Setting(length=48, batch=2, steps=2, scored=2)
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [None, 0.0, 0.95])
-def test_answers_stand_where_the_rows_say(task, depth):
+def test_answers_stand_where_the_rows_say(task: str, depth: float | None) -> None:
     rows = TASKS[task](torch.Generator().manual_seed(1), 8, 96, depth=depth)
     asked = rows.answers != tasks.UNASKED
     row, _ = asked.nonzero(as_tuple=True)
@@ -31,7 +32,7 @@ def test_answers_stand_where_the_rows_say(task, depth):
         assert abs(source.double().mean() / 96 - depth) < 0.5
 
 
-def test_a_window_does_not_reach_most_answers():
+def test_a_window_does_not_reach_most_answers() -> None:
     setting = Setting()
     for task, draw in TASKS.items():
         rows = draw(torch.Generator().manual_seed(1), 64, setting.length)
@@ -41,10 +42,12 @@ def test_a_window_does_not_reach_most_answers():
 
 
 @pytest.mark.parametrize("kind", ["random", "oracle"])
-def test_blocks_that_are_given_are_legal(kind):
+def test_blocks_that_are_given_are_legal(kind: str) -> None:
     setting = Setting()
     rows = TASKS["recall"](torch.Generator().manual_seed(1), 4, setting.length)
-    given = tasks.blocks_of(rows, setting, kind, torch.Generator().manual_seed(2))[:, :, 0]
+    blocks = tasks.blocks_of(rows, setting, kind, torch.Generator().manual_seed(2))
+    assert blocks is not None
+    given = blocks[:, :, 0]
     own = torch.arange(setting.length) // setting.config.select_block_size
     assert (given <= own[:, None]).all()
     assert (given == own[:, None]).any(-1).all(), "the own block is forced"
@@ -57,26 +60,26 @@ def test_blocks_that_are_given_are_legal(kind):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_model_trains(variant):
+def test_every_model_trains(variant: str) -> None:
     result = tasks.train("recall", variant, setting=TINY)
     assert len(result.losses) == TINY.steps
     assert sorted(result.scores) == [48, 96, 192]
     assert tasks.train("recall", variant, setting=TINY).losses == result.losses, "the same seed, the same run"
 
 
-def test_an_implementation_computes_the_layers():
+def test_an_implementation_computes_the_layers() -> None:
     own = tasks.train("recall", "NSA", setting=TINY)
     theirs = tasks.train("recall", "NSA", setting=TINY, subject="eager")
     for mine, other in zip(own.losses, theirs.losses, strict=True):
         assert abs(mine - other) <= numerics.LAYOUT_BOUND * mine
 
 
-def test_an_implementation_that_cannot_is_told_why():
+def test_an_implementation_that_cannot_is_told_why() -> None:
     assert tasks.why_not(load("eager"), TINY) is None
     assert tasks.why_not(load("docs.examples.sixty_lines:mine"), TINY) == "mlp compression"
 
 
-def test_results_are_saved_with_their_pictures(tmp_path):
+def test_results_are_saved_with_their_pictures(tmp_path: Path) -> None:
     results = [tasks.train("copy", name, setting=TINY) for name in ("NSA", "dense")]
     tasks.save(tmp_path, results, "a command")
     assert tasks.read(tmp_path / "tasks.json") == results
@@ -87,8 +90,11 @@ def test_results_are_saved_with_their_pictures(tmp_path):
 # 2. What models learn.
 
 
+Scores = dict[tuple[str, str], float]
+
+
 @pytest.fixture(scope="module")
-def scores(request):
+def scores(request: pytest.FixtureRequest) -> Scores:
     """Every model, trained: scores at the trained length by task and model."""
     subject, setting = os.environ.get(SUBJECT), Setting()
     if subject and (lack := tasks.why_not(load(subject), setting)):
@@ -112,7 +118,7 @@ BEHIND = pytest.mark.xfail(strict=True, reason="the selection misses some letter
         for task in TASKS
     ],
 )
-def test_what_dense_attention_finds_is_found(scores, variant, task):
+def test_what_dense_attention_finds_is_found(scores: Scores, variant: str, task: str) -> None:
     dense, found = scores[task, "dense"], scores[task, variant]
     assert dense >= numerics.SOLVED, f"dense attention does not solve {task} ({dense:.3f}): nothing to compare with"
     assert found >= numerics.RECALL_RATIO * dense, f"{task}: {variant} {found:.3f}, dense {dense:.3f}"
@@ -120,7 +126,7 @@ def test_what_dense_attention_finds_is_found(scores, variant, task):
 
 @pytest.mark.ladder
 @pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.solves is False])
-def test_what_is_out_of_reach_is_not_found(scores, variant):
+def test_what_is_out_of_reach_is_not_found(scores: Scores, variant: str) -> None:
     """A model that finds it nevertheless was told the answer: then the task shows nothing."""
     found = scores["recall", variant]
     assert found < numerics.RECALL_RATIO * scores["recall", "dense"], f"{variant}: {found:.3f}"
@@ -128,7 +134,7 @@ def test_what_is_out_of_reach_is_not_found(scores, variant):
 
 
 @pytest.mark.ladder
-def test_the_blocks_of_the_answers_are_enough(scores):
+def test_the_blocks_of_the_answers_are_enough(scores: Scores) -> None:
     """Where these models fail it is not the selection that is wrong."""
     found = scores["recall", "oracle's blocks"]
     assert found >= numerics.RECALL_RATIO * scores["recall", "dense"], f"{found:.3f}"

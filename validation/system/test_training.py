@@ -7,7 +7,9 @@ import signal
 import subprocess
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from nsa.generate import generate
 from nsa.titan.data import corpus_tokens
 from nsa.titan.load import load_model
 from validation import numerics
-from validation.runs import LOSS, VALIDATION_LOSS, command, environment, read_metrics, read_parameters, train
+from validation.runs import LOSS, VALIDATION_LOSS, Metrics, command, environment, read_metrics, read_parameters, train
 from validation.system.twins import options_of
 
 TINY = (
@@ -33,20 +35,20 @@ EXACT = (LOSS, "grad_norm", "lr", "n_tokens_seen")
 """Metrics that a resumed run must repeat bit for bit."""
 
 
-def exact(metrics, steps=range(1, 7)):
+def exact(metrics: Metrics, steps: Iterable[int] = range(1, 7)) -> dict[str, dict[int, float | None]]:
     """What of a run must not depend on interruptions."""
     return {name: {step: metrics[name].get(step) for step in steps} for name in EXACT}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps without an interruption: the folder of the run."""
     folder = tmp_path_factory.mktemp("whole")
     train(TINY, folder)
     return folder
 
 
-def test_loss_falls_and_twins_agree(tmp_path):
+def test_loss_falls_and_twins_agree(tmp_path: Path) -> None:
     options = (*TINY, "--training.steps=40", "--training.local_batch_size=4", "--checkpoint.no-enable")
     losses = {
         flavor: list(train((*options, f"--model.flavor={flavor}"), tmp_path / flavor)[LOSS].values())
@@ -59,7 +61,7 @@ def test_loss_falls_and_twins_agree(tmp_path):
     assert sparse <= dense * numerics.TWIN_LOSS_RATIO, f"NSA ends at {sparse}, its dense twin at {dense}"
 
 
-def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path):
+def test_a_sparse_model_goes_on_from_a_dense_one(tmp_path: Path) -> None:
     """With all blocks selected and no other branch it begins where the dense one is, and goes where that goes."""
     options = (
         *TINY, "--validation.enable", "--validation.freq=100", "--validation.steps=8", "--validation.seq_len=256",
@@ -88,7 +90,7 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def is_python(line):
+def is_python(line: str) -> bool:
     """Whether a line is one of Python, in whatever context."""
     contexts = (
         "{}",
@@ -104,14 +106,14 @@ def is_python(line):
     return False
 
 
-def plausible(texts, words):
+def plausible(texts: list[str], words: set[str]) -> tuple[float, float]:
     """The part of the words of texts that are among `words`, and the part of their lines that are lines of Python."""
     found = [word for text in texts for word in WORD.findall(text)]
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     return sum(word in words for word in found) / len(found), sum(map(is_python, lines)) / len(lines)
 
 
-def test_a_model_of_make_train_writes_python(tmp_path):
+def test_a_model_of_make_train_writes_python(tmp_path: Path) -> None:
     """After half of its steps. Tokens that are drawn as often as they come, one by one, are no Python."""
     options = options_of(tmp_path)
     train((*options, "--training.steps=400", "--validation.no-enable"), tmp_path / "debug", timeout=850)
@@ -130,16 +132,16 @@ def test_a_model_of_make_train_writes_python(tmp_path):
     assert control[1] < numerics.PARSED_LINES, "any lines would pass"
 
 
-def test_same_seed_gives_the_same_run(whole, tmp_path):
+def test_same_seed_gives_the_same_run(whole: Path, tmp_path: Path) -> None:
     assert exact(train(TINY, tmp_path)) == exact(read_metrics(whole))
 
 
-def test_another_seed_gives_another_run(whole, tmp_path):
+def test_another_seed_gives_another_run(whole: Path, tmp_path: Path) -> None:
     other = train((*TINY, "--training.steps=1", "--debug.seed=1", "--checkpoint.no-enable"), tmp_path)
     assert other[LOSS][1] != read_metrics(whole)[LOSS][1]
 
 
-def test_resume_is_bit_exact(whole, tmp_path):
+def test_resume_is_bit_exact(whole: Path, tmp_path: Path) -> None:
     train((*TINY, "--training.steps=3", "--lr_scheduler.total_steps=6"), tmp_path)
     resumed = train(TINY, tmp_path)
     assert exact(resumed) == exact(read_metrics(whole))
@@ -149,7 +151,7 @@ def test_resume_is_bit_exact(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_leaves_a_resumable_checkpoint(whole, tmp_path, number):
+def test_interruption_leaves_a_resumable_checkpoint(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     options = (*TINY, "--checkpoint.interval=100")
     run = subprocess.Popen(
         command(options, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -168,7 +170,7 @@ def test_interruption_leaves_a_resumable_checkpoint(whole, tmp_path, number):
     assert exact(train(options, tmp_path)) == exact(read_metrics(whole))
 
 
-def test_gradients_are_clipped(whole, tmp_path):
+def test_gradients_are_clipped(whole: Path, tmp_path: Path) -> None:
     # Adam divides by the gradient's own size, so clipping shows only below its epsilon: there nothing moves.
     still = train(
         (*TINY, "--training.max_norm=1e-12", "--optimizer.weight_decay=0", "--checkpoint.no-enable"), tmp_path
@@ -181,7 +183,7 @@ def test_gradients_are_clipped(whole, tmp_path):
     assert unmoved < moved / 10, f"clipped run moved by {unmoved}, the other by {moved}"
 
 
-def test_a_run_that_diverges_ends_and_says_why(tmp_path):
+def test_a_run_that_diverges_ends_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="exited with 4:") as stopped:
         train((*TINY, "--optimizer.lr=1e30", "--checkpoint.no-enable"), tmp_path)
     said = str(stopped.value)
@@ -190,7 +192,7 @@ def test_a_run_that_diverges_ends_and_says_why(tmp_path):
     assert "Traceback" not in said
 
 
-def test_selection_and_gates_are_logged_on_request(whole, tmp_path):
+def test_selection_and_gates_are_logged_on_request(whole: Path, tmp_path: Path) -> None:
     logged = train((*TINY, "--nsa.selection_metrics", "--checkpoint.no-enable"), tmp_path)
     assert logged[LOSS] == read_metrics(whole)[LOSS], "looking at the selection changes training"
     for name in ("union_4", "union_8", "neighbour_change", "forced", "entropy", "never"):
@@ -199,7 +201,7 @@ def test_selection_and_gates_are_logged_on_request(whole, tmp_path):
     assert all(0 < logged[f"gates/{branch}"][6] < 1 for branch in ("compressed", "selected", "window"))
 
 
-def test_learning_rate_follows_its_schedule(tmp_path):
+def test_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
     options = ("--optimizer.lr=1.0e-3", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.decay_ratio=0.5")
     shape = ("--lr_scheduler.decay_type=linear", "--lr_scheduler.min_lr_factor=0.1", "--checkpoint.no-enable")
     rates = train((*TINY, *options, *shape), tmp_path)["lr"]
@@ -210,7 +212,7 @@ def test_learning_rate_follows_its_schedule(tmp_path):
         )
 
 
-def test_validation_sees_the_same_rows_every_time(tmp_path):
+def test_validation_sees_the_same_rows_every_time(tmp_path: Path) -> None:
     options = ("--validation.enable", "--validation.freq=2", "--validation.steps=2", "--validation.seq_len=256")
     frozen = ("--optimizer.lr=0", "--validation.local_batch_size=2", "--checkpoint.no-enable")
     losses = train((*TINY, *options, *frozen), tmp_path)[VALIDATION_LOSS]
@@ -218,7 +220,7 @@ def test_validation_sees_the_same_rows_every_time(tmp_path):
     assert len(set(losses.values())) == 1, f"an unchanged model must keep its validation loss: {losses}"
 
 
-def test_tensorboard_has_the_losses(whole, tmp_path):
+def test_tensorboard_has_the_losses(whole: Path, tmp_path: Path) -> None:
     train((*TINY, "--metrics.enable_tensorboard", "--checkpoint.no-enable"), tmp_path)
     (folder,) = (tmp_path / "tb").iterdir()
     events = EventAccumulator(str(folder))
@@ -228,18 +230,18 @@ def test_tensorboard_has_the_losses(whole, tmp_path):
         numerics.assert_equal(torch.tensor(logged[step]), torch.tensor(loss), what=f"loss of step {step}")
 
 
-def test_activation_checkpointing_changes_nothing(whole, tmp_path):
+def test_activation_checkpointing_changes_nothing(whole: Path, tmp_path: Path) -> None:
     again = train((*TINY, "--activation_checkpoint.mode=full", "--checkpoint.no-enable"), tmp_path)
     assert again[LOSS] == read_metrics(whole)[LOSS]
 
 
-def test_gradient_accumulation_sees_the_same_batch(whole, tmp_path):
+def test_gradient_accumulation_sees_the_same_batch(whole: Path, tmp_path: Path) -> None:
     options = ("--training.local_batch_size=1", "--training.global_batch_size=2", "--checkpoint.no-enable")
     numerics.assert_same_training(train((*TINY, *options), tmp_path), read_metrics(whole), (LOSS, "grad_norm"))
 
 
 @pytest.mark.parametrize("flavor", ["debug", "debug_dense"])
-def test_documents_are_kept_apart_on_request(tmp_path, flavor):
+def test_documents_are_kept_apart_on_request(tmp_path: Path, flavor: str) -> None:
     for number in range(60):
         (tmp_path / f"{number}.txt").write_text(f"document {number} counts " + " ".join(map(str, range(number, 30))))
     options = (f"--model.flavor={flavor}", f"--training.dataset_path={tmp_path}", "--checkpoint.no-enable")
@@ -249,12 +251,12 @@ def test_documents_are_kept_apart_on_request(tmp_path, flavor):
     assert apart[1] != plain[1], "the mask does nothing"
 
 
-def test_a_recipe_of_ones_own_trains(tmp_path):
+def test_a_recipe_of_ones_own_trains(tmp_path: Path) -> None:
     run = train((*TINY, "--checkpoint.no-enable"), tmp_path, module="docs.examples.recipe")
     assert sorted(run[LOSS]) == [1, 2, 3, 4, 5, 6]
 
 
-def test_every_sparse_option_reaches_the_model(whole, tmp_path):
+def test_every_sparse_option_reaches_the_model(whole: Path, tmp_path: Path) -> None:
     options = ("--nsa.attention=dense,nsa", "--nsa.window_size=32", "--nsa.compression=linear", "--nsa.shared_kv=True")
     run = train((*TINY, *options), tmp_path)
     assert run[LOSS] != read_metrics(whole)[LOSS]
@@ -265,13 +267,13 @@ def test_every_sparse_option_reaches_the_model(whole, tmp_path):
     assert names["layers.1.attention.wk.weight"].shape[0] == 2 * 32
 
 
-def test_torchtitan_runs_our_config_files(whole, tmp_path):
+def test_torchtitan_runs_our_config_files(whole: Path, tmp_path: Path) -> None:
     options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--checkpoint.no-enable")
     run = train(options, tmp_path, module="torchtitan.train", processes=1)
     assert run[LOSS] == read_metrics(whole)[LOSS]
 
 
-def test_torchtitan_s_own_entry_refuses_another_job(whole):
+def test_torchtitan_s_own_entry_refuses_another_job(whole: Path) -> None:
     options = ("--job.config_file=nsa/configs/debug.toml", *TINY, "--optimizer.lr=1")
     with pytest.raises(RuntimeError, match=r"optimizer\.lr is 1\.0, and was 0\.003"):
         train(options, whole, module="torchtitan.train", processes=1)
@@ -288,7 +290,7 @@ def test_torchtitan_s_own_entry_refuses_another_job(whole):
         ("--nsa.select_block_size=20", "select_block_size must be a multiple of compress_stride (8), got 20"),
     ],
 )
-def test_bad_options_are_refused(tmp_path, option, message):
+def test_bad_options_are_refused(tmp_path: Path, option: str, message: str) -> None:
     with pytest.raises(RuntimeError, match="exited with 1") as failure:
         train((*TINY, option), tmp_path)
     assert message in str(failure.value)

@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -38,14 +40,14 @@ NO_HOME = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TRITON_HOME"), "/dev/null/ho
 """A home that cannot be written to, not even by root."""
 
 
-def train_as_user(directory, arguments):
+def train_as_user(directory: Path, arguments: Sequence[str]) -> None:
     """Trains in a directory of the user's, whose home and caches cannot be written to."""
     os.chdir(directory)
     os.environ |= NO_HOME
     ranks.train_here(arguments)
 
 
-def train_until(arguments, moment, calls, signals):
+def train_until(arguments: Sequence[str], moment: str, calls: int, signals: list[signal.Signals]) -> None:
     """Trains, and sends its own process signals when a method has been called so often."""
     import torchtitan.train
     from torch.distributed.checkpoint import FileSystemWriter
@@ -61,7 +63,7 @@ def train_until(arguments, moment, calls, signals):
     }[moment]
     called = getattr(owner, method)
 
-    def stopped(*args, **kwargs):
+    def stopped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls -= 1
         if not calls:
@@ -73,7 +75,7 @@ def train_until(arguments, moment, calls, signals):
         ranks.train_here(arguments)
 
 
-def ended(target, *arguments, folder):
+def ended(target: Callable[..., object], *arguments: Any, folder: Path) -> tuple[int, str]:
     """Exit status of a training process and what it said, the last line that is about the run at the end."""
     with ranks.Job(target, arguments, folder / "log", 1) as job:
         try:
@@ -84,18 +86,18 @@ def ended(target, *arguments, folder):
     return status, job.logs[0].read_text(errors="replace")
 
 
-def files(folder):
+def files(folder: Path) -> dict[Path, bytes]:
     """What is in a folder, byte for byte, but for the lock, which each run takes."""
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
 
 
-def saved(folder):
+def saved(folder: Path) -> list[int]:
     """Steps of the checkpoints in the folder of a run, by the file that PyTorch writes last."""
     return sorted(int(file.parent.name.removeprefix("step-")) for file in folder.glob("checkpoint/*/.metadata"))
 
 
-def test_the_readme_s_command_twice_with_another_flavor_in_between(tmp_path):
-    def run(*options):
+def test_the_readme_s_command_twice_with_another_flavor_in_between(tmp_path: Path) -> None:
+    def run(*options: str) -> tuple[int, str]:
         return ended(train_as_user, tmp_path, (*README, *TINY, *options), folder=tmp_path)
 
     outputs = tmp_path / "outputs"
@@ -123,7 +125,7 @@ def test_the_readme_s_command_twice_with_another_flavor_in_between(tmp_path):
     assert "--lr_scheduler.total_steps 6 keeps it" in said
 
 
-def test_a_folder_of_ones_own_is_validated_on(tmp_path):
+def test_a_folder_of_ones_own_is_validated_on(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.txt").write_text(f"{number} " * 100)
     options = (*TINY, "--training.steps=1", "--checkpoint.no-enable", f"--job.dump_folder={tmp_path / 'run'}")
@@ -150,7 +152,9 @@ def test_a_folder_of_ones_own_is_validated_on(tmp_path):
         pytest.param("a save", 2, [signal.SIGINT] * 2, -2, r"a second signal stops at once", [3], id="save, twice"),
     ],
 )
-def test_a_signal_at_any_moment_keeps_its_promise(tmp_path, moment, calls, signals, status, last, expected):
+def test_a_signal_at_any_moment_keeps_its_promise(
+    tmp_path: Path, moment: str, calls: int, signals: list[signal.Signals], status: int, last: str, expected: list[int]
+) -> None:
     arguments = (*TINY, f"--job.dump_folder={tmp_path}")
     got, said = ended(train_until, arguments, moment, calls, signals, folder=tmp_path)
     assert got == status, said
@@ -167,7 +171,7 @@ def test_a_signal_at_any_moment_keeps_its_promise(tmp_path, moment, calls, signa
 
 
 @pytest.mark.parametrize("option", ["checkpoint.no-enable", "checkpoint.load_only"])
-def test_a_signal_where_nothing_is_saved_promises_nothing(tmp_path, option):
+def test_a_signal_where_nothing_is_saved_promises_nothing(tmp_path: Path, option: str) -> None:
     arguments = (*TINY, f"--job.dump_folder={tmp_path}", f"--{option}")
     status, said = ended(train_until, arguments, "a step", 2, [signal.SIGTERM], folder=tmp_path)
     assert status == 143, said
@@ -195,7 +199,7 @@ def can_mount() -> bool:
     return subprocess.run([*MOUNT, "mount -t tmpfs tmpfs /mnt"], capture_output=True, check=False).returncode == 0
 
 
-def test_a_full_disk_costs_no_more_than_the_saves_that_fail(tmp_path):
+def test_a_full_disk_costs_no_more_than_the_saves_that_fail(tmp_path: Path) -> None:
     if not can_mount():
         pytest.skip("this user cannot mount a disk of 8 MiB")
     disk, kept = tmp_path / "disk", tmp_path / "kept"
@@ -217,7 +221,7 @@ def test_a_full_disk_costs_no_more_than_the_saves_that_fail(tmp_path):
     assert sorted(runs.read_metrics(kept / "outputs" / "debug")[runs.LOSS]) == [1, 2, 3]
 
 
-def test_initial_weights_that_are_there_are_not_saved_over(tmp_path):
+def test_initial_weights_that_are_there_are_not_saved_over(tmp_path: Path) -> None:
     arguments = (*TINY, f"--job.dump_folder={tmp_path}", "--checkpoint.create_seed_checkpoint")
     status, said = ended(ranks.train_here, arguments, folder=tmp_path)
     assert status == 0, said
@@ -226,7 +230,7 @@ def test_initial_weights_that_are_there_are_not_saved_over(tmp_path):
     assert re.search("step-0' is there already", said)
 
 
-def train_with_little_room(arguments):
+def train_with_little_room(arguments: Sequence[str]) -> None:
     """Trains where files cannot grow beyond 1 MiB."""
     import resource
 
@@ -234,7 +238,7 @@ def train_with_little_room(arguments):
     ranks.train_here(arguments)
 
 
-def test_a_save_that_fails_does_not_end_training(tmp_path):
+def test_a_save_that_fails_does_not_end_training(tmp_path: Path) -> None:
     arguments = (*TINY, f"--job.dump_folder={tmp_path}", "--metrics.enable_tensorboard")
     status, said = ended(train_with_little_room, arguments, folder=tmp_path)
     assert status == 1, said
@@ -247,7 +251,7 @@ def test_a_save_that_fails_does_not_end_training(tmp_path):
     assert status == 0, said
 
 
-def test_loggers_that_fail_do_not_end_training(tmp_path):
+def test_loggers_that_fail_do_not_end_training(tmp_path: Path) -> None:
     (tmp_path / "tb").touch()  # where folders of TensorBoard's would be
     (tmp_path / "metrics.jsonl").mkdir()
     arguments = (*TINY, f"--job.dump_folder={tmp_path}", "--metrics.enable_tensorboard")
@@ -257,8 +261,8 @@ def test_loggers_that_fail_do_not_end_training(tmp_path):
     assert said.count("JsonLines lost metrics") == 1
 
 
-def test_initial_weights_are_loaded_beside_a_first_save_that_was_killed(tmp_path):
-    def run(name, *options):
+def test_initial_weights_are_loaded_beside_a_first_save_that_was_killed(tmp_path: Path) -> None:
+    def run(name: str, *options: str) -> tuple[int, str, dict[int, float]]:
         status, said = ended(
             ranks.train_here, (*TINY, *options, f"--job.dump_folder={tmp_path / name}"), folder=tmp_path
         )

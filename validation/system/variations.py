@@ -65,10 +65,11 @@ def table(read: Callable[[str], Metrics]) -> list[str]:
             raise ValueError(f"{list(VARIATIONS)[i]} has the losses of {list(VARIATIONS)[others.index(losses)]}")
     rows = [f"| step | {' | '.join(TITLES)} | spread of the four | eager from their nearest |", "|---" * 8 + "|"]
     for step in STEPS:
-        losses = [other[step] for other in others]
-        cells = ["not run", *(f"{figure:.4f}" for figure in (*losses, max(losses) - min(losses))), ""]
+        at_step = [other[step] for other in others]
+        cells = ["not run", *(f"{figure:.4f}" for figure in (*at_step, max(at_step) - min(at_step))), ""]
         if step in eager:
-            outside = min(abs(eager[step] - loss) for loss in losses) * (not min(losses) <= eager[step] <= max(losses))
+            nearest = min(abs(eager[step] - loss) for loss in at_step)
+            outside = nearest * (not min(at_step) <= eager[step] <= max(at_step))
             cells[0], cells[-1] = f"{eager[step]:.4f}", f"{outside:.4f}" if outside else "among them"
         rows.append(f"| {step} | {' | '.join(cells)} |")
     return rows
