@@ -2,18 +2,17 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from validation.integration.layouts import ONE, train
+from validation.integration.layouts import ONE, OneProcess, train
 
 
 @pytest.fixture(scope="session")
-def one_process(tmp_path_factory, worker_id) -> Callable[..., Path]:
+def one_process(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> OneProcess:
     """The folder into which one process has trained with these options, once for all that test at the same time."""
     folders = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
 

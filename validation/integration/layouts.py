@@ -5,6 +5,7 @@ same weights, and claim the same: losses and gradient norms of every step and th
 one process: in float32 within `numerics.LAYOUT_BOUND`, in bfloat16 as the policy has it (on CPUs, over two processes).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -181,3 +182,7 @@ def assert_same(folder: Path, expected: Path, names: tuple[str, ...] = (runs.LOS
     """Fails unless a float32 run is the one in `expected`: the metrics of every step, the parameters at the end."""
     numerics.assert_same_training(runs.read_metrics(folder), runs.read_metrics(expected), names)
     numerics.assert_same_parameters(runs.read_parameters(folder, STEPS), runs.read_parameters(expected, STEPS))
+
+
+OneProcess = Callable[..., Path]
+"""The fixture `one_process`: trains with options in one process, and returns the folder."""

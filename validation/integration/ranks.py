@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -39,8 +40,11 @@ TIME_LIMIT = 180.0  # seconds of a job: ten times what the slowest takes on two 
 GRACE = 90.0 if ON_GPUS else 30.0
 LINES, LONGEST = 30, 400  # shown of each rank: a list of modules in one line is of no help
 
-_context = multiprocessing.get_context("spawn" if ON_GPUS else "forkserver")
-if not ON_GPUS:
+_context: SpawnContext | ForkServerContext
+if ON_GPUS:
+    _context = multiprocessing.get_context("spawn")
+else:
+    _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["nsa.train"])
 
 
@@ -60,7 +64,7 @@ class RankFailed(RuntimeError):
         exits: exit status of the ranks that ended by themselves, in the order in which they did; -9 is a kill.
     """
 
-    def __init__(self, message: str, exits: dict[int, int]):
+    def __init__(self, message: str, exits: dict[int, int]) -> None:
         super().__init__(message)
         self.exits = exits
 
@@ -74,7 +78,7 @@ class Job:
         processes: number of ranks.
     """
 
-    def __init__(self, target: Callable[..., object], arguments: Sequence[Any], folder: Path, processes: int):
+    def __init__(self, target: Callable[..., object], arguments: Sequence[Any], folder: Path, processes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(processes)]
         self._store = TCPStore("localhost", 0, processes, is_master=True, wait_for_workers=False)
@@ -167,7 +171,9 @@ def train_here(arguments: Sequence[str]) -> None:
     nsa.train.main(arguments)
 
 
-def _run(rank: int, processes: int, port: int, log: Path, target: Callable[..., object], arguments: Sequence[Any]):
+def _run(
+    rank: int, processes: int, port: int, log: Path, target: Callable[..., object], arguments: Sequence[Any]
+) -> None:
     """A rank, from its first moment to its last."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)

@@ -6,11 +6,14 @@ In float64, where no difference of rounding can hide a difference of anything el
 import multiprocessing
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from validation import numerics
 from validation.integration import ranks
@@ -64,14 +67,14 @@ CASES = (
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=ranks.needs(case.tp * case.cp)) for case in CASES]
 )
-def test_is_that_of_one_process(case, tmp_path):
+def test_is_that_of_one_process(case: Case, tmp_path: Path) -> None:
     # Triton decides when it is imported whether to interpret, so that what has imported it cannot be forked.
     start = multiprocessing.get_context("spawn") if case.backend == "triton" else ranks._context
     with mock.patch.object(ranks, "_context", start), ranks.Job(compare, (case,), tmp_path, case.tp * case.cp) as job:
         job.wait()
 
 
-def compare(case):
+def compare(case: Case) -> None:
     """Asserts, in one rank, that its part is a part of what one process makes of the whole."""
     if case.backend == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -124,24 +127,29 @@ def compare(case):
     torch.distributed.destroy_process_group()
 
 
-def make(case, backend):
+def make(case: Case, backend: str) -> Any:
     """A model of one layer, in float64, with the same weights in every process and backend."""
     from nsa import NSAConfig
     from nsa.titan.model import ModelArgs, Transformer
 
     config = NSAConfig(**{**SIZES, "window_size": 24, **case.sizes})
-    heads = {"dim": 16 * case.heads, "n_layers": 1, "n_heads": case.heads, "n_kv_heads": case.heads // 2}
-    kind = {"nsa": config, "attention": case.attention, "backend": backend}
+    heads: dict[str, Any] = {
+        "dim": 16 * case.heads,
+        "n_layers": 1,
+        "n_heads": case.heads,
+        "n_kv_heads": case.heads // 2,
+    }
+    kind: dict[str, Any] = {"nsa": config, "attention": case.attention, "backend": backend}
     model = Transformer(ModelArgs(**heads, **kind, vocab_size=64, max_seq_len=case.length))
     model.init_weights()
     return model.double()
 
 
-def counted(module, name):
+def counted(module: ModuleType, name: str) -> list[str]:
     """A list that gets an entry at every call of a function of a module."""
-    function, calls = getattr(module, name), []
+    function, calls = getattr(module, name), list[str]()
 
-    def call(*arguments, **options):
+    def call(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
         return function(*arguments, **options)
 
@@ -149,7 +157,7 @@ def counted(module, name):
     return calls
 
 
-def run(model, x, dout, positions=None):
+def run(model: Any, x: Tensor, dout: Tensor, positions: Tensor | None = None) -> dict[str, Any]:
     """Output and all gradients of the model's attention."""
     attention = model.layers["0"].attention
     x = x.clone().requires_grad_()

@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ from nsa.titan.parallelize import stages_again
 from nsa.titan.runs import lock
 from validation import runs
 from validation.integration import ranks
-from validation.integration.layouts import BY_NAME, STEPS, TRAINING, assert_same, train
+from validation.integration.layouts import BY_NAME, STEPS, TRAINING, Layout, OneProcess, assert_same, train
 
 # Each is saved in, and each is what another is resumed in.
 ROUND = ("one", "fsdp4", "tp2", "pp2-1f1b", "fsdp2-tp2", "cp2-headtail", "hsdp2x2", "pp2-zbv", "one")
@@ -32,12 +34,15 @@ def complete(folder: Path) -> list[int]:
     return sorted(int(file.parent.name.removeprefix("step-")) for file in folder.glob("checkpoint/*/.metadata"))
 
 
+HalfWay = Callable[[Layout], Path]
+
+
 @pytest.fixture(scope="module")
-def half_way(tmp_path_factory):
+def half_way(tmp_path_factory: pytest.TempPathFactory) -> HalfWay:
     """The folder of a run that a layout has brought half way, once."""
 
     @cache
-    def trained(layout):
+    def trained(layout: Layout) -> Path:
         folder = tmp_path_factory.mktemp(layout.name)
         train(layout, folder, *FULL, f"--training.steps={HALF}", f"--lr_scheduler.total_steps={STEPS}")
         return folder
@@ -57,7 +62,9 @@ def half_way(tmp_path_factory):
         for before, after in pairwise(BY_NAME[name] for name in ROUND)
     ],
 )
-def test_a_checkpoint_of_one_layout_goes_on_in_another(before, after, half_way, one_process, tmp_path):
+def test_a_checkpoint_of_one_layout_goes_on_in_another(
+    before: Layout, after: Layout, half_way: HalfWay, one_process: OneProcess, tmp_path: Path
+) -> None:
     shutil.copytree(half_way(before), tmp_path, dirs_exist_ok=True)
     train(after, tmp_path)
     assert f"Training starts at step {HALF + 1}" in (tmp_path / "rank-0.log").read_text()
@@ -75,7 +82,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(before, after, half_way, 
         ),
     ],
 )
-def test_saving_in_the_background_saves_the_same(mode, one_process, tmp_path):
+def test_saving_in_the_background_saves_the_same(mode: str, one_process: OneProcess, tmp_path: Path) -> None:
     # All are kept: which are left when older ones are removed in the background is chance.
     options = (f"--checkpoint.async_mode={mode}", "--checkpoint.interval=3", "--checkpoint.keep_latest_k=0")
     train(BY_NAME["fsdp2"], tmp_path, *options)
@@ -87,15 +94,17 @@ def test_saving_in_the_background_saves_the_same(mode, one_process, tmp_path):
     assert_same(tmp_path, one_process())
 
 
-def train_until(arguments, victim, owner, method, calls, number):
+def train_until(
+    arguments: Sequence[str], victim: int, owner: str, method: str, calls: int, number: signal.Signals
+) -> None:
     """Trains, and sends the rank `victim` a signal when it has called a method so often."""
     import torchtitan.train
     from torch.distributed.checkpoint import FileSystemWriter
 
-    owner = {"Trainer": torchtitan.train.Trainer, "FileSystemWriter": FileSystemWriter}[owner]
-    called = getattr(owner, method)
+    of = {"Trainer": torchtitan.train.Trainer, "FileSystemWriter": FileSystemWriter}[owner]
+    called = getattr(of, method)
 
-    def stopped(*args, **kwargs):
+    def stopped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         result = called(*args, **kwargs)
         calls -= 1
@@ -103,11 +112,11 @@ def train_until(arguments, victim, owner, method, calls, number):
             os.kill(os.getpid(), number)
         return result
 
-    with mock.patch.object(owner, method, stopped) if int(os.environ["RANK"]) == victim else mock.MagicMock():
+    with mock.patch.object(of, method, stopped) if int(os.environ["RANK"]) == victim else mock.MagicMock():
         ranks.train_here(arguments)
 
 
-def interrupted(folder, *stop, options=()):
+def interrupted(folder: Path, *stop: int | str, options: tuple[str, ...] = ()) -> ranks.Job:
     """The job of a training that comes to its end too early."""
     layout = BY_NAME["fsdp2"]
     arguments = (*TRAINING, *layout.arguments, *RESUMABLE, *options, f"--job.dump_folder={folder}")
@@ -127,7 +136,9 @@ RESUMABLE = ("--checkpoint.interval=3", "--comm.train_timeout_seconds=10")
         pytest.param(("FileSystemWriter", "write_data", 2), "async", id="while saving in the background"),
     ],
 )
-def test_training_goes_on_after_a_rank_was_killed(victim, moment, mode, one_process, tmp_path):
+def test_training_goes_on_after_a_rank_was_killed(
+    victim: int, moment: tuple[str, str, int], mode: str, one_process: OneProcess, tmp_path: Path
+) -> None:
     options = (f"--checkpoint.async_mode={mode}",)
     with (
         pytest.raises(
@@ -144,7 +155,7 @@ def test_training_goes_on_after_a_rank_was_killed(victim, moment, mode, one_proc
 
 
 @ranks.needs(2)
-def test_all_ranks_end_where_another_run_uses_their_folder(tmp_path):
+def test_all_ranks_end_where_another_run_uses_their_folder(tmp_path: Path) -> None:
     with lock(tmp_path), pytest.raises(ranks.RankFailed, match="is in use by another run") as failure:
         train(BY_NAME["fsdp2"], tmp_path)
     assert failure.value.exits == {0: 1, 1: 1}
@@ -152,7 +163,7 @@ def test_all_ranks_end_where_another_run_uses_their_folder(tmp_path):
 
 
 @ranks.needs(2)
-def test_all_ranks_end_where_the_checkpoint_is_of_another_job(half_way, tmp_path):
+def test_all_ranks_end_where_the_checkpoint_is_of_another_job(half_way: HalfWay, tmp_path: Path) -> None:
     shutil.copytree(half_way(BY_NAME["fsdp2"]), tmp_path, dirs_exist_ok=True)
     with pytest.raises(ranks.RankFailed, match=r"optimizer\.lr is 0\.01, and was 0\.003") as failure:
         train(BY_NAME["fsdp2"], tmp_path, "--optimizer.lr=1e-2")
@@ -160,7 +171,7 @@ def test_all_ranks_end_where_the_checkpoint_is_of_another_job(half_way, tmp_path
 
 
 @ranks.needs(2)
-def test_a_signal_to_one_rank_stops_all_after_the_step(one_process, tmp_path):
+def test_a_signal_to_one_rank_stops_all_after_the_step(one_process: OneProcess, tmp_path: Path) -> None:
     with (
         pytest.raises(ranks.RankFailed) as failure,
         interrupted(tmp_path, 1, "Trainer", "forward_backward_step", 4, signal.SIGTERM) as job,

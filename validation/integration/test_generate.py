@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ POSITIONS, VOCABULARY = 96, 320
 LONGEST_SUM = 256  # the hidden width of the feed-forward layers
 
 
-def make(attention="nsa", dtype=torch.float64):
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCABULARY}
+def make(attention: str = "nsa", dtype: torch.dtype = torch.float64) -> Transformer:
+    sizes: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCABULARY}
     model = Transformer(ModelArgs(**sizes, max_seq_len=POSITIONS, attention=attention, nsa=SMALL, backend="eager"))
     model.init_weights()
     model.freqs_cis = model.freqs_cis.to(torch.complex128) if dtype == torch.float64 else model.freqs_cis
@@ -39,7 +40,7 @@ def make(attention="nsa", dtype=torch.float64):
     return model
 
 
-def greedy(model, prompt, count):
+def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """Tokens that forward passes over everything so far find most likely."""
     tokens = list(prompt)
     for _ in range(count):
@@ -52,7 +53,7 @@ def greedy(model, prompt, count):
 
 @pytest.mark.parametrize("sizes", [(70,), (33, 1, 1, 30, 5)])
 @pytest.mark.parametrize("attention", KINDS)
-def test_chunks_give_the_logits_of_the_whole(attention, sizes):
+def test_chunks_give_the_logits_of_the_whole(attention: str, sizes: tuple[int, ...]) -> None:
     model, tokens = make(attention), torch.randint(VOCABULARY, (2, 70))
     cache = model.make_cache(2, 70)
     logits = torch.cat([model(piece, cache=cache) for piece in tokens.split(sizes, 1)], 1)
@@ -60,7 +61,7 @@ def test_chunks_give_the_logits_of_the_whole(attention, sizes):
 
 
 @pytest.mark.parametrize("attention", KINDS)
-def test_logits_of_some_tokens_are_those_of_all(attention):
+def test_logits_of_some_tokens_are_those_of_all(attention: str) -> None:
     model, tokens, at = make(attention), torch.randint(VOCABULARY, (2, 30)), torch.tensor([29, 7])
     expected = model(tokens, cache=model.make_cache(2, 30))[torch.arange(2), at]
     found = model(tokens, cache=model.make_cache(2, 30), at=at)
@@ -69,7 +70,7 @@ def test_logits_of_some_tokens_are_those_of_all(attention):
         model(tokens, at=at)
 
 
-def test_caches_are_refused_what_they_have_no_room_for_and_stay():
+def test_caches_are_refused_what_they_have_no_room_for_and_stay() -> None:
     model, tokens = make("dense,nsa"), torch.randint(VOCABULARY, (1, 30))
     cache = model.make_cache(1, 40)
     model(tokens, cache=cache)
@@ -95,7 +96,7 @@ def test_caches_are_refused_what_they_have_no_room_for_and_stay():
 
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("chunk", [7, 1024])
-def test_greedy_tokens_are_those_of_full_passes(attention, chunk):
+def test_greedy_tokens_are_those_of_full_passes(attention: str, chunk: int) -> None:
     model = make(attention)
     prompts = [torch.randint(VOCABULARY, (length,)).tolist() for length in (40, 1, 23, 40)]
     found = generate(model, prompts, 12, chunk=chunk)
@@ -103,7 +104,7 @@ def test_greedy_tokens_are_those_of_full_passes(attention, chunk):
     assert found[2] != greedy(model, [3] * 17 + prompts[2], 12), "what came before makes no difference"
 
 
-def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
+def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token() -> None:
     model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
     whole, came = greedy(model, prompt, 8), []
     other = greedy(model, prompt[:9], 8)
@@ -119,7 +120,7 @@ def test_tokens_come_as_they_are_drawn_and_end_with_a_stop_token():
     assert max(generate(model, [prompt], 40, temperature=9.0, vocab_size=7)[0]) < 7
 
 
-def test_tokens_are_drawn_no_sooner_than_they_are_asked_for():
+def test_tokens_are_drawn_no_sooner_than_they_are_asked_for() -> None:
     model, prompt = make(), torch.randint(VOCABULARY, (20,)).tolist()
     calls, expected = [], generate(make(), [prompt, prompt[:9]], 2)
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -129,7 +130,7 @@ def test_tokens_are_drawn_no_sooner_than_they_are_asked_for():
     assert len(calls) == 2, "a call for the prompts, and one for each token after the first"
 
 
-def test_a_seed_is_repeated_and_another_gives_other_tokens():
+def test_a_seed_is_repeated_and_another_gives_other_tokens() -> None:
     model, prompt = make(), [5, 6, 7]
     first, again, other = (generate(model, [prompt], 30, temperature=1.0, seed=seed) for seed in (3, 3, 4))
     assert first == again != other
@@ -148,7 +149,7 @@ def test_a_seed_is_repeated_and_another_gives_other_tokens():
         ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(prompts, options, message):
+def test_what_cannot_be_generated_is_refused(prompts: list[list[int]], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         generate(make(), prompts, **{"max_new_tokens": 3, **options})
 
@@ -156,7 +157,7 @@ def test_what_cannot_be_generated_is_refused(prompts, options, message):
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
 
-def drawn(**options):
+def drawn(**options: Any) -> list[float]:
     """Which tokens are drawn, of many, and how often."""
     logits = PROBABILITIES.log().expand(4000, -1)
     tokens = sample(logits, generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **options})
@@ -177,7 +178,7 @@ def drawn(**options):
         ({"temperature": 1e-40}, [0, 1, 0, 0]),
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
+def test_tokens_are_drawn_as_often_as_they_should_be(options: dict[str, Any], expected: list[float]) -> None:
     for found, wanted in zip(drawn(**options), expected, strict=True):
         assert (found == 0) == (wanted == 0)
         # Five standard deviations of a mean of 4000 draws.
@@ -188,7 +189,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training run of two short steps."""
     folder = tmp_path_factory.mktemp("run") / "nsa"
     options = ("--training.steps=2", "--training.seq_len=64", "--validation.no-enable", f"--job.dump_folder={folder}")
@@ -198,12 +199,12 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *options, text=None):
+def run(folder: Path, *options: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "nsa.generate", f"--checkpoint={folder}", *options)
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_checkpoint_is_the_model_that_was_trained(run_folder):
+def test_a_checkpoint_is_the_model_that_was_trained(run_folder: Path) -> None:
     model, tokenizer = load_model(run_folder, device="cpu", room_for=lambda tokenizer: 200)
     assert model.model_args.layer_kinds == ["dense", "nsa"]
     assert model.model_args.nsa.window_size == 48
@@ -217,11 +218,11 @@ def test_a_checkpoint_is_the_model_that_was_trained(run_folder):
     assert not torch.equal(other(tokens), model(tokens)), "the weights are those that training began with"
 
 
-def job(folder):
+def job(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "checkpoint" / "job.json").read_text())["jobs"][-1]["job"]
 
 
-def test_the_command_goes_on_with_a_prompt(run_folder):
+def test_the_command_goes_on_with_a_prompt(run_folder: Path) -> None:
     options = ("--max-new-tokens=20", "--seed=1")
     by_option = run(run_folder, "--prompt=def main():", *options)
     assert by_option.returncode == 0, by_option.stderr
@@ -230,7 +231,7 @@ def test_the_command_goes_on_with_a_prompt(run_folder):
     assert by_input.stdout == by_option.stdout != ""
 
 
-def test_the_command_measures_latencies(run_folder):
+def test_the_command_measures_latencies(run_folder: Path) -> None:
     done = run(run_folder, "--prompt=def main():", "--max-new-tokens=6", "--benchmark")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -239,7 +240,7 @@ def test_the_command_measures_latencies(run_folder):
         assert 0 < found[name]["p50"] <= found[name]["p90"] <= found[name]["p99"]
 
 
-def test_a_flavor_is_measured_without_a_checkpoint(capsys):
+def test_a_flavor_is_measured_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--flavor=debug", "--device=cpu", "--benchmark", "--max-new-tokens=3", "--batch=2"]
     main([*options, "--prompt-tokens=70"])
     found = json.loads(capsys.readouterr().out)
@@ -258,14 +259,16 @@ def test_a_flavor_is_measured_without_a_checkpoint(capsys):
         (["--flavor=debug", "--checkpoint=x", "--prompt=x"], 2, "not allowed with argument"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, status, message, capsys):
+def test_options_that_do_not_go_together_are_refused(
+    options: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*options, "--device=cpu"])
     assert exit.value.code == status
     assert message in capsys.readouterr().err
 
 
-def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
+def test_folders_without_a_checkpoint_are_refused(tmp_path: Path, run_folder: Path) -> None:
     message = "the checkpoint must be a folder step-N, or the folder of a run that saved one, got "
     with pytest.raises(JobError, match=f"^{message}"):
         find_checkpoint(tmp_path)
@@ -276,7 +279,7 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path, run_folder):
         load_model(tmp_path, device="cpu")
 
 
-def test_a_checkpoint_knows_its_tokenizer(tmp_path):
+def test_a_checkpoint_knows_its_tokenizer(tmp_path: Path) -> None:
     """Also if the folder with both is somewhere else by then."""
     texts = ["def f(x):\n    return x\n"] * 90
     for name, text in enumerate(texts):
@@ -303,7 +306,9 @@ def test_a_checkpoint_knows_its_tokenizer(tmp_path):
         ({"model.dim": 256}, "must hold the weights that job.json tells of"),
     ],
 )
-def test_records_that_do_not_fit_are_refused(tmp_path, run_folder, changes, message):
+def test_records_that_do_not_fit_are_refused(
+    tmp_path: Path, run_folder: Path, changes: dict[str, Any], message: str
+) -> None:
     shutil.copytree(run_folder / "checkpoint", tmp_path / "checkpoint")
     record = json.loads((tmp_path / "checkpoint" / "job.json").read_text())
     of_job = record["jobs"][-1]["job"]
@@ -326,12 +331,14 @@ def test_records_that_do_not_fit_are_refused(tmp_path, run_folder, changes, mess
         ),
     ],
 )
-def test_what_a_checkpoint_cannot_be_loaded_with_is_refused(run_folder, options, message):
+def test_what_a_checkpoint_cannot_be_loaded_with_is_refused(
+    run_folder: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(JobError, match=f"^{message}"):
         load_model(run_folder, **{"device": "cpu", **options})
 
 
-def test_a_narrower_dtype_rounds_weights_and_nothing_else(run_folder):
+def test_a_narrower_dtype_rounds_weights_and_nothing_else(run_folder: Path) -> None:
     """The table of angles is complex: converted, it would lose its sines."""
     model, tokenizer = load_model(run_folder, device="cpu")
     rounded, _ = load_model(run_folder, device="cpu", dtype=torch.bfloat16)
@@ -343,7 +350,7 @@ def test_a_narrower_dtype_rounds_weights_and_nothing_else(run_folder):
     assert_equal(rounded(tokens), model(tokens), what="logits")
 
 
-def test_characters_are_printed_once_they_are_whole(capsys):
+def test_characters_are_printed_once_they_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     printer = Printer(ByteTokenizer().decode)
     shown = []
     for byte in "aé\n€".encode():
@@ -356,14 +363,14 @@ def test_characters_are_printed_once_they_are_whole(capsys):
     assert printer.count == 8
 
 
-def test_a_benchmark_of_one_token_is_refused():
+def test_a_benchmark_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^a benchmark must be of at least 2 new tokens, got 1"):
         benchmark(make(), [1], 1, repeats=1)
     with pytest.raises(ValueError, match=r"^a benchmark must be of at least 1 sequence, got 0"):
         benchmark(make(), [1], 2, repeats=1, batch=0)
 
 
-def test_a_benchmark_counts_the_tokens_of_all_sequences():
+def test_a_benchmark_counts_the_tokens_of_all_sequences() -> None:
     found = benchmark(make(), [1, 2], 5, repeats=1, batch=3)
     assert (found["batch"], found["prompt_tokens"]) == (3, 2)
     assert found["decode_tokens_per_second"] == pytest.approx(3e3 / found["decode_ms"]["p50"], rel=1e-2)

@@ -1,11 +1,13 @@
 """Training steps as CUDA graphs: what a replay leaves is what the step itself leaves, and who gets none hears why."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchtitan.config import JobConfig as TitanConfig
 
 from nsa.titan import graphs
@@ -44,7 +46,13 @@ CAUSES: dict[str, tuple[dict[str, Any], int, dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize(("options", "processes", "model", "expected"), CAUSES.values(), ids=CAUSES)
-def test_who_gets_no_graph_hears_why(monkeypatch, options, processes, model, expected):
+def test_who_gets_no_graph_hears_why(
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    processes: int,
+    model: dict[str, Any],
+    expected: str | None,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(graphs.torch, "empty", lambda *sizes, device: torch.zeros(*sizes))
     monkeypatch.setattr("nsa.kernels.why_not", lambda *_: None)
@@ -55,15 +63,16 @@ def test_who_gets_no_graph_hears_why(monkeypatch, options, processes, model, exp
         setattr(getattr(job_config, section), option, value)
     reason = why_not(job_config, ModelArgs(**model), processes)
     assert (reason is None) == (expected is None), reason
-    assert expected is None or expected in reason
+    assert expected is None or expected in (reason or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is refused without a GPU only")
-def test_a_graph_that_cannot_be_is_refused(monkeypatch, tmp_path):
+def test_a_graph_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
-    assert JobConfig().nsa.cuda_graphs == "auto"
+    section: Any = JobConfig().nsa
+    assert section.cuda_graphs == "auto"
     check_job(parse([]))
     with pytest.raises(JobError, match=r'^nsa\.cuda_graphs must be "auto" or "off", since there is no GPU'):
         check_job(parse(["--nsa.cuda_graphs=on"]))
@@ -74,26 +83,28 @@ class Fake:
 
     made: StepGraph
 
-    def replay(self):
+    def replay(self) -> None:
+        assert self.made._loss is not None
         parameters, before = self.made._parameters, [p.grad for p in self.made._parameters]
         for parameter in parameters:
             parameter.grad = None
         self.made._loss.copy_(self.made._step(self.made._batch).detach())
         for parameter, static, kept in zip(parameters, self.made._gradients, before, strict=True):
             if static is not None:
+                assert parameter.grad is not None
                 static.copy_(parameter.grad)
             parameter.grad = kept
 
 
 @pytest.fixture
-def capture(monkeypatch):
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces CUDA's graphs by `Fake`, without a GPU."""
     if torch.cuda.is_available():
         return
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
 
     @contextmanager
-    def recorded(graph, **_):
+    def recorded(graph: Fake, **_: Any) -> Iterator[None]:
         yield
 
     for name, value in {"Stream": stream, "current_stream": stream, "CUDAGraph": Fake, "graph": recorded}.items():
@@ -105,17 +116,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.used, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4)
         self.frozen.requires_grad_(False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.used(self.frozen(x)).tanh()
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_replays_leave_what_steps_leave(capture, monkeypatch, accumulated):
+def test_replays_leave_what_steps_leave(capture: None, monkeypatch: pytest.MonkeyPatch, accumulated: int) -> None:
     """Ten optimizer's steps, clipping included: the same losses and weights, to the bit, as without a graph."""
     trained = []
     for graphed in (False, True):
@@ -123,14 +134,14 @@ def test_replays_leave_what_steps_leave(capture, monkeypatch, accumulated):
         net = Net().to(DEVICE)
         optimizer = torch.optim.AdamW(net.used.parameters(), lr=0.1)
 
-        def step(batch, net=net):
+        def step(batch: dict[str, Tensor], net: Net = net) -> Tensor:
             loss = (net(batch["x"]) - batch["y"]).square().sum() / batch["count"]
             loss.backward()
             return loss
 
-        run = StepGraph(step, list(net.parameters()), accumulated) if graphed else step
-        if graphed:
-            monkeypatch.setattr(Fake, "made", run, raising=False)
+        graph = StepGraph(step, list(net.parameters()), accumulated) if graphed else None
+        monkeypatch.setattr(Fake, "made", graph, raising=False)
+        run = step if graph is None else graph
         losses = []
         for i in range(10):
             optimizer.zero_grad()
@@ -140,14 +151,14 @@ def test_replays_leave_what_steps_leave(capture, monkeypatch, accumulated):
                 losses.append(run({"x": x, "y": y, "count": torch.tensor(float(rows), device=DEVICE)}).detach())
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             optimizer.step()
-        assert not graphed or run.captured
+        assert graph is None or graph.captured
         trained.append([*losses, *(p.detach() for p in net.parameters())])
     for i, (expected, got) in enumerate(zip(*trained, strict=True)):
         assert torch.equal(expected, got), f"tensor {i}: expected {expected}, got {got}"
 
 
 @pytest.mark.needs_gpu(count=1)
-def test_a_training_with_graphs_is_the_one_without(tmp_path):
+def test_a_training_with_graphs_is_the_one_without(tmp_path: Path) -> None:
     """Losses, gradient norms and validation losses of a whole job whose gradients are accumulated."""
     logs = []
     for mode in ("off", "on"):

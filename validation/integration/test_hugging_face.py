@@ -3,14 +3,17 @@ become sparse ones that compute the same."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from nsa.config import NSAConfig
+from nsa.config import Compression, NSAConfig
 from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config, write_config
 from nsa.titan.load import load_model
 from nsa.titan.model import ModelArgs, Transformer
@@ -20,12 +23,12 @@ from validation.integration.layouts import BY_NAME, ONE, STEPS, TRAINING, assert
 from validation.numerics import TRANSFORMERS_BOUND, assert_equal, assert_matches, assert_same_parameters
 
 SMALL = NSAConfig(16, 8, 16, 4, window_size=20)
-SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "max_seq_len": 96}
+SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "max_seq_len": 96}
 LONGEST_SUM = 512  # the hidden width of the feed-forward layers
 WEIGHTS = "model.safetensors"
 
 
-def make(attention: str, config: NSAConfig = SMALL, **options) -> Transformer:
+def make(attention: str, config: NSAConfig = SMALL, **options: Any) -> Transformer:
     model = Transformer(ModelArgs(**SIZES, attention=attention, nsa=config, backend="eager", **options))
     model.init_weights()
     for name, parameter in model.named_parameters():
@@ -58,7 +61,7 @@ TOKENS = torch.arange(2 * 90).view(2, 90) * 7919 % 320
     "options", [{}, {"shared_kv": True}, {"compression": "linear"}, {"compression": "mean"}], ids=str
 )
 @pytest.mark.parametrize("files", [1, 3])
-def test_what_is_saved_is_loaded(tmp_path, attention, options, files):
+def test_what_is_saved_is_loaded(tmp_path: Path, attention: str, options: dict[str, Any], files: int) -> None:
     config = NSAConfig(16, 8, 16, 4, window_size=20, **options)
     model = make(attention, config)
     save(model, tmp_path / "saved", files)
@@ -68,13 +71,13 @@ def test_what_is_saved_is_loaded(tmp_path, attention, options, files):
 
 
 @pytest.fixture
-def transformers():
+def transformers() -> ModuleType:
     """The library, of which only these tests make use."""
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.mark.smoke
-def test_transformers_computes_what_a_dense_model_does(tmp_path, transformers):
+def test_transformers_computes_what_a_dense_model_does(tmp_path: Path, transformers: ModuleType) -> None:
     model = make("dense")
     save(model, tmp_path / "saved")
     with torch.no_grad():
@@ -89,7 +92,7 @@ def test_transformers_computes_what_a_dense_model_does(tmp_path, transformers):
 
 
 @pytest.mark.smoke
-def test_models_of_transformers_are_loaded(tmp_path, transformers):
+def test_models_of_transformers_are_loaded(tmp_path: Path, transformers: ModuleType) -> None:
     """Without scaling of the frequencies, with tied embeddings, and in several files."""
     sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=320, tie_word_embeddings=True)
@@ -116,7 +119,9 @@ def to_sparse(folder: Path, attention: str, config: NSAConfig = SMALL, gates: st
 @pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["nsa", "dense,nsa"])
 @pytest.mark.parametrize("options", [{}, {"shared_kv": True}], ids=str)
-def test_a_sparse_model_of_a_dense_one_computes_the_same(tmp_path, attention, options):
+def test_a_sparse_model_of_a_dense_one_computes_the_same(
+    tmp_path: Path, attention: str, options: dict[str, Any]
+) -> None:
     """With all blocks selected and no other branch."""
     dense = make("dense")
     save(dense, tmp_path / "dense")
@@ -128,7 +133,7 @@ def test_a_sparse_model_of_a_dense_one_computes_the_same(tmp_path, attention, op
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
-def test_what_a_model_began_with_does_not_matter_when_it_is_saved(tmp_path, attention):
+def test_what_a_model_began_with_does_not_matter_when_it_is_saved(tmp_path: Path, attention: str) -> None:
     """An adapter that has loaded dense or tied weights saves those of the model."""
     save(make("dense"), tmp_path / "dense")
     change(tmp_path / "dense", {"lm_head.weight": None})
@@ -145,7 +150,7 @@ def test_what_a_model_began_with_does_not_matter_when_it_is_saved(tmp_path, atte
 
 
 @pytest.mark.smoke
-def test_a_stage_without_embeddings_has_tied_weights(tmp_path):
+def test_a_stage_without_embeddings_has_tied_weights(tmp_path: Path) -> None:
     save(make("dense"), tmp_path / "dense")
     change(tmp_path / "dense", {"lm_head.weight": None})
     adapter = HuggingFaceAdapter(make("dense").model_args, None)
@@ -157,7 +162,7 @@ def test_a_stage_without_embeddings_has_tied_weights(tmp_path):
     assert_equal(loaded["output.weight"], held["model.embed_tokens.weight"], what="output")
 
 
-def test_files_of_a_tokenizer_do_not_say_where_weights_go(tmp_path):
+def test_files_of_a_tokenizer_do_not_say_where_weights_go(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert HuggingFaceAdapter(make("nsa").model_args, str(tmp_path)).fqn_to_index_mapping is None
 
@@ -170,7 +175,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("changes", "expected"), OTHERS.values(), ids=OTHERS)
-def test_weights_of_another_model_are_told_by_their_config(tmp_path, changes, expected):
+def test_weights_of_another_model_are_told_by_their_config(
+    tmp_path: Path, changes: dict[str, Any], expected: dict[str, Any]
+) -> None:
     save(make("dense"), tmp_path / "dense")
     said(tmp_path / "dense", **changes)
     assert HuggingFaceAdapter(make("nsa").model_args, None).differences(tmp_path / "dense") == expected
@@ -178,7 +185,7 @@ def test_weights_of_another_model_are_told_by_their_config(tmp_path, changes, ex
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
-def test_compressors_begin_with_the_mean(tmp_path, compression):
+def test_compressors_begin_with_the_mean(tmp_path: Path, compression: Compression) -> None:
     save(make("dense"), tmp_path / "dense")
     model = to_sparse(tmp_path / "dense", "nsa", NSAConfig(16, 8, 16, 4, compression=compression))
     x = torch.randn(1, 64, 2, 16)
@@ -194,12 +201,12 @@ def test_compressors_begin_with_the_mean(tmp_path, compression):
     ("gates", "message"),
     [("0,1", "got '0,1'"), ("0,1,2", "got '0,1,2'"), ("a,b,c", "got 'a,b,c'"), ("nan,0,0", "got 'nan,0,0'")],
 )
-def test_gates_that_are_none_are_refused(gates, message):
+def test_gates_that_are_none_are_refused(gates: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^initial_gates must be three numbers from 0 to 1 .*{message}"):
         ModelArgs(**SIZES, initial_gates=gates)
 
 
-def test_gates_begin_as_they_are_told():
+def test_gates_begin_as_they_are_told() -> None:
     bias = make("nsa", initial_gates="0.25,1,0").layers["0"].attention.wg.bias
     assert_matches(bias.view(4, 3).sigmoid(), torch.tensor([[0.25, 1, 0]]).double().expand(4, 3), what="gates")
 
@@ -218,7 +225,9 @@ MISFITS = {
 
 @pytest.mark.parametrize(("weights", "expected"), MISFITS.values(), ids=MISFITS)
 @pytest.mark.parametrize("attention", ["nsa", "dense"])
-def test_what_does_not_fit_is_named(tmp_path, weights, expected, attention):
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, weights: dict[str, torch.Tensor | None], expected: str | None, attention: str
+) -> None:
     save(make("dense"), tmp_path / "dense")
     change(tmp_path / "dense", weights)
     found = HuggingFaceAdapter(make(attention).model_args, None).read(tmp_path / "dense")
@@ -240,14 +249,14 @@ REFUSED = {
 }
 
 
-def said(folder: Path, **changes) -> None:
+def said(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     changed = {name: x for name, x in {**config, **changes}.items() if x is not ...}
     (folder / CONFIG_FILE).write_text(json.dumps(changed))
 
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_folder_that_is_none_is_refused(tmp_path, spoil, message):
+def test_a_folder_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     save(make("dense"), tmp_path / "saved")
     spoil(tmp_path / "saved")
     with pytest.raises(JobError, match=message):
@@ -255,7 +264,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path, spoil, message):
 
 
 @pytest.mark.parametrize("width", [32, 100, 171, 512, 1000])
-def test_any_width_of_the_feed_forward_layers_is_read(tmp_path, width):
+def test_any_width_of_the_feed_forward_layers_is_read(tmp_path: Path, width: int) -> None:
     save(make("dense"), tmp_path / "saved")
     said(tmp_path / "saved", intermediate_size=width)
     with torch.device("meta"):
@@ -269,7 +278,7 @@ EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
 
 
 @pytest.fixture(scope="module")
-def dense_weights(tmp_path_factory) -> Path:
+def dense_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a training of the dense twin has exported."""
     folder = tmp_path_factory.mktemp("dense")
     train(ONE, folder, *EXPORT, "--nsa.attention=dense")
@@ -281,7 +290,7 @@ def begin(folder: Path) -> tuple[str, ...]:
     return "--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={folder}", "--nsa.initial_gates=.1,.8,.2"
 
 
-def test_nothing_goes_on_from_an_export(tmp_path, dense_weights):
+def test_nothing_goes_on_from_an_export(tmp_path: Path, dense_weights: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(dense_weights.parent.parent, folder)
     options = (*TRAINING, *ONE.arguments, *EXPORT, "--nsa.attention=dense", f"--training.steps={STEPS + 1}")
@@ -292,7 +301,7 @@ def test_nothing_goes_on_from_an_export(tmp_path, dense_weights):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=BY_NAME[name].marks) for name in ("fsdp2", "tp2", "fsdp2-tp2", "pp2-1f1b")]
 )
-def test_layouts_begin_with_the_same_and_export_the_same(tmp_path, dense_weights, name):
+def test_layouts_begin_with_the_same_and_export_the_same(tmp_path: Path, dense_weights: Path, name: str) -> None:
     layout = BY_NAME[name]
     train(ONE, tmp_path / "one", *begin(dense_weights))
     train(layout, tmp_path / name, *begin(dense_weights))

@@ -1,12 +1,24 @@
 """The same training, however it is laid out over processes: losses, gradient norms, parameters."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from validation import numerics, runs
 from validation.integration import ranks
-from validation.integration.layouts import BFLOAT16, BY_NAME, LAYOUTS, MODELS, ONE, TRAINING, Layout, assert_same, train
+from validation.integration.layouts import (
+    BFLOAT16,
+    BY_NAME,
+    LAYOUTS,
+    MODELS,
+    ONE,
+    TRAINING,
+    Layout,
+    OneProcess,
+    assert_same,
+    train,
+)
 
 EAGER = ("--nsa.backend=eager",)
 
@@ -23,7 +35,7 @@ def marks(layout: Layout, model: str) -> list[pytest.MarkDecorator]:
         if model in layout.models
     ],
 )
-def test_trains_as_one_process(layout, model, one_process, tmp_path):
+def test_trains_as_one_process(layout: Layout, model: str, one_process: OneProcess, tmp_path: Path) -> None:
     options = (*layout.size, f"--nsa.attention={MODELS[model]}")
     train(layout, tmp_path, *options)
     assert_same(tmp_path, one_process(*options))
@@ -40,7 +52,7 @@ def test_trains_as_one_process(layout, model, one_process, tmp_path):
         ),
     ],
 )
-def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_path):
+def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout: Layout, one_process: OneProcess, tmp_path: Path) -> None:
     """The kernels, where there is a GPU, over several processes, beside the eager backend in one."""
     train(layout, tmp_path, *BFLOAT16)
     exact, plain = (one_process(*layout.size, *EAGER, *options) for options in ((), BFLOAT16))
@@ -58,7 +70,9 @@ def test_trains_in_bfloat16_as_well_as_plain_pytorch(layout, one_process, tmp_pa
     [("nsa.train", ()), ("torchtitan.train", ("--job.config_file=nsa/configs/debug.toml",))],
     ids=["ours", "torchtitan"],
 )
-def test_torchrun_trains_as_one_process(module, options, one_process, tmp_path):
+def test_torchrun_trains_as_one_process(
+    module: str, options: tuple[str, ...], one_process: OneProcess, tmp_path: Path
+) -> None:
     layout = BY_NAME["fsdp2"]
     arguments = (*options, *TRAINING, *layout.arguments)
     runs.train(arguments, tmp_path, module=module, processes=layout.processes)
@@ -66,7 +80,7 @@ def test_torchrun_trains_as_one_process(module, options, one_process, tmp_path):
 
 
 @ranks.needs(2)
-def test_every_rank_logs_where_it_is_asked_to(tmp_path):
+def test_every_rank_logs_where_it_is_asked_to(tmp_path: Path) -> None:
     train(BY_NAME["fsdp2"], tmp_path, "--training.steps=2", "--metrics.save_for_all_ranks")
     first, second = (runs.read_metrics(folder) for folder in (tmp_path, tmp_path / "rank_1"))
     assert sorted(second[runs.LOSS]) == [1, 2]

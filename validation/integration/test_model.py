@@ -3,17 +3,21 @@
 import copy
 import itertools
 from collections import Counter
+from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols.train_spec import get_train_spec
 
-from nsa.config import NSAConfig
+from nsa.backends import BackendName
+from nsa.config import Compression, NSAConfig
 from nsa.ops import forward_operators
 from nsa.titan.data import ByteTokenizer
 from nsa.titan.initial import draw
@@ -27,18 +31,25 @@ SMALL = NSAConfig(8, 4, 16, 4, window_size=20)
 LONGEST_SUM = 256  # the hidden width of the feed-forward layers
 
 
-def make(attention="nsa", **arguments):
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "max_seq_len": 64}
+def make(attention: str = "nsa", **arguments: Any) -> Transformer:
+    sizes: dict[str, Any] = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": 320,
+        "max_seq_len": 64,
+    }
     model = Transformer(ModelArgs(**sizes, attention=attention, nsa=SMALL, **arguments))
     model.init_weights()
     return model
 
 
-def kinds(model):
+def kinds(model: Transformer) -> list[str]:
     return ["nsa" if isinstance(layer.attention, NSAAttention) else "dense" for layer in model.layers.values()]
 
 
-def test_every_flavor_has_its_twin():
+def test_every_flavor_has_its_twin() -> None:
     flavors = get_train_spec("nsa").model_args
     names = ("debug", "debug_parallel", "100m", "1b")
     assert set(flavors) == {*names, *(f"{name}_dense" for name in names), "100m_hybrid"}
@@ -50,7 +61,7 @@ def test_every_flavor_has_its_twin():
     assert flavors["100m_hybrid"].layer_kinds == ["dense", "nsa", "nsa", "nsa"] * 2
 
 
-def parameters(flavor):
+def parameters(flavor: str) -> dict[str, nn.Parameter]:
     """Of a flavor, without their values."""
     args = get_train_spec("nsa").model_args[flavor]
     args.update_from_config(JobConfig())
@@ -59,25 +70,25 @@ def parameters(flavor):
 
 
 @pytest.mark.parametrize(("flavor", "low", "high"), [("100m", 95e6, 115e6), ("1b", 0.9e9, 1.2e9)])
-def test_flavors_have_the_size_they_are_named_after(flavor, low, high):
+def test_flavors_have_the_size_they_are_named_after(flavor: str, low: float, high: float) -> None:
     assert low < sum(p.numel() for p in parameters(flavor).values()) < high
 
 
-def test_little_is_padding_where_many_processes_share_out_parameters():
+def test_little_is_padding_where_many_processes_share_out_parameters() -> None:
     """FSDP2 shares out rows, as many to each process, and gathers padding from those that have none."""
     shapes = [tuple(p.shape) for p in parameters("1b").values()]
     padding = sum(-rows % 1024 * prod(columns) for rows, *columns in shapes)
     assert padding < sum(map(prod, shapes)) / 10
 
 
-def test_a_flavor_is_not_changed_by_the_jobs_that_use_it():
+def test_a_flavor_is_not_changed_by_the_jobs_that_use_it() -> None:
     flavors = get_train_spec("nsa").model_args
     flavors["debug"].update_from_config(JobConfig(nsa=NSAOptions(window_size=7)))
     assert flavors["debug"].nsa.window_size == 128
 
 
 @pytest.mark.parametrize("pattern", ["nsa", "dense", "dense,nsa", "nsa,nsa,dense"])
-def test_layers_follow_the_pattern(pattern):
+def test_layers_follow_the_pattern(pattern: str) -> None:
     model = Transformer(ModelArgs(dim=32, n_layers=5, n_heads=4, vocab_size=64, max_seq_len=64, attention=pattern))
     assert kinds(model) == [pattern.split(",")[i % len(pattern.split(","))] for i in range(5)]
 
@@ -91,17 +102,17 @@ def test_layers_follow_the_pattern(pattern):
         ({"n_heads": 4, "n_kv_heads": 3}, r"n_heads must be a multiple of n_kv_heads \(3\), got 4"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{"dim": 32, "n_heads": 4, **arguments})
 
 
-def test_an_unknown_flavor_is_refused():
+def test_an_unknown_flavor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.flavor must be one of .*'debug'.*, got '7b'"):
         get_train_spec("nsa").model_args["7b"]
 
 
-def test_initial_weights_depend_on_seed_and_name_alone():
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     model, again, other = make(), make(), make(seed=1)
     hybrid = dict(make("dense,nsa").named_parameters())
     for name, parameter in model.named_parameters():
@@ -111,7 +122,7 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert not torch.equal(other.output.weight, model.output.weight)
 
 
-def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
+def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.titan.initial.DRAWN", 24)  # three rows
     whole = torch.empty(10, 8)
     draw(whole, (0, 0), whole.shape, 0.02, "weight", 0)
@@ -123,7 +134,7 @@ def test_a_part_of_a_parameter_is_drawn_as_in_the_whole(monkeypatch):
 
 
 @pytest.mark.needs_gpu
-def test_initial_weights_are_the_same_on_any_device():
+def test_initial_weights_are_the_same_on_any_device() -> None:
     drawn = {}
     for device in ("cpu", "cuda"):
         drawn[device] = torch.empty(300, 8, device=device)
@@ -132,7 +143,7 @@ def test_initial_weights_are_the_same_on_any_device():
 
 
 @pytest.mark.parametrize("attention", ["nsa", "dense", "dense,nsa"])
-def test_documents_in_a_row_are_as_if_alone(attention):
+def test_documents_in_a_row_are_as_if_alone(attention: str) -> None:
     model = make(attention, attn_mask_type="block_causal")
     tokens = torch.randint(0, 256, (2, 60))
     ends = [[22, 59], [9, 10]]  # the last of a document: one ends with its row, one is a single token
@@ -149,13 +160,13 @@ def test_documents_in_a_row_are_as_if_alone(attention):
             assert_matches(together, alone.double(), what=f"row {row}, tokens {start} to {stop}", reduction=LONGEST_SUM)
 
 
-def test_plain_causal_models_have_no_masks():
+def test_plain_causal_models_have_no_masks() -> None:
     with pytest.raises(TypeError):
         make().get_attention_masks(torch.zeros(1, 8, dtype=torch.long), ByteTokenizer())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "documents"])
-def test_recorded_selections_are_replayed(packed):
+def test_recorded_selections_are_replayed(packed: bool) -> None:
     """Recomputed blocks replay what was given to them, too."""
     model = make("nsa,dense", attn_mask_type="block_causal" if packed else "causal")
     apply_ac(model, ActivationCheckpoint(mode="full"))
@@ -175,19 +186,19 @@ def test_recorded_selections_are_replayed(packed):
     assert_equal(grad.view(2, 3, -1)[:, 1], torch.zeros(2, grad.numel() // 6), what="gradients of unselected values")
 
 
-def test_selections_of_layers_that_make_none_are_refused():
+def test_selections_of_layers_that_make_none_are_refused() -> None:
     tokens = torch.randint(320, (1, 64))
     with pytest.raises(ValueError, match=r"indices must be of NSA layers, \['0'\], got \['1'\]"):
         make("nsa,dense")(tokens, indices={"1": torch.zeros(1, 64, 2, 4, dtype=torch.int32)})
 
 
-def test_the_future_changes_nothing():
+def test_the_future_changes_nothing() -> None:
     model, tokens = make("dense,nsa"), torch.randint(0, 256, (1, 60))
     changed = torch.cat((tokens[:, :41], torch.randint(0, 256, (1, 19))), 1)
     assert_equal(model(changed)[:, :41], model(tokens)[:, :41], what="logits of the past")
 
 
-def test_flops_count_the_keys_each_layer_looks_at():
+def test_flops_count_the_keys_each_layer_looks_at() -> None:
     model = make("dense,nsa")
     weights = sum(p.numel() for p in model.parameters())
     compressors = {name: p.numel() for name, p in model.named_parameters() if ".compress_" in name}
@@ -204,31 +215,34 @@ def test_flops_count_the_keys_each_layer_looks_at():
 class Operators(TorchDispatchMode):
     """Counts how often each operator of ours runs, by name."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls, self.ours = Counter(), forward_operators()
+        self.calls, self.ours = Counter[str](), forward_operators()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in self.ours:
             self.calls[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
 
+Checkpointed = Callable[[Transformer, str], Transformer]
+
+
 @pytest.fixture
-def checkpointed():
+def checkpointed() -> Iterator[Checkpointed]:
     """A copy of a model under activation checkpointing as TorchTitan's plan for llama3 applies it."""
 
-    def apply(model, mode):
+    def apply(model: Transformer, mode: str) -> Transformer:
         model = copy.deepcopy(model)
         options = ActivationCheckpoint(mode=mode, selective_ac_option="op")
         apply_ac(model, options, op_sac_save_list=_op_sac_save_list)
         return model
 
     yield apply
-    torch._C._dynamo.eval_frame._set_lru_cache(True)  # what `apply_ac` turns off for all that is compiled later
+    torch._C._dynamo.eval_frame._set_lru_cache(True)  # type: ignore[attr-defined]  # what `apply_ac` turns off for all that is compiled later
 
 
-def train_a_step(model, tokens):
+def train_a_step(model: Transformer, tokens: Tensor) -> tuple[Counter[str], dict[str, Any]]:
     """How often our operators run, and the gradients, by the parameters' names in the model as it was made."""
     with Operators() as counted:
         model(tokens).square().mean().backward()
@@ -239,9 +253,18 @@ def train_a_step(model, tokens):
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("compression", ["mlp", "mean"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_selective_checkpointing_by_operator_computes_attention_once(backend, compression, checkpointed):
+def test_selective_checkpointing_by_operator_computes_attention_once(
+    backend: BackendName, compression: Compression, checkpointed: Checkpointed
+) -> None:
     config = NSAConfig(16, 8, 16, 2, num_local_blocks=1, window_size=8, compression=compression)
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "max_seq_len": 48}
+    sizes: dict[str, Any] = {
+        "dim": 32,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "vocab_size": 64,
+        "max_seq_len": 48,
+    }
     model = Transformer(ModelArgs(**sizes, nsa=config, backend=backend))
     model.init_weights()
     tokens = torch.randint(0, 64, (1, 48))

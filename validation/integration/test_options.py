@@ -3,8 +3,11 @@
 import io
 import re
 import subprocess
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +31,11 @@ from validation.integration import ranks
 on_cpus = pytest.mark.skipif(torch.accelerator.is_available(), reason="is refused without an accelerator only")
 
 
+Job = Callable[..., JobConfig]
+
+
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """Parses and checks a job as each of several processes does, and returns its configuration."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK"):
@@ -37,7 +43,7 @@ def job(tmp_path, monkeypatch):
     for name in ("NGPU", "TORCHELASTIC_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
 
-    def checked(*options, toml=None, processes=1):
+    def checked(*options: str, toml: str | None = None, processes: int = 1) -> JobConfig:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         if toml is not None:
             (tmp_path / "job.toml").write_text(toml)
@@ -49,7 +55,7 @@ def job(tmp_path, monkeypatch):
     return checked
 
 
-def refused(job, message, *options, **arguments):
+def refused(job: Job, message: str, *options: str, **arguments: Any) -> str:
     """Fails unless the job is refused by this message, a pattern."""
     with pytest.raises(JobError, match=message) as caught:
         job(*options, **arguments)
@@ -161,7 +167,7 @@ REFUSED = [
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[options for options, _ in REFUSED])
-def test_a_wrong_option_is_refused_by_name(options, message, job):
+def test_a_wrong_option_is_refused_by_name(options: str, message: str, job: Job) -> None:
     text = refused(job, message, *options.split(" "))
     assert len(text) < 500, "more than anyone reads"
 
@@ -179,13 +185,13 @@ def test_a_wrong_option_is_refused_by_name(options, message, job):
         (f"--model.converters={FLOAT8}", "^model.converters must be such as this machine has, got .*float8"),
     ],
 )
-def test_what_needs_an_accelerator_is_refused_without(option, message, job):
+def test_what_needs_an_accelerator_is_refused_without(option: str, message: str, job: Job) -> None:
     refused(job, message, option)
 
 
 @pytest.mark.smoke
 @on_cpus
-def test_triton_is_refused_where_it_cannot_run(job, monkeypatch):
+def test_triton_is_refused_where_it_cannot_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa.kernels.INTERPRETED", False)
     refused(
         job,
@@ -209,18 +215,20 @@ def test_triton_is_refused_where_it_cannot_run(job, monkeypatch):
         (2, "data_parallel_replicate=2", "parallelism.data_parallel_shard_degree must be at least 2 beside"),
     ],
 )
-def test_degrees_that_do_not_make_the_number_of_processes_are_refused(processes, options, message, job):
+def test_degrees_that_do_not_make_the_number_of_processes_are_refused(
+    processes: int, options: str, message: str, job: Job
+) -> None:
     degrees = (option.replace("tensor=", "tensor_parallel=").replace("=", "_degree=") for option in options.split(" "))
     refused(job, f"^{message}", *(f"--parallelism.{degree}" for degree in degrees), processes=processes)
 
 
 @pytest.mark.smoke
-def test_a_seed_checkpoint_is_refused_over_several_processes(job):
+def test_a_seed_checkpoint_is_refused_over_several_processes(job: Job) -> None:
     message = "^checkpoint.create_seed_checkpoint must be false over 2 processes, got True"
     refused(job, message, "--checkpoint.create_seed_checkpoint", processes=2)
 
 
-def test_a_corpus_too_short_for_a_row_is_refused_by_the_section_it_is_for(tmp_path):
+def test_a_corpus_too_short_for_a_row_is_refused_by_the_section_it_is_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"error: training.dataset: tokens must hold a sequence") as failure:
         runs.train(("--training.seq_len=1000000000",), tmp_path)
     assert "Traceback" not in str(failure.value)
@@ -257,13 +265,13 @@ TOML = [
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(("toml", "message"), TOML, ids=[toml.replace("\n", " ") for toml, _ in TOML])
-def test_a_wrong_toml_file_is_refused_by_option(toml, message, job):
+def test_a_wrong_toml_file_is_refused_by_option(toml: str, message: str, job: Job) -> None:
     refused(job, message, toml=toml)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("pattern", ['["dense", "nsa"]', '"dense,nsa"'])
-def test_a_pattern_of_layers_may_be_a_list(pattern, job):
+def test_a_pattern_of_layers_may_be_a_list(pattern: str, job: Job) -> None:
     from torchtitan.protocols.train_spec import get_train_spec
 
     job_config = job(toml=f"[nsa]\nattention = {pattern}")
@@ -274,7 +282,7 @@ def test_a_pattern_of_layers_may_be_a_list(pattern, job):
 
 
 @pytest.mark.smoke
-def test_whole_numbers_are_numbers(job):
+def test_whole_numbers_are_numbers(job: Job) -> None:
     assert job(toml="[optimizer]\nlr = 1").optimizer.lr == 1
 
 
@@ -282,7 +290,7 @@ def test_whole_numbers_are_numbers(job):
 
 
 @pytest.mark.smoke
-def test_a_toml_file_has_its_own_word(job, tmp_path):
+def test_a_toml_file_has_its_own_word(job: Job, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass, field\nfrom nsa.titan.train_spec import JobConfig as Ours\n"
         "@dataclass\nclass Mine:\n    option: int = 1\n"
@@ -298,7 +306,9 @@ def test_a_toml_file_has_its_own_word(job, tmp_path):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("spelling", ["--job.config_file=job.toml", "--job.config-file job.toml"])
-def test_nothing_is_added_beside_a_toml_file_but_the_options_of_nsa(spelling, tmp_path, monkeypatch):
+def test_nothing_is_added_beside_a_toml_file_but_the_options_of_nsa(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.toml").write_text("[training]\nsteps = 3")
     options = spelling.split(" ")
@@ -306,7 +316,7 @@ def test_nothing_is_added_beside_a_toml_file_but_the_options_of_nsa(spelling, tm
 
 
 @pytest.mark.smoke
-def test_a_flavor_has_its_file_and_its_folder():
+def test_a_flavor_has_its_file_and_its_folder() -> None:
     added = complete(["--model.flavor", "debug_dense"])
     assert any(option.endswith("configs/debug.toml") for option in added)
     assert "--job.dump_folder=./outputs/debug_dense" in added
@@ -314,7 +324,7 @@ def test_a_flavor_has_its_file_and_its_folder():
 
 
 @on_cpus
-def test_a_toml_file_without_custom_import_trains_on_a_cpu(tmp_path):
+def test_a_toml_file_without_custom_import_trains_on_a_cpu(tmp_path: Path) -> None:
     """TorchTitan's own entry point imports `nsa.titan.train_spec` for its options, and with it what a CPU needs."""
     (tmp_path / "job.toml").write_text(
         '[job]\ncustom_config_module = "nsa.titan.train_spec"\n[model]\nname = "nsa"\nflavor = "debug"\n'
@@ -328,7 +338,7 @@ def test_a_toml_file_without_custom_import_trains_on_a_cpu(tmp_path):
 # 4. One line, and no traceback.
 
 
-def test_a_mistake_is_one_line_on_stderr(tmp_path):
+def test_a_mistake_is_one_line_on_stderr(tmp_path: Path) -> None:
     command = runs.command(("--training.seq_len=0",), tmp_path)
     done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (1, "error: training.seq_len must be at least 1, got 0\n")
@@ -336,7 +346,7 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
 
 
 @ranks.needs(2)
-def test_a_mistake_is_named_by_torchrun_and_no_rank_has_a_traceback(tmp_path):
+def test_a_mistake_is_named_by_torchrun_and_no_rank_has_a_traceback(tmp_path: Path) -> None:
     command = runs.command(("--training.seq_len=0",), tmp_path, processes=2)
     done = subprocess.run(command, env=runs.environment(2), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
@@ -350,7 +360,7 @@ def test_a_mistake_is_named_by_torchrun_and_no_rank_has_a_traceback(tmp_path):
 
 
 @pytest.mark.smoke
-def test_help_describes_each_option_of_nsa(job):
+def test_help_describes_each_option_of_nsa(job: Job) -> None:
     printed = io.StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         job("--help")
@@ -367,11 +377,11 @@ def test_help_describes_each_option_of_nsa(job):
     assert "{None,mlp,linear,mean}" in text
 
 
-def test_a_job_needs_no_options(job):
+def test_a_job_needs_no_options(job: Job) -> None:
     assert job().model.flavor == "debug"
 
 
-def test_every_field_of_the_configuration_is_an_option():
+def test_every_field_of_the_configuration_is_an_option() -> None:
     assert {option.name for option in fields(NSAConfig)} <= {option.name for option in fields(NSAOptions)}
 
 
@@ -379,7 +389,7 @@ def test_every_field_of_the_configuration_is_an_option():
 
 
 @pytest.mark.smoke
-def test_options_that_are_checked_exist_and_their_defaults_are_right():
+def test_options_that_are_checked_exist_and_their_defaults_are_right() -> None:
     job_config = ConfigManager._merge_configs(ConfigManager().config_cls, JobConfig)()
     for option, (right, must) in job_checks._RANGES.items():
         value = job_checks._value(job_config, option)
@@ -390,7 +400,7 @@ def test_options_that_are_checked_exist_and_their_defaults_are_right():
 
 
 @pytest.mark.smoke
-def test_names_that_are_checked_are_those_of_torchtitan():
+def test_names_that_are_checked_are_those_of_torchtitan() -> None:
     assert FLOAT8 in _registry_model_converter_cls
     assert list(job_checks.COMPILED) == JobConfig().compile.components
     one = ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1)
@@ -400,7 +410,7 @@ def test_names_that_are_checked_are_those_of_torchtitan():
         build_optimizers([nn.Linear(2, 2)], Optimizer(name="SGD"), one)
 
 
-def test_parts_of_a_checkpoint_are_named_as_they_are_saved(tmp_path):
+def test_parts_of_a_checkpoint_are_named_as_they_are_saved(tmp_path: Path) -> None:
     from torchtitan.components.checkpoint import CheckpointManager
 
     parts = {"dataloader": None, "model_parts": [nn.Linear(2, 2)], "optimizers": None, "lr_schedulers": None}

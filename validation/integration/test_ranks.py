@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch.distributed
@@ -15,7 +17,7 @@ from validation.integration import ranks
 pytestmark = ranks.needs(2)
 
 
-def meet():
+def meet() -> None:
     torch.distributed.init_process_group("gloo")
     heard = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(heard, f"rank {torch.distributed.get_rank()} of {len(heard)}")
@@ -23,13 +25,13 @@ def meet():
     torch.distributed.destroy_process_group()
 
 
-def wait_for_ever():
+def wait_for_ever() -> NoReturn:
     print("waiting")
     while True:
         time.sleep(0.1)
 
 
-def fail_in_rank_1(how, folder):
+def fail_in_rank_1(how: str, folder: Path) -> None:
     print(f"rank {os.environ['RANK']} was here")
     if os.environ["RANK"] != "1":
         wait_for_ever()
@@ -39,13 +41,13 @@ def fail_in_rank_1(how, folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave_a_child(folder):
+def leave_a_child(folder: Path) -> NoReturn:
     child = subprocess.Popen(["sleep", "600"])
     (folder / f"child-{os.environ['RANK']}").write_text(str(child.pid))
     wait_for_ever()
 
 
-def is_alive(pid):
+def is_alive(pid: int | None) -> bool:
     """Whether it runs: who is dead but not collected does not."""
     status = Path(f"/proc/{pid}/stat")
     try:
@@ -54,14 +56,14 @@ def is_alive(pid):
         return False
 
 
-def until(condition, seconds=60):
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.05)
 
 
-def test_ranks_meet_and_what_they_print_is_kept_apart(tmp_path):
+def test_ranks_meet_and_what_they_print_is_kept_apart(tmp_path: Path) -> None:
     with ranks.Job(meet, (), tmp_path, 2) as job:
         job.wait()
     for rank, log in enumerate(job.logs):
@@ -69,7 +71,7 @@ def test_ranks_meet_and_what_they_print_is_kept_apart(tmp_path):
         assert f"I am {1 - rank}" not in log.read_text()
 
 
-def test_jobs_at_the_same_time_do_not_meet(tmp_path):
+def test_jobs_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
     with ranks.Job(meet, (), tmp_path / "one", 2) as one, ranks.Job(meet, (), tmp_path / "other", 2) as other:
         one.wait()
         other.wait()
@@ -78,7 +80,7 @@ def test_jobs_at_the_same_time_do_not_meet(tmp_path):
 @pytest.mark.parametrize(
     ("how", "fate", "status"), [("raise", "exited with 1", 1), ("kill", "was killed by SIGKILL", -signal.SIGKILL)]
 )
-def test_the_first_rank_that_fails_is_shown_first(tmp_path, how, fate, status):
+def test_the_first_rank_that_fails_is_shown_first(tmp_path: Path, how: str, fate: str, status: int) -> None:
     with (
         pytest.raises(ranks.RankFailed, match=rf"^rank 1 {fate}, rank 0 was stopped after") as failure,
         ranks.Job(fail_in_rank_1, (how, tmp_path), tmp_path, 2) as job,
@@ -91,7 +93,7 @@ def test_the_first_rank_that_fails_is_shown_first(tmp_path, how, fate, status):
     assert ("ZeroDivisionError: the culprit" in message) == (how == "raise")
 
 
-def test_a_rank_that_hangs_is_stopped_and_says_where(tmp_path):
+def test_a_rank_that_hangs_is_stopped_and_says_where(tmp_path: Path) -> None:
     with ranks.Job(wait_for_ever, (), tmp_path, 2) as job:
         until(lambda: all("waiting" in log.read_text() for log in job.logs))
         with pytest.raises(ranks.RankFailed, match=r"^rank 0 was stopped after \d+ s, rank 1") as failure:
@@ -99,7 +101,7 @@ def test_a_rank_that_hangs_is_stopped_and_says_where(tmp_path):
     assert str(failure.value).count("in wait_for_ever") == 2
 
 
-def test_what_ranks_started_ends_with_them(tmp_path):
+def test_what_ranks_started_ends_with_them(tmp_path: Path) -> None:
     files = [tmp_path / f"child-{rank}" for rank in range(2)]
     with ranks.Job(leave_a_child, (tmp_path,), tmp_path, 2) as job:
         until(lambda: all(file.exists() and file.read_text() for file in files))
@@ -108,7 +110,7 @@ def test_what_ranks_started_ends_with_them(tmp_path):
     until(lambda: not any(map(is_alive, pids)))
 
 
-def test_ranks_do_not_outlive_whoever_started_them(tmp_path):
+def test_ranks_do_not_outlive_whoever_started_them(tmp_path: Path) -> None:
     starter = (
         "import pathlib, sys, time\n"
         "from validation.integration import ranks, test_ranks\n"
@@ -119,6 +121,7 @@ def test_ranks_do_not_outlive_whoever_started_them(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", starter, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout is not None
             pids = [int(pid) for pid in process.stdout.readline().split()]
             until(lambda: all((tmp_path / f"child-{rank}").exists() for rank in range(2)))
             assert len(pids) == 2

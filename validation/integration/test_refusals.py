@@ -1,5 +1,8 @@
 """Layouts that would fail later, or train something else, are refused by the option to change; those around are not."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torchtitan.distributed import ParallelDims
@@ -18,7 +21,13 @@ HALVES = [["tok_embeddings", "layers.0", "layers.1"], [*(f"layers.{i}" for i in 
 """Modules of `debug_parallel` on two stages."""
 
 
-def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
+def check(
+    *,
+    flavor: str = "debug_parallel",
+    nsa: dict[str, Any] | None = None,
+    degrees: dict[str, int] | None = None,
+    **sections: dict[str, Any],
+) -> None:
     """`check_layout` of a job with these degrees and options by section."""
     config = JobConfig(nsa=NSAOptions(**(nsa or {})))
     config.training.seq_len, config.validation.seq_len = 1024, 1024
@@ -176,7 +185,7 @@ def check(*, flavor="debug_parallel", nsa=None, degrees=None, **sections):
         ),
     ],
 )
-def test_a_wrong_layout_is_refused(arguments, message):
+def test_a_wrong_layout_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(**arguments)
 
@@ -207,11 +216,11 @@ def test_a_wrong_layout_is_refused(arguments, message):
         {"degrees": {"pp": 4, "dp_shard": 8, "tp": 2, "cp": 2}, "validation": {"enable": True, "local_batch_size": 8}},
     ],
 )
-def test_a_right_one_is_not(arguments):
+def test_a_right_one_is_not(arguments: dict[str, Any]) -> None:
     check(**arguments)
 
 
-def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypatch):
+def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stages_again() or torch.__version__ < "2.13"
     monkeypatch.setattr(parallelize, "stages_again", lambda: False)
     with pytest.raises(ValueError, match=r'checkpoint.async_mode must be "async" .*, got .async_with_pinned_mem.'):
@@ -228,7 +237,7 @@ def test_staging_is_refused_where_pytorch_can_stage_one_checkpoint_only(monkeypa
         pytest.param(("--parallelism.pipeline_parallel_degree=2", "--nsa.attn_mask_type=block_causal"), id="pipeline"),
     ],
 )
-def test_every_rank_refuses_before_training(options, tmp_path):
+def test_every_rank_refuses_before_training(options: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(ranks.RankFailed, match=r"^rank \d exited with 1, rank \d exited with 1\n") as failure:
         ranks.train((*TRAINING, *options, "--training.local_batch_size=8"), tmp_path, processes=2)
     for rank in range(2):
@@ -240,7 +249,9 @@ def test_every_rank_refuses_before_training(options, tmp_path):
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_throughput_is_not_measured_without_gpus(gpus, tmp_path, monkeypatch, capsys):
+def test_throughput_is_not_measured_without_gpus(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(runs, "train", lambda *args, **kwargs: pytest.fail("a run was started"))
     with pytest.raises(SystemExit) as ended:

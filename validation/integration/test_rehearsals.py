@@ -9,6 +9,9 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -32,10 +35,10 @@ SECONDS = 30  # of a processor that nobody else uses
 CALLS = 33_000_000
 
 
-def rehearse(arguments, processes):
+def rehearse(arguments: Sequence[str], processes: int) -> None:
     os.environ["NGPU"] = str(processes)
     torch.set_num_threads(1)  # those that wait for others take time, too
-    paces = []
+    paces: list[float] = []
     threading.Thread(target=sample, args=(paces,), daemon=True).start()
     begin = time.process_time()
     ranks.train_here(arguments)
@@ -44,7 +47,7 @@ def rehearse(arguments, processes):
     assert seconds * pace < SECONDS
 
 
-def sample(paces):
+def sample(paces: list[float]) -> NoReturn:
     """Appends the processor's present speed twice a second, as a part of what it is alone."""
     calls, function = 300_000, lambda: None
     while True:
@@ -71,7 +74,7 @@ def sample(paces):
     ],
     ids=lambda value: str(value).replace("_parallel", "").replace(" ", ",").replace("data_", ""),
 )
-def test_a_large_layout_is_rehearsed(processes, degrees, tmp_path):
+def test_a_large_layout_is_rehearsed(processes: int, degrees: str, tmp_path: Path) -> None:
     steps, rows = (0, 4) if "pipeline" in degrees else (1, 1)
     seq_len = 64 * (8 if "context" in degrees else 1)  # a block a chunk, two chunks a process
     parallelism = (f"--parallelism.{degree.replace('=', '_degree=')}" for degree in degrees.split())

@@ -1,12 +1,14 @@
 """What else a training may be told to do is done alike by one process and by several."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from validation import runs
 from validation.integration import ranks
-from validation.integration.layouts import BY_NAME, GLOBAL_BATCH_SIZE, SEQ_LEN, assert_same, train
+from validation.integration.layouts import BY_NAME, GLOBAL_BATCH_SIZE, SEQ_LEN, Layout, OneProcess, assert_same, train
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ VARIANTS = (
 )
 
 
+InFolder = Callable[[tuple[str, ...]], tuple[str, ...]]
+OptionsOf = Callable[[Variant], tuple[str, ...]]
+
+
 @pytest.fixture(scope="module")
-def in_folder(tmp_path_factory):
+def in_folder(tmp_path_factory: pytest.TempPathFactory) -> InFolder:
     """Completes options that name a folder of short files, the same whatever else changes."""
     folder = tmp_path_factory.mktemp("short")
     words = ("def", "return", "value", "for", "in", "range", "self", "import", "None", "yield")
@@ -88,7 +94,7 @@ def in_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def options_of(one_process, in_folder):
+def options_of(one_process: OneProcess, in_folder: InFolder) -> OptionsOf:
     """Gives all options of a variant that one process has as well."""
 
     def options(variant: Variant) -> tuple[str, ...]:
@@ -114,7 +120,9 @@ def options_of(one_process, in_folder):
         for name in variant.layouts
     ],
 )
-def test_a_variant_trains_as_in_one_process(variant, layout, one_process, options_of, tmp_path):
+def test_a_variant_trains_as_in_one_process(
+    variant: Variant, layout: Layout, one_process: OneProcess, options_of: OptionsOf, tmp_path: Path
+) -> None:
     options = options_of(variant)
     train(layout, tmp_path, *options, *variant.for_layout)
     assert_same(tmp_path, one_process(*options), (runs.LOSS, "grad_norm", *variant.metrics))
@@ -128,7 +136,9 @@ def test_a_variant_trains_as_in_one_process(variant, layout, one_process, option
         if variant.options or variant.seeded
     ],
 )
-def test_a_variant_is_not_the_training_without(variant, one_process, options_of, in_folder):
+def test_a_variant_is_not_the_training_without(
+    variant: Variant, one_process: OneProcess, options_of: OptionsOf, in_folder: InFolder
+) -> None:
     """Otherwise the comparison would show nothing."""
     beside = in_folder(variant.beside)
     plain, varied = (runs.read_metrics(one_process(*options)) for options in (beside, options_of(variant)))
