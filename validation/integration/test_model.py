@@ -239,7 +239,8 @@ def checkpointed() -> Iterator[Checkpointed]:
         return model
 
     yield apply
-    torch._C._dynamo.eval_frame._set_lru_cache(True)  # type: ignore[attr-defined]  # what `apply_ac` turns off for all that is compiled later
+    # What `apply_ac` turns off for all that is compiled later.
+    torch._C._dynamo.eval_frame._set_lru_cache(True)  # type: ignore[attr-defined]
 
 
 def train_a_step(model: Transformer, tokens: Tensor) -> tuple[Counter[str], dict[str, Any]]:

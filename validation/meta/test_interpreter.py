@@ -65,7 +65,7 @@ def test_a_bfloat16_is_the_nearest_one(on_device: None) -> None:
 
 
 @triton.jit
-def _first_kernel(x, out, count: int, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _first_kernel(x, out, count, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.arange(0, COUNT)
     kept = (places < 3) & (count > 0)
     tl.store(out + places, tl.load(x + places, mask=kept, other=0.0), mask=kept)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nsa import NativeSparseAttention, NSAConfig, compress, kernels, nsa_attention, pack_sequences, rope_table
+from nsa import (
+    NativeSparseAttention,
+    NSAConfig,
+    PackedSequences,
+    compress,
+    kernels,
+    nsa_attention,
+    pack_sequences,
+    rope_table,
+)
+from nsa.backends import BackendName
+from nsa.config import Compression
 from nsa.ops import OPERATORS, sizes_of
 from nsa.varlen import tensors_of
 from validation.cases import Case, Tensors, config, cumulative, draw, whole
@@ -37,10 +49,12 @@ def make_layer(settings: NSAConfig) -> NativeSparseAttention:
     return NativeSparseAttention(DIM, HEADS, 1, HEAD_DIM, settings, backend="triton")
 
 
-def gradients(layer: NativeSparseAttention, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensors:
+def gradients(
+    layer: NativeSparseAttention, function: Callable[..., Tensor], x: Tensor, *rest: Tensor | None
+) -> Tensors:
     """Output and gradients of the input and of every parameter, under the same cotangent each time."""
-    x = inputs[0].detach().requires_grad_()
-    out = function(x, *inputs[1:])
+    x = x.detach().requires_grad_()
+    out = function(x, *rest)
     leaves = {"x": x, **dict(layer.named_parameters())}
     found = torch.autograd.grad(out, list(leaves.values()), torch.linspace(-1, 1, out.numel()).view_as(out))
     return {"output": out.detach(), **{f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}}
@@ -92,11 +106,13 @@ if kernels.INTERPRETED:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("backend", "compression", "tokens", "packing"), INDUCTED)
-def test_compiled_gradients_are_those_of_the_layer(backend: str, compression: str, tokens: int, packing: str) -> None:
+def test_compiled_gradients_are_those_of_the_layer(
+    backend: BackendName, compression: Compression, tokens: int, packing: str
+) -> None:
     settings = config((16, 8, 16), 3, 12, num_local_blocks=1, compression=compression)
     layer = NativeSparseAttention(64, 4, 2, HEAD_DIM, settings, backend=backend)
-    inputs = (torch.randn(1, tokens, 64), rope_table(tokens, HEAD_DIM))
-    inputs += (cumulative((17, 0, tokens - 17)) if packing == "packed" else None,)
+    offsets = cumulative((17, 0, tokens - 17)) if packing == "packed" else None
+    inputs = (torch.randn(1, tokens, 64), rope_table(tokens, HEAD_DIM), offsets)
     expected = gradients(layer, layer, *inputs)
     for name, x in gradients(layer, torch.compile(layer, fullgraph=True), *inputs).items():
         assert_matches(x, expected[name].double(), what=f"compiled {name}", reduction=tokens * 4 * HEAD_DIM)
@@ -124,7 +140,9 @@ if kernels.INTERPRETED:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("backend", "compression", "kind"), TRACED)
-def test_another_length_batch_or_packing_compiles_nothing(backend: str, compression: str, kind: str) -> None:
+def test_another_length_batch_or_packing_compiles_nothing(
+    backend: BackendName, compression: Compression, kind: str
+) -> None:
     batches = LENGTHS[kind]
     layer = NativeSparseAttention(
         DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
@@ -136,16 +154,16 @@ def test_another_length_batch_or_packing_compiles_nothing(backend: str, compress
         compiled = torch.compile(layer.to(rope.device), dynamic=True, fullgraph=True, backend=counter)
         for batch, lengths in batches:
             # No batch is as large as another size that is known: PyTorch would take the two for one.
-            offsets = cumulative(lengths) if kind != "whole" else None
+            packing: Tensor | PackedSequences | None = cumulative(lengths) if kind != "whole" else None
             if kind == "tables":
-                offsets = pack_sequences(offsets, layer.config, num_tokens=sum(lengths))
-            compiled(torch.randn(batch, sum(lengths), DIM), rope, offsets)
+                packing = pack_sequences(cumulative(lengths), layer.config, num_tokens=sum(lengths))
+            compiled(torch.randn(batch, sum(lengths), DIM), rope, packing)
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times for {len(batches)} batches"
 
 
 @pytest.mark.parametrize("compression", ["mlp", "mean"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_exported_with_a_length_that_varies(backend: str, compression: str) -> None:
+def test_exported_with_a_length_that_varies(backend: BackendName, compression: Compression) -> None:
     layer = NativeSparseAttention(
         DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
     )
@@ -167,16 +185,18 @@ OFFSETS = {
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_offsets_that_nobody_can_check_lead_nowhere(backend: str) -> None:
+def test_offsets_that_nobody_can_check_lead_nowhere(backend: BackendName) -> None:
     """Compiled, what would be refused is made legal: tokens outside of every sequence give 0, and nothing to others."""
     case = Case("unchecked", whole(48), ALL_BLOCKS, kv_heads=1, key_dim=16, value_dim=16)
     names = ("k", "v", "q", "k_slc", "v_slc", "k_win", "v_win", "gates")
     drawn = draw(case, torch.float32)
     tensors = {name: drawn[name].requires_grad_() for name in names}
 
-    def attend(offsets: Tensor, k: Tensor, v: Tensor, q: Tensor, *others: Tensor) -> Tensor:
+    def attend(offsets: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
         k_cmp, v_cmp = (compress(x, None, ALL_BLOCKS, cu_seqlens=offsets, backend=backend) for x in (k, v))
-        return nsa_attention(q, k_cmp, v_cmp, *others, ALL_BLOCKS, cu_seqlens_q=offsets, backend=backend)
+        q, k_slc, v_slc, k_win, v_win, gates = rest
+        keys = k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
+        return nsa_attention(q, *keys, gates, ALL_BLOCKS, cu_seqlens_q=offsets, backend=backend)
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     for kind, offsets in OFFSETS.items():
@@ -207,7 +227,9 @@ def results_of_one(attend: Callable[..., Tensor], tensors: Tensors, start: int, 
     ("backend", "compression", "packed"),
     [("eager", "mlp", False), ("eager", "mean", True), ("triton", "mlp", True), ("triton", "mean", False)],
 )
-def test_a_default_device_is_no_reason_to_break_a_graph(backend: str, compression: str, packed: bool) -> None:
+def test_a_default_device_is_no_reason_to_break_a_graph(
+    backend: BackendName, compression: Compression, packed: bool
+) -> None:
     layer = NativeSparseAttention(
         DIM, HEADS, 1, HEAD_DIM, replace(ALL_BLOCKS, compression=compression), backend=backend
     )
@@ -331,6 +353,7 @@ differentiable = pytest.mark.parametrize("qualified", [name for name in INPUTS i
 @differentiable
 def test_the_way_around_the_dispatcher_gives_the_same_bits(qualified: str) -> None:
     operator, found = OPERATORS[qualified], []
+    assert operator.gradient is not None
     number = operator.gradient.num_outputs
     for way in (operator, operator.registered):
         inputs = asking(inputs_of(qualified, torch.float32))
@@ -381,7 +404,7 @@ class Selections(TorchDispatchMode):
         super().__init__()
         self.indices: list[Tensor] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.nsa_triton.select_blocks.default:
             self.indices.append(result.detach().clone())
@@ -394,7 +417,7 @@ ATTENTION = {
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
-def keeping(kept: set, context, function, *args, **kwargs) -> CheckpointPolicy:
+def keeping(kept: set[Any], context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if function in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -403,10 +426,10 @@ def keeping(kept: set, context, function, *args, **kwargs) -> CheckpointPolicy:
     [(None, False, 2), (None, True, 2), (ATTENTION, False, 1), (PRODUCTS, False, 2)],
     ids=["full", "full_packed", "attention_kept", "products_kept"],
 )
-def test_recomputation_gives_the_same_bits(kept: set | None, packed: bool, selections: int) -> None:
+def test_recomputation_gives_the_same_bits(kept: set[Any] | None, packed: bool, selections: int) -> None:
     layer, rope = make_layer(ONE_FREE_BLOCK), rope_table(40, HEAD_DIM)
     inputs = (torch.randn(1, 40, DIM), rope, cumulative((3, 0, 37)) if packed else None)
-    options = (
+    options: dict[str, Any] = (
         {} if kept is None else {"context_fn": partial(create_selective_checkpoint_contexts, partial(keeping, kept))}
     )
     with Selections() as recorded:

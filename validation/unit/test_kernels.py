@@ -4,6 +4,8 @@ What they share with every implementation is tested in test_stages.py and its ne
 interpreter shows that the algebra is right, and compiled kernels are held to the policy in their own dtypes.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -70,14 +72,14 @@ def check(stage: StageSpec, case: Case, dtype_name: str) -> None:
 
 # Left to itself attention to selected blocks goes by block, in pieces of two queries, but for the largest groups.
 @each_attempt
-def test_selected_attention_either_way(case, dtype_name, way):
+def test_selected_attention_either_way(case: Case, dtype_name: str, way: dict[str, Any]) -> None:
     with launched(SELECTED, **way):
         check(STAGES["selected_attention"], case, dtype_name)
 
 
 @each_few
 @each_way
-def test_attention_as_a_whole_either_way(case, way):
+def test_attention_as_a_whole_either_way(case: Case, way: dict[str, Any]) -> None:
     with launched(SELECTED, **way):
         check(STAGES["nsa_attention"], case, WIDEST)
 
@@ -93,23 +95,23 @@ def test_attention_as_a_whole_either_way(case, way):
     ],
     ids=str,
 )
-def test_launch_parameters_change_nothing_else(parameters):
+def test_launch_parameters_change_nothing_else(parameters: dict[str, Any]) -> None:
     with launched((*CONTIGUOUS, *SELECTED), **parameters), launched(SELECTED, **WAYS["by_query"]):
         check(STAGES["nsa_attention"], FITTED["many_blocks"], WIDEST)
 
 
-def test_more_slots_than_a_tile_holds():
+def test_more_slots_than_a_tile_holds() -> None:
     case = Case("slots", whole(70), config((16, 8, 16), 2**21, 20), kv_heads=1, group=1, key_dim=16, value_dim=16)
     tensors = draw_inputs(case, torch.float32)
-    lse = TRITON.compressed_attention(tensors["q"], tensors["k_cmp"], tensors["v_cmp"], case.config)[1]
-    indices = TRITON.select_blocks(tensors["q"], tensors["k_cmp"], lse, case.config)
+    lse = TRITON.function("compressed_attention")(tensors["q"], tensors["k_cmp"], tensors["v_cmp"], case.config)[1]
+    indices = TRITON.function("select_blocks")(tensors["q"], tensors["k_cmp"], lse, case.config)
     own = torch.arange(70)[:, None] // 16
     assert_equal(indices[0, :, 0, :5], torch.arange(5).where(torch.arange(5) <= own, -1).int(), what="indices")
     assert (indices[..., 5:] == -1).all()
 
 
 @each_branch
-def test_operators_are_well_behaved(stage):
+def test_operators_are_well_behaved(stage: StageSpec) -> None:
     case = Case("opcheck", whole(20), config((16, 8, 16), 3, 9), key_dim=16, value_dim=32, kv_heads=1)
     x = draw(case, torch.float32)
     k, v = ("k_cmp", "v_cmp") if stage.name == "compressed_attention" else ("k", "v")
@@ -121,7 +123,7 @@ def test_operators_are_well_behaved(stage):
 
 
 @pytest.mark.parametrize("dtype_name", ["bfloat16"] if kernels.INTERPRETED else ["float32", "bfloat16"])
-def test_the_layer_is_the_same_on_both_backends(dtype_name):
+def test_the_layer_is_the_same_on_both_backends(dtype_name: str) -> None:
     layers = [NativeSparseAttention(32, 4, 2, 16, SMALL, backend=backend) for backend in ("eager", "triton")]
     layers[1].load_state_dict(layers[0].state_dict())
     x, rope, longest_sum = torch.randn(1, 60, 32), rope_table(60, 16), 60 * 4 * 16
@@ -138,7 +140,7 @@ def test_the_layer_is_the_same_on_both_backends(dtype_name):
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="float64 kernels exist under the interpreter only")
 @each_way
 @pytest.mark.parametrize("case", DIFFERENTIATED, ids=lambda case: case.id)
-def test_gradients_either_way_are_those_of_finite_differences(way, case):
+def test_gradients_either_way_are_those_of_finite_differences(way: dict[str, Any], case: Case) -> None:
     with launched(SELECTED, **way):
         check_gradients(TRITON, STAGES["selected_attention"], case)
 
@@ -151,23 +153,23 @@ def test_gradients_either_way_are_those_of_finite_differences(way, case):
         ((24, 24, 48), r"compress_block_size = 24"),
     ],
 )
-def test_unsupported_sizes_are_refused(sizes, message):
+def test_unsupported_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     q, k = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16)
     with pytest.raises(ValueError, match=message):
-        TRITON.sliding_window_attention(q, k, k, NSAConfig(*sizes))
+        TRITON.function("sliding_window_attention")(q, k, k, NSAConfig(*sizes))
 
 
-def test_unsupported_head_dims_are_refused():
+def test_unsupported_head_dims_are_refused() -> None:
     q = torch.randn(1, 64, 2, 8)
     with pytest.raises(ValueError, match=r"a head dim of 8 \(only 16 to 256\)"):
-        TRITON.sliding_window_attention(q, q, q, NSAConfig())
+        TRITON.function("sliding_window_attention")(q, q, q, NSAConfig())
 
 
-def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     q = torch.randn(1, 64, 2, 16, device="cpu")
     with pytest.raises(ValueError, match=r'backend must be "auto" or "eager" .* got "triton" and tensors on cpu'):
-        TRITON.sliding_window_attention(q, q, q, NSAConfig())
+        TRITON.function("sliding_window_attention")(q, q, q, NSAConfig())
 
 
 def test_launches_by_block_fit_a_grid() -> None:
@@ -177,9 +179,9 @@ def test_launches_by_block_fit_a_grid() -> None:
 
 
 @pytest.mark.needs_gpu
-def test_another_length_is_no_reason_to_compile(monkeypatch):
+def test_another_length_is_no_reason_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither that it is no multiple of 16 nor how many blocks it has."""
-    compiled = []
+    compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
     modules = (
         attention, block_index, bwd_preprocess, flash_forward, flash_backward, select, selected_by_block,
@@ -190,7 +192,7 @@ def test_another_length_is_no_reason_to_compile(monkeypatch):
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()  # what other tests have compiled
 
-    def kernels_of(tokens):
+    def kernels_of(tokens: int) -> list[str]:
         case = Case("lengths", whole(tokens), NSAConfig(), kv_heads=4, group=4, key_dim=128, value_dim=128)
         x = {**draw_inputs(case, torch.bfloat16), "indices": None}
         dict(STAGES["nsa_attention"].results(TRITON, case, x))

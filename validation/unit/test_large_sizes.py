@@ -271,7 +271,7 @@ TOGETHER = (
 # 5. Compression.
 
 COMPRESS = ("compress_keys", "compress_values")
-OVERLAPPING = {"blocks": (32, 8, 32)}
+OVERLAPPING: dict[str, Any] = {"blocks": (32, 8, 32)}
 COMPRESSION = (
     Path(
         "several_programs", COMPRESS, (shaped("whole", whole(300), batch=2), shaped("packed", whole(150, 5, 0, 160))),

@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nsa import NativeSparseAttention, NSAConfig, RopeScaling, nsa_attention, rope_table
 from validation import oracle
@@ -25,17 +27,26 @@ KINDS = [
 each_kind = pytest.mark.parametrize("config", KINDS, ids=lambda c: f"{c.compression}{'-shared' * c.shared_kv}")
 
 
-def make(config, dtype=torch.float64, *, heads=6, kv_heads=2, head_dim=8, dim=24, **options):
+def make(
+    config: NSAConfig,
+    dtype: torch.dtype = torch.float64,
+    *,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    dim: int = 24,
+    **options: Any,
+) -> NativeSparseAttention:
     return NativeSparseAttention(dim, heads, kv_heads, head_dim, config, **options).to(dtype)
 
 
-def expected(layer, x, rope, cu_seqlens=None):
-    sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
+def expected(layer: NativeSparseAttention, x: Tensor, rope: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    sizes: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
     weights, sizes["gate_activation"] = dict(layer.named_parameters()), layer.gate_activation
     return oracle.native_sparse_attention(x, weights, layer.config, **sizes, rope=rope, cu_seqlens=cu_seqlens)
 
 
-PARTS = {
+PARTS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "softmax": {"gate_activation": "softmax"},
     "gates_for_all_heads": {"gate_per_head": False},
@@ -45,7 +56,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
-def test_other_projections_and_gates_match_the_oracle(options):
+def test_other_projections_and_gates_match_the_oracle(options: dict[str, Any]) -> None:
     layer = make(SMALL, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -54,27 +65,30 @@ def test_other_projections_and_gates_match_the_oracle(options):
 
 
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
-def test_other_projections_and_gates_go_on_from_a_cache(options):
+def test_other_projections_and_gates_go_on_from_a_cache(options: dict[str, Any]) -> None:
     layer, rope = make(SMALL, **options), rope_table(40, 8)
     x, cache = torch.randn(2, 40, 24, dtype=torch.float64), layer.make_cache(2, 40)
     parts = [layer(part, rope, cache=cache) for part in x.split((25, 1, 14), 1)]
     assert_matches(torch.cat(parts, 1), layer(x, rope).detach(), what="output")
 
 
-def test_parameters_of_other_gates_start_as_they_should():
+def test_parameters_of_other_gates_start_as_they_should() -> None:
     layer = make(SMALL, **PARTS["all"])
-    assert layer.wg[2].out_features == 3
-    assert_equal(layer.wg[2].bias.detach(), torch.zeros(3, dtype=torch.float64), what="gate bias")
+    assert isinstance(layer.wg, nn.Sequential)
+    last = layer.wg[2]
+    assert isinstance(last, nn.Linear)
+    assert last.out_features == 3
+    assert_equal(last.bias.detach(), torch.zeros(3, dtype=torch.float64), what="gate bias")
     assert_equal(layer.wk.bias.detach(), torch.zeros(48, dtype=torch.float64), what="bias of keys")
 
 
 @each_kind
 @pytest.mark.parametrize("lengths", [None, (30, 0, 7, 33)], ids=["whole", "packed"])
-def test_matches_the_oracle_with_all_gradients(config, lengths):
+def test_matches_the_oracle_with_all_gradients(config: NSAConfig, lengths: tuple[int, ...] | None) -> None:
     check_against_the_oracle(make(config), lengths)
 
 
-def check_against_the_oracle(layer, lengths):
+def check_against_the_oracle(layer: NativeSparseAttention, lengths: tuple[int, ...] | None) -> None:
     rope = rope_table(70, 8)
     x = torch.randn(1 if lengths else 2, 70, 24, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int() if lengths else None
@@ -82,30 +96,30 @@ def check_against_the_oracle(layer, lengths):
     assert_matches(actual, oracles, what="output")
     inputs = {"x": x, **dict(layer.named_parameters())}
     dout = torch.randn_like(actual)
-    gradients = (torch.autograd.grad(out, inputs.values(), dout) for out in (actual, oracles))
+    gradients = (torch.autograd.grad(out, list(inputs.values()), dout) for out in (actual, oracles))
     for name, got, wanted in zip(inputs, *gradients, strict=True):
         assert_matches(got, wanted, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("length", [0, 1, 7])
-def test_sequences_without_a_whole_block(length):
+def test_sequences_without_a_whole_block(length: int) -> None:
     layer, rope, x = make(SMALL), rope_table(8, 8), torch.randn(1, length, 24, dtype=torch.float64)
     assert_matches(layer(x, rope), expected(layer, x, rope), what="output")
 
 
 @each_kind
-def test_gradcheck_of_the_whole_module(config):
+def test_gradcheck_of_the_whole_module(config: NSAConfig) -> None:
     layer = make(config, heads=2, kv_heads=1, head_dim=4, dim=6)
     rope, x = rope_table(24, 4), torch.randn(1, 24, 6, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
-    def run(x, *values):
+    def run(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, rope))
 
     gradcheck(run, (x, *parameters), fast=True)
 
 
-def test_rope_follows_its_definition():
+def test_rope_follows_its_definition() -> None:
     table = rope_table(3, 4, theta=100.0).double()
     angles = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]], dtype=torch.float64)
     assert_equal(table, torch.stack((angles.cos(), angles.sin()), -1).float().double(), what="table")
@@ -120,9 +134,9 @@ SCALINGS = {
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
-def test_scaled_frequencies_are_those_of_their_definition(scaling, theta):
+def test_scaled_frequencies_are_those_of_their_definition(scaling: RopeScaling, theta: float) -> None:
     """Wavelength by wavelength, as the release of llama 3.1 has it."""
-    table = rope_table(2, 64, theta, scaling=scaling, device="cpu").double()
+    table = rope_table(2, 64, theta, scaling=scaling, device=torch.device("cpu")).double()
     for pair in range(32):
         frequency = theta ** -(2 * pair / 64)
         wavelength = 2 * math.pi / frequency
@@ -139,26 +153,27 @@ def test_scaled_frequencies_are_those_of_their_definition(scaling, theta):
 @pytest.mark.parametrize(
     "wrong", [{"factor": 0.5}, {"low_freq_factor": 0.0}, {"high_freq_factor": 1.0}, {"original_length": 0}]
 )
-def test_scaling_out_of_range_is_refused(wrong):
+def test_scaling_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^scaling must have a factor of at least 1"):
         rope_table(2, 8, scaling=RopeScaling(**wrong))
 
 
-def test_gates_start_half_open_and_heads_are_their_own():
+def test_gates_start_half_open_and_heads_are_their_own() -> None:
     layer = make(SMALL)
+    assert isinstance(layer.wg, nn.Linear)
     assert_equal(layer.wg.bias.detach(), torch.zeros(18, dtype=torch.float64), what="gate bias")
     assert layer.wk.out_features == 2 * 3 * 8
     assert make(replace(SMALL, shared_kv=True)).wk.out_features == 2 * 8
 
 
 @each_kind
-def test_compiles_as_one_graph_to_the_same_function(config):
+def test_compiles_as_one_graph_to_the_same_function(config: NSAConfig) -> None:
     layer, rope, x = make(config, torch.float32), rope_table(48, 8), torch.randn(2, 48, 24)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     # On a GPU cuBLAS may take another algorithm for a compiled product, and its bits with it.
     longest_sum = 2 * 48 * 6  # tokens and heads behind an element of a gradient
 
-    def check(got, wanted, what):
+    def check(got: Tensor, wanted: Tensor, what: str) -> None:
         if x.device.type == "cpu":
             assert_equal(got, wanted, what=what)
         assert_matches(got, wanted.double(), what=what, reduction=longest_sum)
@@ -169,7 +184,7 @@ def test_compiles_as_one_graph_to_the_same_function(config):
         check(got, wanted, f"gradient of {name}")
 
 
-def test_parameters_are_cast_to_the_dtype_of_the_keys():
+def test_parameters_are_cast_to_the_dtype_of_the_keys() -> None:
     layer, x = make(SMALL, torch.float32), torch.randn(1, 40, 24)
     with torch.autocast(x.device.type, torch.bfloat16):
         out = layer(x, rope_table(40, 8))
@@ -214,7 +229,9 @@ BAD_LAYERS = {
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
-def test_a_layer_that_cannot_be_is_refused_when_it_is_made(changes, error, message):
+def test_a_layer_that_cannot_be_is_refused_when_it_is_made(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         NativeSparseAttention(**{"dim": 24, "num_heads": 6, "num_kv_heads": 2, **changes})
 
@@ -259,7 +276,9 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
-def test_bad_input_of_the_layer_is_refused_by_name(changes, error, message):
+def test_bad_input_of_the_layer_is_refused_by_name(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     inputs = {"x": torch.randn(1, 40, 24, dtype=torch.float64), "rope": rope_table(40, 8), "cu_seqlens": None}
     layer = make(SMALL)
     layer(**inputs)
@@ -267,7 +286,7 @@ def test_bad_input_of_the_layer_is_refused_by_name(changes, error, message):
         layer(**inputs | {name: change(inputs[name]) for name, change in changes.items()})
 
 
-def test_an_odd_head_dim_is_refused_where_it_would_be_rotated_and_only_there():
+def test_an_odd_head_dim_is_refused_where_it_would_be_rotated_and_only_there() -> None:
     layer, x = make(SMALL, head_dim=7), torch.randn(1, 40, 24, dtype=torch.float64)
     assert layer(x).shape == x.shape
     with pytest.raises(ValueError, match=r"rope must be None where head_dim is odd \(7\)"):
@@ -286,25 +305,27 @@ BAD_TABLES = {
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
-def test_a_rope_table_that_cannot_be_is_refused(arguments, error, message):
+def test_a_rope_table_that_cannot_be_is_refused(
+    arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         rope_table(*arguments)
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 4, 40]], ids=["whole", "packed"])
-def test_a_rope_table_that_is_too_short_is_refused(bounds):
+def test_a_rope_table_that_is_too_short_is_refused(bounds: list[int] | None) -> None:
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
     with pytest.raises(ValueError, match="rope must have a row for each of the"):
         make(SMALL)(torch.randn(1, 40, 24, dtype=torch.float64), rope_table(30, 8), cu_seqlens)
 
 
-def test_a_rope_table_of_another_width_is_refused():
+def test_a_rope_table_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rope must have shape \[L, D / 2, 2\] = \(L, 4, 2\), got \(40, 1, 2\)"):
         make(SMALL)(torch.randn(1, 40, 24, dtype=torch.float64), rope_table(40, 2))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_a_recorded_selection_is_replayed(packed):
+def test_a_recorded_selection_is_replayed(packed: bool) -> None:
     cu_seqlens = cumulative((25, 15)) if packed else None
     layer, x, rope = make(SMALL), torch.randn(1, 40, 24, dtype=torch.float64), rope_table(40, 8)
     out, indices = layer(x, rope, cu_seqlens, return_indices=True)
@@ -329,7 +350,7 @@ print(tuple(nsa.NativeSparseAttention(32, 4, 2)(x, nsa.rope_table(40, 8)).shape)
 """
 
 
-def test_import_needs_neither_torchtitan_nor_a_gpu():
+def test_import_needs_neither_torchtitan_nor_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "(1, 40, 32)", done.stderr
 
@@ -348,14 +369,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def test_memory_of_long_sequences_is_bounded():
+def test_memory_of_long_sequences_is_bounded() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= PEAK_MEMORY_BYTES, f"peak of {int(done.stdout) / 2**30:.2f} GiB"
 
 
-def test_indices_can_be_returned_and_given():
+def test_indices_can_be_returned_and_given() -> None:
     q, keys, blocks = torch.randn(1, 50, 2, 8), torch.randn(1, 50, 1, 8), torch.randn(1, 11, 1, 8)
     inputs = (q, blocks, blocks, keys, keys, keys, keys, torch.rand(1, 50, 2, 3), SMALL)
     out, indices = nsa_attention(*inputs, return_indices=True)
-    assert_equal(nsa_attention(*inputs, indices=indices), out, what="output of the same indices")
+    again = nsa_attention(*inputs, indices=indices)
+    assert isinstance(again, Tensor)
+    assert_equal(again, out, what="output of the same indices")
