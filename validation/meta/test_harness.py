@@ -272,8 +272,8 @@ GROWTH = "validation/unit/conformance/test_precision.py::test_error_grows_no_fas
 
 @pytest.mark.parametrize("processes", ["0", "1"])
 def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path, processes):
-    # The test of pictures is the last of the file: at its teardown a picture would be made.
-    tests = (GROWTH, f"{GROWTH.partition('::')[0]}::test_the_picture_is_drawn_of_any_errors")
+    # The test of pictures is the last to run: at its teardown a picture would be made.
+    tests = (GROWTH, "validation/meta/test_precision_plot.py")
     status, output = run(*tests, f"--out={tmp_path}", "-n", processes, impl=own("not_finite"))
     assert status == 1, output
     assert "ERROR" not in output
