@@ -77,7 +77,7 @@ def check(stage: StageSpec, case: Case, dtype_name: str) -> None:
     compare(TRITON, stage, case, draw(case, dtype), dtype, beside_plain=dtype != torch.float64)
 
 
-# Left to itself attention to selected blocks goes by block, in pieces of two queries, but for the largest groups.
+# Left to itself attention to selected blocks goes by block, in pieces of eight queries, but for the largest groups.
 @each_attempt
 def test_selected_attention_either_way(case, dtype_name, way):
     with launched(SELECTED, **way):
