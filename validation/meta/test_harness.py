@@ -17,7 +17,8 @@ import torch
 
 from docs.examples.my_nsa import my_nsa
 from validation import plugin, reports, seeds
-from validation.cases import BY_ID, draw, draw_cotangent, fitted
+from validation.adapters import sdpa
+from validation.cases import BY_ID, config, draw, draw_cotangent, fitted
 from validation.faults.trial import LEFT_OUT
 from validation.implementations import Implementation, Sizes, load
 
@@ -170,11 +171,33 @@ def test_a_capability_that_no_test_knows_is_refused(declared, message):
         Implementation("x", **declared)
 
 
-def test_a_missing_peer_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fla", None)
-    monkeypatch.delitem(sys.modules, "validation.adapters.fla", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"fla-core, of the extra `peers`: pip install .*\[peers\]"):
-        load("fla")
+@pytest.mark.parametrize(
+    ("peer", "module", "package"), [("fla", "fla", "fla-core"), ("attention_gym", "attn_gym", "attn_gym")]
+)
+def test_a_missing_peer_names_the_extra(monkeypatch, peer, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"validation.adapters.{peer}", raising=False)
+    message = rf"^{package} is missing, a package of the extra `peers`: pip install .*\[peers\]"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        load(peer)
+
+
+@pytest.mark.parametrize("peer", ["flex", "sdpa"])
+def test_peers_that_pytorch_has_keep_to_the_rules(peer):
+    refusal = f"{CONFORMANCE}/test_gradcheck.py::test_second_derivatives_are_not_wrong"
+    status, output = run(f"{CONFORMANCE}/test_rules.py", refusal, impl=peer)
+    assert status == 0, output
+    assert f"{peer}: passed" in output
+
+
+def test_cudnn_is_called_as_its_operator_declares():
+    """Without a GPU: tensors without numbers go through the same call."""
+    q, k, v = (torch.empty(1, 5, heads, 16, dtype=torch.float16, device="meta") for heads in (4, 2, 2))
+    stages, settings = sdpa.sdpa(), config((4, 2, 8), 3, 3)
+    window = stages.function("sliding_window_attention")(q, k, v, settings)
+    out, lse = stages.function("compressed_attention")(q, k, v, settings, num_keys=12)
+    assert window.shape == out.shape == (1, 5, 4, 16)
+    assert lse.shape == (1, 5, 4)
 
 
 @pytest.mark.parametrize(

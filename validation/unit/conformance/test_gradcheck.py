@@ -150,7 +150,15 @@ def test_log_sum_exp_has_no_gradient(impl: Implementation) -> None:
 
 # Second derivatives.
 
-REFUSAL = r"has no derivatives|no autograd formula|double backward|does not require grad"
+REFUSAL = "|".join(
+    (
+        "has no derivatives",
+        "no autograd formula",
+        "double backward",
+        "does not require grad",
+        r"^derivative for \S+ is not implemented",
+    )
+)
 
 
 def gradient_of_q(impl: Implementation, stage: StageSpec, case: Case, tensors: Tensors) -> Callable[[Tensor], Tensor]:
