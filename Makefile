@@ -43,7 +43,7 @@ help:  ## list the targets and variables
 	@echo '  VENV=.venv        where the environment is; `make test VENV= PYTHON=...` uses an existing one as it is'
 	@echo '  NGPU=4            processes (and GPUs, where there are any) of the integration layer'
 	@echo '  JOBS=auto         processes the unit tests are shared out among: one a core'
-	@echo '  IMPL=             implementations under test: eager, triton, fla, flex or package.module:object (unit, validate)'
+	@echo '  IMPL=             implementations under test: eager, triton, a peer or package.module:object (unit, validate)'
 	@echo '  TIER=cpu          size of the training runs of validate; the others need a GPU'
 	@echo '  PYTEST_ARGS=      passed on to pytest, for example PYTEST_ARGS="-k window -x"'
 	@echo '  RUNS=...          saved runs of one machine (perf-docs)'

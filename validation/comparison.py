@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import PARAMETERS, Case, Tensors, declares, draw, require, upcast
+from .cases import PARAMETERS, Case, Tensors, draw, require, upcast
 from .numerics import Margin, Mismatch, assert_equal, assert_matches, assert_selection_matches, gradcheck
 from .stages import SEEN, SHARED, StageSpec, importance, select_blocks
 
@@ -33,11 +33,8 @@ def compare(
     if beside_plain:
         with oracle.computing_in(dtype):
             nearest = dict(stage.results(oracle, case, tensors, dtype))
-    # Without a backward pass there are outputs to compare.
-    forward_only = declares(impl) and impl.lacks(case, backward=True)
-    results = stage.run(impl, case, tensors).items() if forward_only else stage.results(impl, case, tensors, dtype)
     given: Tensors = {}
-    for name, actual in results:
+    for name, actual in stage.results(impl, case, tensors, dtype):
         given[name] = actual
         bound = {**bounds(stage, case, tensors, name, actual, dtype), "baseline": nearest.get(name)}
         bound["logit"] = max(logit, case.logit)

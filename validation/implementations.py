@@ -6,7 +6,8 @@ a function that makes one. What it declares is tested, and fails where it does n
 skipped, visibly.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -249,6 +250,18 @@ def _words(supports: Callable[..., bool]) -> str:
 
 ENTRY_POINTS = "nsa_validation.implementations"
 """The group of entry points by which another package names its implementations."""
+
+
+@contextmanager
+def needing(module: str, package: str) -> Iterator[None]:
+    """Import a peer's `module` of the `package`; where that is not installed, the error names the extra `peers`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module:
+            raise
+        message = f"{package} is missing, a package of the extra `peers`: pip install 'nsa[peers]'"
+        raise ModuleNotFoundError(message, name=module) from error
 
 
 def shipped() -> list[str]:

@@ -19,6 +19,7 @@ MOST_KINDS = 10_000
 def repeating(builder: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator for builtins of `triton.language`, which the interpreter's builder is to carry out."""
     semantic = TritonSemantic(builder)
+    tensor = tl.tensor
 
     def decorate(operation: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}
@@ -27,13 +28,22 @@ def repeating(builder: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
             if semantic.builder is not builder:  # an operation within one whose calls are being noted
                 return operation(*args, **kwargs, _semantic=semantic)
             tensors: list[Any] = []
+            kinds: list[Any] = []
             try:
-                kind = *[_kind(x, tensors) for x in args], *[(name, _kind(x, tensors)) for name, x in kwargs.items()]
+                for x in args:
+                    if type(x) is tensor:  # as `_kind` has it, without a call
+                        tensors.append(x)
+                        kinds.append(x.type.name)
+                    else:
+                        kinds.append(_kind(x, tensors))
+                for name, x in kwargs.items():
+                    kinds.append((name, _kind(x, tensors)))
+                kind = tuple(kinds)
                 steps = known.get(kind)
             except TypeError:
                 return operation(*args, **kwargs, _semantic=semantic)
             if steps:
-                return steps(tensors)
+                return steps(*tensors)
             if steps is False:
                 return operation(*args, **kwargs, _semantic=semantic)
             semantic.builder = notes = _Notes(builder)
@@ -59,17 +69,18 @@ def _kind(x: Any, tensors: list[Any]) -> Any:
     Raises:
         TypeError: for what has no value that can be looked up.
     """
-    if type(x) is tl.tensor:
+    known = type(x)
+    if known is tl.constexpr:
+        return known, _kind(x.value, tensors)
+    if known is tl.tensor:
         tensors.append(x)
         return x.type.name
     if isinstance(x, (tuple, list, tl.tuple)):
-        return type(x), *[_kind(part, tensors) for part in x]
-    if isinstance(x, tl.constexpr):
-        return tl.constexpr, _kind(x.value, tensors)
+        return known, *[_kind(part, tensors) for part in x]
     if isinstance(x, tl.core.base_value):
-        raise TypeError(f"{type(x).__name__} stands for memory")
+        raise TypeError(f"{known.__name__} stands for memory")
     # Slices have no hash before Python 3.12. 0.0 and -0.0 are one kind: Triton takes every zero constant as 0.0.
-    return type(x), repr(x) if isinstance(x, slice) else x
+    return known, repr(x) if known is slice else x
 
 
 class _Notes:
@@ -98,42 +109,40 @@ CONSTANT = ("get_", "create_splat", "create_int_cast", "create_si_to_fp", "creat
 
 def _steps(
     builder: Any, calls: list[tuple[str, tuple[Any, ...], Any]], tensors: list[Any], result: Any
-) -> Callable[[list[Any]], Any] | None:
+) -> Callable[..., Any] | None:
     """A function that repeats the calls for other tensors; None where they use or give what it cannot follow."""
     if result is not None and type(result) is not tl.tensor:
         return None
-    # Handles by identity: those of the tensors, then one a call that is to be repeated.
-    places = {id(x.handle): place for place, x in enumerate(tensors)}
+    # Names of handles by identity: those of the tensors, then one a call that is to be repeated.
+    names = {id(x.handle): f"x{place}.handle" for place, x in enumerate(tensors)}
     constants: set[int] = set()
-    program: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
-    for name, args, made in calls:
-        varying = [(at, places[id(x)]) for at, x in enumerate(args) if id(x) in places]
+    given: dict[str, Any] = {}
+    lines = [f"def repeat({', '.join(f'x{place}' for place in range(len(tensors)))}):"]
+    for number, (name, args, made) in enumerate(calls):
         for x in args:
             parts = x if isinstance(x, (list, tuple)) else ()
-            foreign = isinstance(x, TensorHandle) and id(x) not in places and id(x) not in constants
+            foreign = isinstance(x, TensorHandle) and id(x) not in names and id(x) not in constants
             if foreign or any(isinstance(part, TensorHandle) for part in parts):
                 return None
-        if not varying and name.startswith(CONSTANT):
+        varying = [names.get(id(x)) for x in args]
+        if not any(varying) and name.startswith(CONSTANT):
             constants.add(id(made))
             continue
-        places[id(made)] = len(tensors) + len(program)
-        program.append((getattr(builder, name), list(args), varying))
+        given |= {f"call{number}": getattr(builder, name)}
+        given |= {f"constant{number}_{at}": x for at, x in enumerate(args)}
+        passed = ", ".join(x or f"constant{number}_{at}" for at, x in enumerate(varying))
+        lines.append(f"    made{number} = call{number}({passed})")
+        names[id(made)] = f"made{number}"
 
-    if result is None or result.handle is None:  # what Triton 3.9 gives of a store
-        last, kind = None, None
-    elif id(result.handle) in constants:
-        return lambda tensors: tl.tensor(result.handle, result.type)
-    elif id(result.handle) in places:
-        last, kind = places[id(result.handle)], result.type
-    else:
-        return None
-
-    def repeat(tensors: list[Any]) -> Any:
-        values = [x.handle for x in tensors]
-        for call, args, varying in program:
-            for at, place in varying:
-                args[at] = values[place]
-            values.append(call(*args))
-        return None if last is None else tl.tensor(values[last], kind)
-
+    if result is not None and result.handle is not None:  # Triton 3.9 gives something of a store
+        handle = "constant" if id(result.handle) in constants else names.get(id(result.handle))
+        if handle is None:
+            return None
+        # Without the constructor, which would look up what is known here.
+        attributes = {name: value for name, value in vars(result).items() if name != "handle"}
+        given |= {"attributes": attributes, "constant": result.handle, "tensor": tl.tensor, "new": object.__new__}
+        lines += ["    result = new(tensor)", "    result.__dict__.update(attributes)"]
+        lines += [f"    result.handle = {handle}", "    return result"]
+    exec("\n".join([*lines, "    return None"]), given)
+    repeat: Callable[..., Any] = given["repeat"]
     return repeat

@@ -1,8 +1,8 @@
 """Triton's interpreter, made fast enough for a CPU to put every kernel through every case, and to round as GPUs do.
 
 Of the time an operation takes under the interpreter, NumPy has a small part. Most goes into finding out again, for
-each operation of each program, what does not change. `accelerate` sees to six such places; results stay the same, bit
-for bit:
+each operation of each program, what does not change. `accelerate` sees to these places; results stay the same, bit for
+bit:
 
 - `triton.language` is made to interpret when a kernel is launched, and again whenever one function calls another,
   attribute by attribute. Here that happens once and for good: such a process compiles nothing.
@@ -11,6 +11,9 @@ for bit:
 - A tensor describes its shape, and a block type spells its name, anew for every result. Both follow from the type: here
   the second of a kind copies the first.
 - The NumPy dtype of a Triton dtype is looked up in a dictionary made for the purpose. Here it is remembered.
+- Whether an array is too wide for its Triton dtype is asked of every array. Here it is not.
+- NumPy's functions that broadcast an array or give it one more axis take longer than to copy a small one, or to index
+  it. Here that is what is done.
 - Whether a sum or product of integers overflows is found out by several more interpreted operations, and then ignored
   unless Triton is being debugged. Here it is not asked.
 - Coverage follows every line of every program, to leave kernels out of its report. Here it does not follow them.
@@ -60,6 +63,11 @@ def accelerate() -> bool:
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
     tl.tensor.__index__ = lambda self: self.handle.data.item()  # that of Triton 3.6 fails with NumPy 2.4
     interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype)
+    handle = interpreter.TensorHandle
+    handle.__init__ = _unasked
+    kind = type(builder)
+    kind.create_broadcast = lambda self, x, shape: handle(_broadcast(x.data, shape), x.dtype.scalar)
+    kind.create_expand_dims = lambda self, x, axis: handle(x.data[(slice(None),) * axis + (None,)], x.dtype.scalar)
     tl.tensor.__init__ = _copying_tensors(tl.tensor.__init__)
     tl.block_type.__init__ = _copying_block_types(tl.block_type.__init__, tl.constexpr)
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
@@ -99,6 +107,16 @@ def keep_conditions() -> None:
         return splat(self, kind, TensorHandle(scalar.data, tl.int1) if scalar.data.dtype == np.bool_ else scalar)
 
     InterpreterBuilder.create_splat = create_splat
+
+
+def _unasked(self: Any, data: Any, dtype: Any, attr: dict[str, Any] | None = None) -> None:
+    self.data, self.dtype, self.attr = data, dtype, attr or {}
+
+
+def _broadcast(x: Any, shape: Any) -> Any:
+    out = np.empty(shape, x.dtype)
+    out[...] = x
+    return out
 
 
 def _remembering(numpy_dtype: Callable[..., Any]) -> Callable[..., Any]:

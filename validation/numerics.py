@@ -81,8 +81,8 @@ PARSED_LINES = 1 / 3
 TRANSFORMERS_BOUND = 1e-5
 """Difference of a float32 logit between `transformers` and a dense model, as a part of the largest."""
 
-PEAK_MEMORY_BYTES = 2 * 2**30
-"""Of the eager backend, forward and backward, at 16k tokens, 2 heads of 64: a float32 for every pair of tokens."""
+PEAK_MEMORY_BYTES = 2**30
+"""Of the eager backend, forward and backward, at 16k tokens, one head of 64: a float32 for every pair of tokens."""
 
 SHOWN_BLOCKS = 12
 """Importances of a row that a message shows, at most."""

@@ -66,24 +66,37 @@ def _check_options(backend: Any = None, stages: dict[str, Any] | None = None, *_
         return "", ""
     lower = stages["llir"]
 
-    def check(source: Any, metadata: dict[str, Any]) -> Any:
+    def check(module: Any, metadata: dict[str, Any]) -> Any:
         assert metadata["enable_fp_fusion"], "products and sums are not fused: their bits are those of another release"
-        return lower(source, metadata)
+        compiler.CUDABackend.instrumentation = StopAtLLVM(module)
+        return lower(module, metadata)
 
     stages["llir"] = check
     return None
 
 
-def _stop_at_llvm(module: Any, context: Any) -> None:
-    """Takes the place of the step to LLVM's code, before which shared memory is shared out."""
-    raise Found(module.get_int_attr("ttg.shared"))
+class StopAtLLVM:
+    """What Triton calls before it adds the passes that turn a module into LLVM's code, which take half of the time.
+
+    By then shared memory is shared out.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def patch(self, place: str, passes: Any, context: Any) -> None:
+        if place == "ttgpuir_to_llvmir":
+            passes.run(self.module, "before LLVM")
+            raise Found(self.module.get_int_attr("ttg.shared"))
+
+    def load_dialects(self, context: Any) -> None:
+        pass
 
 
 def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """Bytes of shared memory by kernel, the most of all its variants. Changes Triton for the rest of the process."""
     driver.set_active(Absent(architecture))
     triton.knobs.runtime.add_stages_inspection_hook = _check_options
-    compiler.llvm.to_module = _stop_at_llvm
     triton.knobs.compilation.always_compile = True  # what is in the cache tells nothing
     configs.architecture = lambda device: architecture  # type: ignore[assignment]
     torch.cuda.current_device = lambda: 0

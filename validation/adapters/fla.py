@@ -21,21 +21,15 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..implementations import Implementation, Sizes
+from ..implementations import Implementation, Sizes, needing
 from ..oracle import query_positions
 
-try:
-    with warnings.catch_warnings():
-        # That there is no GPU, or no flash-attn.
-        warnings.simplefilter("ignore")
-        from fla.ops.nsa import parallel
-        from fla.ops.nsa.compression import parallel_nsa_compression
-        from fla.ops.utils.pooling import mean_pooling
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "fla":
-        raise
-    remedy = "pip install 'nsa[peers]'"
-    raise ModuleNotFoundError(f"fla needs the package fla-core, of the extra `peers`: {remedy}", name="fla") from error
+with needing("fla", "fla-core"), warnings.catch_warnings():
+    # That there is no GPU, or no flash-attn.
+    warnings.simplefilter("ignore")
+    from fla.ops.nsa import parallel
+    from fla.ops.nsa.compression import parallel_nsa_compression
+    from fla.ops.utils.pooling import mean_pooling
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 

@@ -335,6 +335,15 @@ def test_a_toml_file_without_custom_import_trains_on_a_cpu(tmp_path: Path) -> No
     assert list(runs.train(options, tmp_path / "titan", module="torchtitan.train", processes=1)[runs.LOSS]) == [1]
 
 
+@on_cpus
+def test_the_peak_of_memory_is_that_of_the_process_alone(tmp_path: Path) -> None:
+    gib = 3
+    held = b"x" * (gib * 2**30)  # by the process that starts it
+    options = ("--training.steps=1", "--training.seq_len=64", "--training.local_batch_size=1", "--metrics.log_freq=1")
+    assert 0 < runs.train(options, tmp_path)[runs.ACTIVE_GIB][1] < gib
+    del held
+
+
 # 4. One line, and no traceback.
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from docs.examples.my_nsa import my_nsa
 from nsa.config import NSAConfig
 from validation import plugin, reports, seeds
-from validation.cases import BY_ID, draw, draw_cotangent, fitted
+from validation.adapters import sdpa
+from validation.cases import BY_ID, config, draw, draw_cotangent, fitted
 from validation.faults.trial import LEFT_OUT
 from validation.implementations import Implementation, Sizes, load
 
@@ -174,11 +175,33 @@ def test_a_capability_that_no_test_knows_is_refused(declared: dict[str, Any], me
         Implementation("x", **declared)
 
 
-def test_a_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fla", None)
-    monkeypatch.delitem(sys.modules, "validation.adapters.fla", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"fla-core, of the extra `peers`: pip install .*\[peers\]"):
-        load("fla")
+@pytest.mark.parametrize(
+    ("peer", "module", "package"), [("fla", "fla", "fla-core"), ("attention_gym", "attn_gym", "attn_gym")]
+)
+def test_a_missing_peer_names_the_extra(monkeypatch: pytest.MonkeyPatch, peer: str, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"validation.adapters.{peer}", raising=False)
+    message = rf"^{package} is missing, a package of the extra `peers`: pip install .*\[peers\]"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        load(peer)
+
+
+@pytest.mark.parametrize("peer", ["flex", "sdpa"])
+def test_peers_that_pytorch_has_keep_to_the_rules(peer: str) -> None:
+    refusal = f"{CONFORMANCE}/test_gradcheck.py::test_second_derivatives_are_not_wrong"
+    status, output = run(f"{CONFORMANCE}/test_rules.py", refusal, impl=peer)
+    assert status == 0, output
+    assert f"{peer}: passed" in output
+
+
+def test_cudnn_is_called_as_its_operator_declares() -> None:
+    """Without a GPU: tensors without numbers go through the same call."""
+    q, k, v = (torch.empty(1, 5, heads, 16, dtype=torch.float16, device="meta") for heads in (4, 2, 2))
+    stages, settings = sdpa.sdpa(), config((4, 2, 8), 3, 3)
+    window = stages.function("sliding_window_attention")(q, k, v, settings)
+    out, lse = stages.function("compressed_attention")(q, k, v, settings, num_keys=12)
+    assert window.shape == out.shape == (1, 5, 4, 16)
+    assert lse.shape == (1, 5, 4)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +302,8 @@ GROWTH = "validation/unit/conformance/test_precision.py::test_error_grows_no_fas
 
 @pytest.mark.parametrize("processes", ["0", "1"])
 def test_a_wrong_one_is_drawn_and_blamed_on_no_other_test(tmp_path: Path, processes: str) -> None:
-    # The test of pictures is the last of the file: at its teardown a picture would be made.
-    tests = (GROWTH, f"{GROWTH.partition('::')[0]}::test_the_picture_is_drawn_of_any_errors")
+    # The test of pictures is the last to run: at its teardown a picture would be made.
+    tests = (GROWTH, "validation/meta/test_precision_plot.py")
     status, output = run(*tests, f"--out={tmp_path}", "-n", processes, impl=own("not_finite"))
     assert status == 1, output
     assert "ERROR" not in output

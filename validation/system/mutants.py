@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -22,24 +22,29 @@ VARIABLE = "NSA_VALIDATION_MUTANT"
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake: `says` what it is, `killer` the check that must find it, `target` is replaced by what `make` gives."""
+    """A mistake in a module or class.
+
+    Attributes:
+        says: what it is.
+        killer: the check that must find it.
+        place: what has the functions that are replaced.
+        names: their names.
+        make: makes what replaces each of them.
+    """
 
     says: str
     killer: str
-    target: tuple[Any, str]
+    place: Any
+    names: tuple[str, ...]
     make: Callable[[Any], Any]
-    also: tuple[str, ...] = ()
 
     @contextmanager
     def made(self) -> Iterator[None]:
         """The mistake is there."""
-        place, name = self.target
-        with mock.patch.object(place, name, self.make(getattr(place, name))):
-            if not self.also:
-                yield
-                return
-            with replace(self, target=(place, self.also[0]), also=self.also[1:]).made():
-                yield
+        with ExitStack() as stack:
+            for name in self.names:
+                stack.enter_context(mock.patch.object(self.place, name, self.make(getattr(self.place, name))))
+            yield
 
 
 def _swapped_gates(project: Any) -> Any:
@@ -97,25 +102,27 @@ def _short_window(attention: Any) -> Any:
 
 LAYER = module.NativeSparseAttention
 MUTANTS: Mapping[str, Mutant] = {
-    "gates": Mutant("gates are swapped, in training only", "both_modes", (LAYER, "project"), _swapped_gates),
-    "stale": Mutant("the selection is one step old", "fresh_selection", (module, "nsa_attention"), _stale_selection),
+    "gates": Mutant("gates are swapped, in training only", "both_modes", LAYER, ("project",), _swapped_gates),
+    "stale": Mutant("the selection is one step old", "fresh_selection", module, ("nsa_attention",), _stale_selection),
     "compressor": Mutant(
         "the compressor has no gradient after step 100",
         "all_learn",
-        (module, "compress_keys_and_values"),
+        module,
+        ("compress_keys_and_values",),
         _no_gradient_after_100,
     ),
     "rope": Mutant(
         "compressed keys are rotated one block too far, beyond the length of training",
         "longer",
-        (module, "apply_rope"),
+        module,
+        ("apply_rope",),
         _shifted_rope,
     ),
     "cache": Mutant(
         "the cache drops the oldest token of the window",
         "generation",
-        (module, "decode_attention"),
+        module,
+        ("decode_attention", "cached_attention"),
         _short_window,
-        also=("cached_attention",),
     ),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -88,17 +88,15 @@ def test_compiles_once_to_the_same_function(packed: bool, backend: str) -> None:
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times for one set of shapes"
 
 
-# Inductor fuses otherwise where there are fewer tokens than the layer is wide. Compiling takes seconds: where kernels
-# are interpreted, most pairs of the choices meet, but not all four.
+# Inductor fuses otherwise where there are fewer tokens than the layer is wide. A CPU's compiler takes seconds for each:
+# where kernels are interpreted every choice is there for each backend, but not every pair of them.
 INDUCTED = list(product(("eager", "triton"), ("mlp", "linear", "mean"), (40, 100), ("whole", "packed")))
 if kernels.INTERPRETED:
     INDUCTED = [
-        ("eager", "mlp", 40, "whole"),
-        ("eager", "mlp", 100, "packed"),
-        ("eager", "linear", 40, "packed"),
+        ("eager", "mlp", 40, "packed"),
         ("eager", "linear", 100, "whole"),
         ("eager", "mean", 40, "whole"),
-        ("triton", "mlp", 40, "packed"),
+        ("triton", "mlp", 100, "packed"),
         ("triton", "linear", 40, "whole"),
         ("triton", "mean", 40, "packed"),
     ]
@@ -125,13 +123,12 @@ LENGTHS = {
 }
 
 
-# Tracing takes seconds: where kernels are interpreted, each backend meets each kind and each compression once.
+# Tracing takes seconds: where kernels are interpreted, these meet each kind and each compression once.
 TRACED = list(product(("eager", "triton"), ("mlp", "linear", "mean"), LENGTHS))
 if kernels.INTERPRETED:
     TRACED = [
-        ("eager", "mlp", "whole"),
         ("eager", "linear", "packed"),
-        ("eager", "mean", "tables"),
+        ("eager", "mlp", "tables"),
         ("triton", "linear", "whole"),
         ("triton", "mean", "packed"),
         ("triton", "mlp", "tables"),
@@ -199,16 +196,17 @@ def test_offsets_that_nobody_can_check_lead_nowhere(backend: BackendName) -> Non
         return nsa_attention(q, *keys, gates, ALL_BLOCKS, cu_seqlens_q=offsets, backend=backend)
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    alone = cache(partial(results_of_one, attend, tensors))
     for kind, offsets in OFFSETS.items():
         given = torch.tensor(offsets, dtype=torch.int32)
         with fresh_memory_is_poisoned():
             out = compiled(given, *tensors.values())
             found = torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out), materialize_grads=True)
         legal = given.clamp(0, 48).cummax(0).values.tolist()
-        alone = [sum(x) for x in zip(*(results_of_one(attend, tensors, a, b) for a, b in pairwise(legal)), strict=True)]
-        for name, actual, expected in zip(["out", *tensors], (out, *found), alone, strict=True):
+        expected = [sum(x) for x in zip(*(alone(a, b) for a, b in pairwise(legal)), strict=True)]
+        for name, actual, wanted in zip(["out", *tensors], (out, *found), expected, strict=True):
             what = f"{name} of offsets that are {kind}"
-            assert_matches(actual, expected.double(), what=what, reduction=48 * HEADS * HEAD_DIM)
+            assert_matches(actual, wanted.double(), what=what, reduction=48 * HEADS * HEAD_DIM)
 
 
 def results_of_one(attend: Callable[..., Tensor], tensors: Tensors, start: int, stop: int) -> list[Tensor]:
@@ -225,7 +223,7 @@ def results_of_one(attend: Callable[..., Tensor], tensors: Tensors, start: int, 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     ("backend", "compression", "packed"),
-    [("eager", "mlp", False), ("eager", "mean", True), ("triton", "mlp", True), ("triton", "mean", False)],
+    [("eager", "mlp", True), ("triton", "mlp", True), ("triton", "mean", False)],
 )
 def test_a_default_device_is_no_reason_to_break_a_graph(
     backend: BackendName, compression: Compression, packed: bool

@@ -27,7 +27,7 @@ TOKENS_A_STEP = 16384
 UNITS = "ms|s|seconds|GiB|tokens/s|TFLOP/s|TB/s|times|passed|failed|skipped|xfailed|tests|lines"
 FIGURE = rf"(?m)\d+\.\d+|\d+%|\b[\d,]+ (?:{UNITS})\b|(?:failed|passed) \d+|^ +\d+  "
 """What is taken for measured: whatever has decimals or a unit, or is counted; versions aside."""
-NAMED = "PyTorch|Python|Triton|TorchTitan|fla-core|version|or"
+NAMED = "PyTorch|Python|Triton|TorchTitan|fla-core|attn_gym|version|or"
 VERSIONS = rf"({NAMED}) \d[\d.]*\d|arXiv 2502\.11089|arxiv\.org/abs/2502\.11089"
 
 
@@ -99,8 +99,8 @@ def test_a_figure_is_found_wherever_it_stands(text: str) -> None:
 
 def test_findings_in_others_are_those_of_the_saved_runs() -> None:
     page = (ROOT / "docs" / "peers.md").read_text()
-    findings = (RUNS / "h200-fla-findings.txt").read_text().splitlines()
-    assert re.findall(r"(?m)^> (.*)$", page) == findings
+    findings = [RUNS / f"{run}-findings.txt" for run in ("h200-fla", "cpu-attention-gym")]
+    assert re.findall(r"(?m)^> (.*)$", page) == [line for file in findings for line in file.read_text().splitlines()]
     assert suite() in page
 
 

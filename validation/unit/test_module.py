@@ -166,7 +166,8 @@ def test_gates_start_half_open_and_heads_are_their_own() -> None:
     assert make(replace(SMALL, shared_kv=True)).wk.out_features == 2 * 8
 
 
-@each_kind
+# test_compile.py has every kind, compiled to other bits.
+@pytest.mark.parametrize("config", [KINDS[1], KINDS[4]], ids=["mlp-shared", "mean"])
 def test_compiles_as_one_graph_to_the_same_function(config: NSAConfig) -> None:
     layer, rope, x = make(config, torch.float32), rope_table(48, 8), torch.randn(2, 48, 24)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -356,16 +357,17 @@ def test_import_needs_neither_torchtitan_nor_a_gpu() -> None:
 
 
 MEMORY = """
-import resource, torch
+import re, torch
 from nsa import NSAConfig, nsa_attention
 torch.set_num_threads(1)  # as conftest.py has it for tests
-T, H, D, config = 16384, 2, 64, NSAConfig()
+T, H, D, config = 16384, 1, 64, NSAConfig()
 def draw(tokens): return torch.randn(1, tokens, H, D, requires_grad=True)
 C = config.num_compressed(T)
 inputs = [draw(T), draw(C), draw(C), *[draw(T) for _ in range(4)], torch.rand(1, T, H, 3, requires_grad=True)]
 nsa_attention(*inputs, config, backend="eager").sum().backward()
 assert all(x.grad.isfinite().all() for x in inputs)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# The peak that getrusage gives is at least what the process had that started this one.
+print(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
 """
 
 

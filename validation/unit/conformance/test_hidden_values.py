@@ -15,7 +15,7 @@ from nsa import kernels
 from nsa.config import NSAConfig
 
 from ... import oracle
-from ...cases import BY_ID, Case, Tensors, config, draw, draw_cotangent, upcast, whole
+from ...cases import BY_ID, Case, Tensors, config, draw, draw_cotangent, require, upcast, whole
 from ...implementations import Implementation
 from ...numerics import assert_equal, assert_matches
 from ...stages import STAGES, StageSpec, select_blocks
@@ -117,6 +117,7 @@ def test_keys_and_values(impl: Implementation, case: Case, stage: StageSpec, val
 @each_case
 @pytest.mark.parametrize("what", ["query", "gradient"])
 def test_queries_and_gradients(impl: Implementation, case: Case, stage: StageSpec, what: str) -> None:
+    require(impl, case, stage.functions, impl.widest, backward=what == "gradient")
     tensors = draw(case, impl.widest)
     expected = dict(stage.results(impl, case, tensors))
     place = case.num_queries // 3
