@@ -1,16 +1,17 @@
 """Shared memory of the kernels on a GPU that need not be here: they are compiled for it and never launched.
 
-    python -m validation.offline sm86 float32 256     # architecture, dtype, head dim
+    python -m validation.offline sm86 float32 128 256 bfloat16 128     # architecture, then head dims by dtype
 
-prints a JSON object: for each kernel of forward and backward passes, in groups of 2 and of 16 query heads, and of
-decoding, the most bytes of shared memory that one of its programs takes. What the compiler refuses and the interpreter
-takes, fails.
+prints a JSON object: for each of these, and each kernel of forward and backward passes, in groups of 2 and of 16 query
+heads, and of decoding, the most bytes of shared memory that one of its programs takes. What the compiler refuses and
+the interpreter takes, fails.
 """
 
 import argparse
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,8 +94,12 @@ class StopAtLLVM:
         pass
 
 
-def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """Bytes of shared memory by kernel, the most of all its variants. Changes Triton for the rest of the process."""
+@cache
+def _compile_for(architecture: str) -> dict[str, int]:
+    """Makes Triton compile for that GPU and launch nothing, for the rest of the process.
+
+    Returns the dictionary that gets the shared memory of what is compiled, by kernel.
+    """
     driver.set_active(Absent(architecture))
     triton.knobs.runtime.add_stages_inspection_hook = _check_options
     triton.knobs.compilation.always_compile = True  # what is in the cache tells nothing
@@ -113,6 +118,13 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
             found[name] = max(found.get(name, 0), result.shared)
 
     JITFunction.run = compile_alone
+    return found
+
+
+def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """Bytes of shared memory by kernel, the most of all its variants. A process has one architecture."""
+    found = _compile_for(architecture)
+    found.clear()
     config = NSAConfig()
 
     def draw(length: int, *shape: int) -> torch.Tensor:
@@ -140,16 +152,21 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
     steps = StepKeys._make([*stores, torch.zeros(1, dtype=torch.int64)])
     decode_attention(q[:, :1], steps, gates[:, :1], config, backend="triton")
     dense_decode_attention(q[:, :1], steps.k_slc, steps.v_slc, steps.lengths, backend="triton")
-    return found
+    return dict(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", help="sm80, sm86, sm90 and so on")
-    parser.add_argument("dtype")
-    parser.add_argument("head_dim", type=int)
+    parser.add_argument("sizes", nargs="+", help="a dtype, its head dims, the next dtype and so on")
     given = parser.parse_args()
-    print(json.dumps(shared_memory(given.architecture, getattr(torch, given.dtype), given.head_dim)))
+    found, dtype = {}, ""
+    for word in given.sizes:
+        if word.isdecimal():
+            found[f"{dtype} {word}"] = shared_memory(given.architecture, getattr(torch, dtype), int(word))
+        else:
+            dtype = word
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
