@@ -1673,7 +1673,7 @@ _UNDER_PYTORCH = [
         "eager/gates.py",
         "out.to(dtype) * gates[..., branch : branch + 1].to(dtype) for branch, out in enumerate(branches)",
         "out.to(dtype) * gate.unsqueeze(-1).to(dtype) for out, gate in zip(branches, gates.unbind(-1))",
-        ("test_compile.py::test_compiled_gradients_are_those_of_the_layer[eager-mlp-40-whole]",),
+        ("test_compile.py::test_compiled_gradients_are_those_of_the_layer[eager-mlp-40-packed]",),
     ),
     Fault(
         "compiled-offsets-taken-as-they-are",
