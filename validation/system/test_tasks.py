@@ -124,7 +124,7 @@ def scores(request):
     return score
 
 
-BEHIND = pytest.mark.xfail(strict=True, reason="the selection is learned to a few per cent: docs/results.md")
+BEHIND = pytest.mark.xfail(strict=True, reason="what teaches the selection ends too early: docs/results.md")
 """What is known not to hold; the report shows it, and it fails the run as soon as it holds."""
 
 
