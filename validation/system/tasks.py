@@ -129,7 +129,18 @@ def copy(generator: torch.Generator, batch: int, length: int, *, depth: float | 
     return _rows(haystack, text[:, :-1], text[:, 1:], places[:, 1:])
 
 
-TASKS: Mapping[str, Draw] = {"recall": recall, "needle": needle, "copy": copy, "induction": induction}
+def dictionary(generator: torch.Generator, batch: int, length: int, *, depth: float | None = None) -> Rows:
+    """Recall of 16 keys, every key there is: at the trained length most blocks of 4 tokens hold two of the pairs."""
+    return _pairs(generator, batch, length, KEYS, QUESTIONS, depth, 0)
+
+
+TASKS: Mapping[str, Draw] = {
+    "recall": recall,
+    "needle": needle,
+    "copy": copy,
+    "induction": induction,
+    "dictionary": dictionary,
+}
 
 
 # Models.
@@ -166,27 +177,33 @@ class Variant:
         layers: `"dense"`, `"nsa"` or a pattern of them.
         gates: which outputs are let through: of the compressed, the selected and the window branch.
         blocks: the free blocks of a query: `"own"`, those that it selects; `"random"`; `"oracle"`, that of the answer.
-        solves: whether it must solve what dense attention solves (True), cannot (False), or may (None).
+        opens: the part of the steps before which the selected output is not let through.
+        solves, fails: tasks that it must solve, beside what whole models must, and those that it cannot solve.
         says: what it is, in words.
     """
 
     layers: str = "nsa"
     gates: tuple[int, int, int] = (1, 1, 1)
     blocks: str = "own"
-    solves: bool | None = None
+    opens: float = 0.0
+    solves: tuple[str, ...] = ()
+    fails: tuple[str, ...] = ()
     says: str = ""
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "dense": Variant("dense", solves=True, says="full attention"),
-    "NSA": Variant(solves=True, says="all three branches"),
-    "hybrid": Variant("dense,nsa", solves=True, says="one dense layer, one of NSA"),
-    "oracle's blocks": Variant(blocks="oracle", solves=True, says="the free blocks are those of the answer"),
+    "dense": Variant("dense", says="full attention"),
+    "NSA": Variant(says="all three branches"),
+    "hybrid": Variant("dense,nsa", says="one dense layer, one of NSA"),
+    "oracle's blocks": Variant(blocks="oracle", solves=("recall",), says="the free blocks are those of the answer"),
+    "selection first": Variant(opens=0.4, solves=("dictionary",), says="the selected branch joins at 40% of the steps"),
     "no compressed output": Variant(gates=(0, 1, 1), says="the compressed branch only selects, and learns nothing"),
-    "no selected": Variant(gates=(1, 0, 1), says="compressed blocks and the window"),
+    "no selected": Variant(gates=(1, 0, 1), fails=("dictionary",), says="compressed blocks and the window"),
     "no window": Variant(gates=(1, 1, 0), says="compressed and selected blocks"),
-    "random blocks": Variant(gates=(0, 1, 1), blocks="random", solves=False, says="free blocks at random, the window"),
-    "window alone": Variant(gates=(0, 0, 1), solves=False, says="the last tokens"),
+    "random blocks": Variant(
+        gates=(0, 1, 1), blocks="random", fails=("recall",), says="free blocks at random, the window"
+    ),
+    "window alone": Variant(gates=(0, 0, 1), fails=("recall",), says="the last tokens"),
 }
 
 MODELS = ("dense", "NSA", "hybrid")
@@ -211,9 +228,11 @@ class Dense(nn.Module):
 
 
 class Sparse(NativeSparseAttention):
-    """A layer of NSA of whose branches some may be silent."""
+    """A layer of NSA of whose branches some may be silent. It keeps the blocks and the gates of its last call."""
 
     open_gates: Tensor
+    blocks: Tensor
+    gates: Tensor
 
     def __init__(self, *args: Any, open_gates: tuple[int, int, int], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -221,7 +240,13 @@ class Sparse(NativeSparseAttention):
 
     def project(self, x: Tensor) -> Any:
         *projected, gates = super().project(x)
-        return *projected, gates * self.open_gates.to(gates.dtype)
+        gates = gates * self.open_gates.to(gates.dtype)
+        self.gates = gates.detach()
+        return *projected, gates
+
+    def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, self.blocks = super().attend(*args, **kwargs)
+        return out, self.blocks
 
 
 class Model(nn.Module):
@@ -249,6 +274,13 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and "compress" not in name and "wg" not in name:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+    def let_through(self, done: float) -> None:
+        """Opens the gates of the branches that take part when this part of the steps is done."""
+        compressed, selected, window = self.variant.gates
+        for layer in self.modules():
+            if isinstance(layer, Sparse):
+                layer.open_gates = torch.tensor((compressed, selected * (done >= self.variant.opens), window))
 
     def forward(self, tokens: Tensor, indices: Tensor | None = None) -> Tensor:
         x = self.embed(tokens)
@@ -343,7 +375,14 @@ def answered(model: Model, rows: Rows, generator: torch.Generator) -> float:
     return (logits.argmax(-1) == rows.answers)[asked].double().mean().item()
 
 
-def train(task: str, variant: str, seed: int = 0, setting: Setting | None = None, subject: str | None = None) -> Result:
+def train(
+    task: str,
+    variant: str,
+    seed: int = 0,
+    setting: Setting | None = None,
+    subject: str | None = None,
+    watch: Callable[[int, Model], object] | None = None,
+) -> Result:
     """Trains a model on a task, and scores it. The same seed gives every variant the same rows.
 
     Args:
@@ -352,6 +391,7 @@ def train(task: str, variant: str, seed: int = 0, setting: Setting | None = None
         seed: of the initial weights and of the rows.
         setting: sizes; those of a CPU unless given.
         subject: name or place of an `Implementation` that computes the layers; ours unless given.
+        watch: is called with every step's number, from 1, and the model after it.
     """
     setting = setting or Setting()
     implementation = load(subject) if subject else None
@@ -363,7 +403,8 @@ def train(task: str, variant: str, seed: int = 0, setting: Setting | None = None
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_factor, steps=setting.steps))
     losses = []
     with functions_of(implementation):
-        for _ in range(setting.steps):
+        for step in range(1, setting.steps + 1):
+            model.let_through((step - 1) / setting.steps)
             rows = draw(data, setting.batch, setting.length)
             logits = model(rows.tokens, blocks_of(rows, setting, model.variant.blocks, blocks))
             asked = rows.answers != UNASKED
@@ -374,6 +415,8 @@ def train(task: str, variant: str, seed: int = 0, setting: Setting | None = None
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
+            if watch is not None:
+                watch(step, model)
         fresh = torch.Generator().manual_seed(10**6 + seed)
         scores, grid = {}, {}
         for times in SCORED:
@@ -389,8 +432,15 @@ def _factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 20, max(0.05, 3 * (steps - step) / steps))
 
 
-LONGER = {"copy": 4}
-"""How many times as many steps a task takes. NSA solves all others in the same steps as dense attention."""
+USUAL: Mapping[str, Setting] = {
+    "copy": Setting(steps=640),
+    "dictionary": Setting(steps=400, layers=1, config=NSAConfig(4, 4, 4, 4, 1, 1, 8, "mean")),
+}
+"""How models are trained on a task, where that is not `Setting()`.
+
+Copying takes NSA more steps than dense attention. In `dictionary` a compressed block is the mean of four tokens, so
+that one layer finds the block of a key but cannot tell which of the block's values belongs to it: tokens say that.
+"""
 
 Job = tuple[str, str, int, Setting, str | None]
 """Arguments of `train`."""
@@ -414,23 +464,35 @@ def train_all(jobs: Sequence[Job], processes: int, say: Callable[[str], object] 
     return results
 
 
-def jobs_of(
-    tasks: Sequence[str],
-    variants: Sequence[str],
-    seeds: Sequence[int],
-    setting: Setting | None = None,
-    subject: str | None = None,
-) -> list[Job]:
-    """Every task for the whole models, and the ablations on recall, where that is among the tasks; dense ones are last.
+def usual(task: str) -> Setting:
+    """How models are trained on a task unless something else is asked for."""
+    return USUAL.get(task, Setting())
 
-    Without a setting each task has its usual number of steps.
+
+def pairs_of(tasks: Sequence[str], variants: Sequence[str]) -> list[tuple[str, str]]:
+    """Tasks and models: every task for whole models, for others recall and what they must or cannot solve.
+
+    The others are trained on every task where none of those is among the tasks. A hybrid needs more than one layer.
     """
-    whole = [name for name in variants if name in MODELS]
-    ablated = [name for name in variants if name not in MODELS]
-    pairs = [*product(tasks, whole), *product(["recall"] if "recall" in tasks else tasks, ablated)]
+    pairs = []
+    for name in variants:
+        said = ("recall", *VARIANTS[name].solves, *VARIANTS[name].fails)
+        chosen = [task for task in tasks if task in said]
+        for task in tasks if name in MODELS else chosen or tasks:
+            if VARIANTS[name].layers.count(",") < usual(task).layers:
+                pairs.append((task, name))
+    return pairs
+
+
+def jobs_of(
+    pairs: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
+    subject: str | None = None,
+    **changes: Any,
+) -> list[Job]:
+    """Jobs of tasks and models, of which dense ones are last, as usual but for some changes of the setting."""
     ordered = sorted(pairs, key=lambda pair: VARIANTS[pair[1]].layers == "dense")
-    usual = {task: replace(Setting(), steps=Setting.steps * LONGER.get(task, 1)) for task in tasks}
-    return [(task, name, seed, setting or usual[task], subject) for seed in seeds for task, name in ordered]
+    return [(task, name, seed, replace(usual(task), **changes), subject) for seed in seeds for task, name in ordered]
 
 
 # Tables and pictures.
@@ -535,8 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     blocks = given.pop("blocks")
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changes |= {"config": NSAConfig(*blocks)} if blocks else {}
-    setting = replace(Setting(), **changes) if changes else None
-    results = train_all(jobs_of(tasks, variants, seeds, setting, subject), processes)
+    results = train_all(jobs_of(pairs_of(tasks, variants), seeds, subject, **changes), processes)
     words = sys.argv[1:] if arguments is None else arguments
     save(out, results, f"python -m validation.system.tasks {shlex.join(words)}".strip())
     print("\n".join(table(results)))

@@ -16,7 +16,7 @@ from validation.integration import throughput
 from validation.perf import records
 from validation.perf.report import BEGIN, END, readme, render, results_page
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
-from validation.system import repeats, tasks, variations
+from validation.system import repeats, tasks, variations, watch
 from validation.system.twins import LAST_STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -178,11 +178,15 @@ def test_losses_of_the_kernels_and_of_eager_are_those_of_their_runs() -> None:
 
 
 def test_what_models_learn_is_that_of_the_saved_runs() -> None:
-    scored = ("system-tasks", "system-copy", "system-copy-longer", "system-copy-oracle", "system-published")
+    copied = ("system-copy", "system-copy-longer", "system-copy-oracle")
+    scored = ("system-tasks", *copied, "system-dictionary", "system-published")
+    watched = ("system-watch-copy", "system-watch-dictionary")
+    for name in watched:
+        assert "\n".join(["", *watch.table(watch.read(RUNS / f"{name}.json")), ""]) in RESULTS, name
     for name in scored:
         assert "\n".join(["", *tasks.table(tasks.read(RUNS / f"{name}.json")), ""]) in RESULTS, name
     assert "\n".join(["", *repeats.table(repeats.read(RUNS / "system-repeats.json")), ""]) in RESULTS
-    for name in (*scored, "system-repeats"):
+    for name in (*scored, *watched, "system-repeats"):
         assert f"```sh\n{json.loads((RUNS / f'{name}.json').read_text())['command']}\n```" in RESULTS, name
 
 
