@@ -69,29 +69,17 @@ def _check_options(backend: Any = None, stages: dict[str, Any] | None = None, *_
 
     def check(module: Any, metadata: dict[str, Any]) -> Any:
         assert metadata["enable_fp_fusion"], "products and sums are not fused: their bits are those of another release"
-        compiler.CUDABackend.instrumentation = StopAtLLVM(module)
+
+        def stop(passes: Any) -> None:
+            passes.run(module, "until shared memory is shared out")
+            raise Found(module.get_int_attr("ttg.shared"))
+
+        # The pass that this would add comes after; those that make LLVM's code of a module take half of the time.
+        compiler.passes.ttgpuir.add_allocate_global_scratch_memory = stop
         return lower(module, metadata)
 
     stages["llir"] = check
     return None
-
-
-class StopAtLLVM:
-    """What Triton calls before it adds the passes that turn a module into LLVM's code, which take half of the time.
-
-    By then shared memory is shared out.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    def patch(self, place: str, passes: Any, context: Any) -> None:
-        if place == "ttgpuir_to_llvmir":
-            passes.run(self.module, "before LLVM")
-            raise Found(self.module.get_int_attr("ttg.shared"))
-
-    def load_dialects(self, context: Any) -> None:
-        pass
 
 
 @cache
