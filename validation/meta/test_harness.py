@@ -138,7 +138,11 @@ def test_a_wrong_one_fails(name: str, selection: tuple[str, ...], test: str) -> 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nobody", ValueError, r"name must be one of \['attention_gym', 'eager', .*\] or package.module:object, got 'nobody'"),
+        (
+            "nobody",
+            ValueError,
+            r"name must be one of \['attention_gym', 'eager', .*\] or package.module:object, got 'nobody'",
+        ),
         ("nowhere:thing", ImportError, "No module named 'nowhere'"),
         ("validation.implementations:STAGES", TypeError, "must be an Implementation or make one, got tuple"),
     ],
