@@ -12,8 +12,8 @@ bit:
   the second of a kind copies the first.
 - The NumPy dtype of a Triton dtype is looked up in a dictionary made for the purpose. Here it is remembered.
 - Whether an array is too wide for its Triton dtype is asked of every array. Here it is not.
-- NumPy's functions that broadcast an array or give it one more axis take longer than to copy a small one, or to index
-  it. Here that is what is done.
+- NumPy's functions that broadcast an array or add an axis take longer than a copy of a small array, or an index. Here a
+  copy is made, or the array is indexed.
 - Whether a sum or product of integers overflows is found out by several more interpreted operations, and then ignored
   unless Triton is being debugged. Here it is not asked.
 - Coverage follows every line of every program, to leave kernels out of its report. Here it does not follow them.

@@ -49,7 +49,7 @@ def under_autocast(dtype: torch.dtype) -> None:
 
 
 def scaled_by(scale: float) -> None:
-    """What comes of logits times a number."""
+    """Says whether a scale of the logits is taken or refused."""
     ones = torch.ones(1, 1, 4, 16)
     try:
         attend(ones, ones, causal(4), scale=scale)

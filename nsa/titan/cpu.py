@@ -60,7 +60,7 @@ def _total_memory() -> int:
 def _peak_resident_size() -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        # What `getrusage` gives is at least what the process had that started this one.
+        # `getrusage` counts what the process had that started this one.
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     import resource

@@ -47,7 +47,7 @@ class Moment:
 
 
 def moment(model: Model, rows: Rows, variant: str, seed: int, step: int) -> Moment:
-    """What a model does with rows."""
+    """Asks a model the questions of `rows`, and looks at its selection and gates."""
     asked = rows.answers != UNASKED
     given = blocks_of(rows, model.setting, model.variant.blocks, torch.Generator().manual_seed(seed))
     with torch.no_grad():

@@ -366,7 +366,7 @@ C = config.num_compressed(T)
 inputs = [draw(T), draw(C), draw(C), *[draw(T) for _ in range(4)], torch.rand(1, T, H, 3, requires_grad=True)]
 nsa_attention(*inputs, config, backend="eager").sum().backward()
 assert all(x.grad.isfinite().all() for x in inputs)
-# The peak that getrusage gives is at least what the process had that started this one.
+# getrusage counts what the process had that started this one.
 print(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
 """
 
