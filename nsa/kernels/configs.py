@@ -260,8 +260,7 @@ def kernel_config(
     if triton.knobs.runtime.interpret:
         found = _interpreted(kernel, group)
     else:
-        index = device.index if device is not None and device.index is not None else torch.cuda.current_device()
-        found = _choose(kernel, architecture(index), dtype, padded(dk), padded(dv), group)
+        found = _choose(kernel, architecture(_index(device)), dtype, padded(dk), padded(dv), group)
     return replace(found, **_OVERRIDES[kernel]) if kernel in _OVERRIDES else found
 
 
@@ -315,6 +314,15 @@ def _check_fields(kernel: str, values: dict[str, Any]) -> None:
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"{kernel} has {', '.join(sorted(known))}, not {', '.join(unknown)}")
+
+
+def _index(device: torch.device | None) -> int:
+    return device.index if device is not None and device.index is not None else torch.cuda.current_device()
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel can be started before the one before has ended (programmatic dependent launch)."""
+    return not triton.knobs.runtime.interpret and int(architecture(_index(device)).removeprefix("sm")) >= 90
 
 
 @cache

@@ -3,11 +3,12 @@
 A step reads little and computes less, so its time is that of reading, if enough programs read at once. A program has
 the `G` query heads of a KV head, which share their keys, and a part of these:
 
-1. `_compressed_kernel`: compressed blocks in `num_splits` parts, each with its softmax; logits are kept in memory;
-2. `_importance_kernel`: from the logits and the log-sum-exps of all parts, the importance of the selection blocks;
-3. `_choose_kernel`: the best of them, as in `nsa.kernels.select`;
-4. `_attend_kernel`: the selected blocks and the window, in parts of their own;
-5. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
+1. `_first_kernel`: the compressed blocks and the window, in parts, each with its softmax. Of the compressed
+   probabilities it keeps sums over the blocks that start in the same selection block, as they are weighted there;
+2. `_select_kernel`: from these sums and the log-sum-exps of all parts, the importance of the selection blocks. Several
+   programs share a query, and the last one to end takes the best, as in `nsa.kernels.select`;
+3. `_selected_kernel`: the selected blocks, in parts of their own;
+4. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
 
 How long sequences are is read on the device, and grids follow from what there is room for in the cache. So launches are
 the same at every step, and a CUDA graph of them goes on from step to step.
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.configs import multiprocessors
+from nsa.kernels.configs import multiprocessors, starts_early
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LOG2E,
@@ -48,19 +49,32 @@ _MOST_PARTS = 32
 _PROGRAMS = 4
 """Programs a multiprocessor of each of the kernels that read keys."""
 
+_MERGED = 1 << 14
+"""Largest number of elements that a program of the last kernel has."""
+
 # Sizes that change from cache to cache and are no reason to compile again.
 _LENGTHS = (
     "num_tokens",
     "capacity",
     "num_splits",
+    "num_window",
     "num_blocks",
+    "num_shares",
+    "num_tiles",
     "span",
     "ring_size",
     "window",
-    "num_selected",
     "num_parts",
     "programs",
 )
+
+
+@triton.jit
+def _follow(EARLY: tl.constexpr):
+    """Lets the next kernel's programs start, and waits for the end of the kernel before: starting takes its time."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -109,142 +123,176 @@ def _store_part(
     store_chunks(partial, (place + row) * DV, row < G, acc0, acc1, DV, V0, V1)
 
 
-@recordable(do_not_specialize=_LENGTHS)
-def _compressed_kernel(
-    q, k, v, lengths, logits, partial, partial_lse2, q_strides, k_strides, v_strides, num_tokens, capacity, num_splits,
-    num_parts, scale_log2, HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    LENGTH: tl.constexpr, STRIDE: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
-    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _attend(
+    q0, q1, k0, k1, v0, v1, seen, row_max, row_sum, acc0, acc1, scale_log2, K1: tl.constexpr, V1: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the compressed branch; its logits, in base 2, to `logits [B, Tq, Hk, G, capacity]`."""
-    split, head, batch, query, of_head, position = _find(lengths, num_tokens, num_splits, HEADS, NUM_QUERIES)
-    count = _visible_blocks(position, capacity, LENGTH, STRIDE)
-    # Parts are equal in what there is, not in what there is room for.
-    span = tl.cdiv(tl.cdiv(count, num_splits), KEYS) * KEYS
-    begin = split * span
-    end = tl.minimum(begin + span, count)
+    """Takes a tile of keys in: its weights `[ROWS, KEYS]`, relative to the new maxima, and the new state."""
+    s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
+    s = tl.where(seen[None, :], s, float("-inf"))
+    p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc0 = acc0 * rescale[:, None]
+    if V1 > 0:
+        acc1 = acc1 * rescale[:, None]
+    acc0, acc1 = add_dot(p.to(v0.dtype), v0, v1, acc0, acc1, V1, ACC, PRECISION)
+    return p, row_max, row_sum, acc0, acc1
+
+
+@recordable(do_not_specialize=_LENGTHS)
+def _first_kernel(
+    q, k_cmp, v_cmp, k_win, v_win, lengths, shares, maxima, arrived, partial, partial_lse2, q_strides, k_cmp_strides,
+    v_cmp_strides, k_win_strides, v_win_strides, num_tokens, capacity, ring_size, window, num_splits, num_window,
+    num_parts, num_shares, num_tiles, scale_log2, HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr, SHARE: tl.constexpr, LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr, WANTED: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """One part of the compressed branch, or of the window branch, whose keys are in a ring.
+
+    For the selection, it stores the sum of the weights of each `SHARE` compressed blocks, times the strides in common
+    with the selection block that they start in and with the next one, to `shares [B, Tq, Hk, G, 2, num_shares]`, and
+    the maxima that the weights of a tile are relative to, to `maxima [B, Tq, Hk, num_tiles, G]`. It sets `arrived
+    [B, Tq, Hk]` to 0.
+    """
+    _follow(EARLY)
+    SIZE: tl.constexpr = RATIO * STRIDE
+    part, head, batch, query, of_head, position = _find(
+        lengths, num_tokens, num_splits + num_window, HEADS, NUM_QUERIES
+    )
+    in_window = part >= num_splits
+    if in_window:
+        end = tl.minimum(window, position + 1)
+        span = tl.cdiv(tl.cdiv(end, KEYS), num_window) * KEYS
+        begin = (part - num_splits) * span
+        k = k_win + batch * k_win_strides[0] + head * k_win_strides[2]
+        v = v_win + batch * v_win_strides[0] + head * v_win_strides[2]
+        k_row = tl.cast(k_win_strides[1], tl.int64)
+        v_row = tl.cast(v_win_strides[1], tl.int64)
+    else:
+        end = _visible_blocks(position, capacity, LENGTH, STRIDE)
+        # Parts are equal in what there is, not in what there is room for.
+        span = tl.cdiv(tl.cdiv(end, num_splits), KEYS) * KEYS
+        begin = part * span
+        k = k_cmp + batch * k_cmp_strides[0] + head * k_cmp_strides[2]
+        v = v_cmp + batch * v_cmp_strides[0] + head * v_cmp_strides[2]
+        k_row = tl.cast(k_cmp_strides[1], tl.int64)
+        v_row = tl.cast(v_cmp_strides[1], tl.int64)
+    end = tl.minimum(begin + span, end)
+    tl.store(arrived + of_head, 0, mask=part == 0)
     q0, q1 = _load_queries(q, q_strides, batch, query, head, G, ROWS, DK, K0, K1)
-    k += batch * k_strides[0] + head * k_strides[2]
-    v += batch * v_strides[0] + head * v_strides[2]
     row = tl.arange(0, ROWS)
-    logits += of_head * G * capacity
+    within = tl.arange(0, KEYS)
+    share = tl.arange(0, KEYS // SHARE)
+    shares += (of_head * G + row)[:, None] * 2 * num_shares
+    maxima += of_head * num_tiles * G
     row_max = tl.full([ROWS], float("-inf"), dtype=ACC)
     row_sum = tl.zeros([ROWS], dtype=ACC)
     acc0 = tl.zeros([ROWS, V0], dtype=ACC)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
     for start in range(begin, end, KEYS):
-        block = start + tl.arange(0, KEYS)
-        exists = block < end
-        k0, k1 = load_chunks(k, block.to(tl.int64) * k_strides[1], exists, DK, K0, K1)
-        v0, v1 = load_chunks(v, block.to(tl.int64) * v_strides[1], exists, DV, V0, V1)
-        s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
-        tl.store(
-            logits + row.to(tl.int64)[:, None] * capacity + block[None, :], s, mask=(row < G)[:, None] & exists[None, :]
+        key = start + within
+        seen = key < end
+        slot = tl.where(in_window, tl.maximum(position - key, 0) % ring_size, key).to(tl.int64)
+        k0, k1 = load_chunks(k, slot * k_row, seen, DK, K0, K1)
+        v0, v1 = load_chunks(v, slot * v_row, seen, DV, V0, V1)
+        p, row_max, row_sum, acc0, acc1 = _attend(
+            q0, q1, k0, k1, v0, v1, seen, row_max, row_sum, acc0, acc1, scale_log2, K1, V1, ACC, PRECISION
         )
-        s = tl.where(exists[None, :], s, float("-inf"))
-        p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc0 = acc0 * rescale[:, None]
-        if V1 > 0:
-            acc1 = acc1 * rescale[:, None]
-        acc0, acc1 = add_dot(p.to(v0.dtype), v0, v1, acc0, acc1, V1, ACC, PRECISION)
-    place = of_head * num_parts + split
+        if WANTED > 0:
+            first_token = key % RATIO * STRIDE
+            own_weight = tl.minimum(LENGTH, SIZE - first_token) // STRIDE
+            inside = (row < G)[:, None] & ((start + share * SHARE < end) & (part < num_splits))[None, :]
+            place = start // SHARE + share[None, :]
+            own = tl.sum(tl.reshape(p * own_weight.to(ACC)[None, :], [ROWS, KEYS // SHARE, SHARE]), 2)
+            tl.store(shares + place, own, mask=inside)
+            if LENGTH > STRIDE:
+                next_weight = (LENGTH // STRIDE - own_weight).to(ACC)
+                into_next = tl.sum(tl.reshape(p * next_weight[None, :], [ROWS, KEYS // SHARE, SHARE]), 2)
+                tl.store(shares + num_shares + place, into_next, mask=inside)
+            tl.store(maxima + start // KEYS * G + row, row_max, mask=(row < G) & (part < num_splits))
+    place = of_head * num_parts + part
     _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
 
 
 @triton.jit
 def _load_lse2(partial_lse2, place, num_parts, rows, G: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """Log-sum-exps, base 2, of parts `[PARTS, ROWS]`, and the largest of each row or 0; `-inf` where there is none."""
+    """Log-sum-exps, base 2, of parts `[PARTS, ROWS]`; `-inf` where there is none."""
     part = tl.arange(0, PARTS)
     exists = (part < num_parts)[:, None] & (rows < G)[None, :]
-    lse2 = tl.load(partial_lse2 + place + part[:, None] * G + rows[None, :], mask=exists, other=float("-inf")).to(ACC)
-    largest = tl.max(lse2, 0)
-    return lse2, tl.where(largest == float("-inf"), 0.0, largest)
+    return tl.load(partial_lse2 + place + part[:, None] * G + rows[None, :], mask=exists, other=float("-inf")).to(ACC)
 
 
 @recordable(do_not_specialize=_LENGTHS)
-def _importance_kernel(
-    logits, partial_lse2, lengths, scores, num_tokens, capacity, num_splits, num_parts, num_blocks, span, programs,
-    HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr,
-    RATIO: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr,
+def _select_kernel(
+    shares, maxima, arrived, partial_lse2, lengths, scores, indices, num_tokens, capacity, num_splits, num_parts,
+    num_blocks, num_shares, num_tiles, span, programs, HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr,
+    SHARE: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, WANTED: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Importances of `span` selection blocks, `BLOCKS` at a time, to `scores [B, Tq, Hk, num_blocks]`."""
+    """Importances of `span` selection blocks, `BLOCKS` at a time, to `scores [B, Tq, Hk, num_blocks]`; the last program
+    of a query stores its best `WANTED` blocks, ascending, then -1."""
+    _follow(EARLY)
     SIZE: tl.constexpr = RATIO * STRIDE
+    PIECES: tl.constexpr = RATIO // SHARE
     part, _, _, _, of_head, position = _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES)
     count = _visible_blocks(position, capacity, LENGTH, STRIDE)
+    own = tl.maximum(position + SIZE, 0) // SIZE - 1
     begin = part * span
-    end = tl.minimum(begin + span, tl.maximum(position + SIZE, 0) // SIZE)
+    end = tl.minimum(begin + span, own + 1)
     row = tl.arange(0, ROWS)
-    lse2, largest = _load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC)
+    lse2 = _load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC)
+    largest = tl.max(lse2, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
     lse2 = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
-    logits += of_head * G * capacity + row.to(tl.int64)[:, None] * capacity
-
-    share = tl.arange(0, RATIO) * STRIDE
-    own_weight = (tl.minimum(LENGTH, SIZE - share) // STRIDE).to(ACC)
-    next_weight = LENGTH // STRIDE - own_weight
+    shares += (of_head * G + row)[:, None] * 2 * num_shares
+    maxima += of_head * num_tiles * G + row[:, None]
+    scores += of_head * num_blocks
     for start in range(begin, end, BLOCKS):
         importance = tl.zeros([BLOCKS], dtype=ACC)
         # Compressed blocks that start in the selection block, then those that reach into it from the one before.
         for back in tl.static_range(2 if LENGTH > STRIDE else 1):
-            block = (start - back) * RATIO + tl.arange(0, BLOCKS * RATIO)
-            seen = (block >= 0) & (block < count)
-            s = tl.load(logits + block[None, :], mask=(row < G)[:, None] & seen[None, :], other=float("-inf"))
-            p = tl.sum(tl.exp2(s - lse2[:, None]), 0)
-            p = tl.reshape(p, [BLOCKS, RATIO])
-            importance += tl.sum(p * (next_weight if back else own_weight)[None, :], 1)
-        chosen = start + tl.arange(0, BLOCKS)
-        tl.store(scores + of_head * num_blocks + chosen, importance, mask=chosen < end)
+            share = (start - back) * PIECES + tl.arange(0, BLOCKS * PIECES)
+            exists = (row < G)[:, None] & ((share >= 0) & (share * SHARE < count))[None, :]
+            weight = tl.load(shares + back * num_shares + share[None, :], mask=exists, other=0.0)
+            row_max = tl.load(maxima + (share * SHARE // KEYS)[None, :] * G, mask=exists, other=float("-inf"))
+            weight = tl.sum(weight * tl.exp2(row_max - lse2[:, None]), 0)
+            importance += tl.sum(tl.reshape(weight, [BLOCKS, PIECES]), 1)
+        block = start + tl.arange(0, BLOCKS)
+        tl.store(scores + block, importance, mask=block < end)
+
+    tl.debug_barrier()  # the counter says that all threads have stored
+    if tl.atomic_add(arrived + of_head, 1, sem="acq_rel") == programs - 1:
+        last = tl.zeros([1, 1], tl.int32) + own
+        block = tl.arange(0, CANDIDATES)[None, :]
+        score = tl.load(scores + block, mask=block <= last, other=0.0)
+        chosen, place = best_candidates(score, block, last, WANTED, INITIAL, LOCAL, 1, BITS)
+        taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
+        indices += of_head * WANTED
+        tl.store(indices + block, tl.full([1, CANDIDATES], -1, tl.int32), mask=(block >= taken) & (block < WANTED))
+        tl.store(indices + place, block, mask=chosen)
 
 
 @recordable(do_not_specialize=_LENGTHS)
-def _choose_kernel(
-    scores, lengths, indices, num_tokens, num_blocks, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, SIZE: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr,
+def _selected_kernel(
+    q, k, v, lengths, indices, partial, partial_lse2, q_strides, k_strides, v_strides, num_tokens, programs, num_parts,
+    scale_log2, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The best `WANTED` blocks of a query, ascending, then -1."""
-    _, _, _, _, of_head, position = _find(lengths, num_tokens, 1, HEADS, NUM_QUERIES)
-    own = tl.zeros([1, 1], tl.int32) + tl.maximum(position + SIZE, 0) // SIZE - 1
-    block = tl.arange(0, CANDIDATES)[None, :]
-    score = tl.load(scores + of_head * num_blocks + block, mask=block <= own, other=0.0)
-    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, 1, BITS)
-    slot = tl.arange(0, CANDIDATES)[None, :]
-    taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
-    indices += of_head * WANTED
-    tl.store(indices + slot, tl.full([1, CANDIDATES], -1, tl.int32), mask=(slot >= taken) & (slot < WANTED))
-    tl.store(indices + place, block, mask=chosen)
-
-
-@recordable(do_not_specialize=_LENGTHS)
-def _attend_kernel(
-    q, k_slc, v_slc, k_win, v_win, lengths, indices, partial, partial_lse2, q_strides, k_slc_strides, v_slc_strides,
-    k_win_strides, v_win_strides, num_tokens, ring_size, window, num_splits, num_selected, num_parts, scale_log2,
-    HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One part of the selected branch, or of the window branch, whose keys are in a ring."""
-    part, head, batch, query, of_head, position = _find(lengths, num_tokens, num_parts - num_splits, HEADS, NUM_QUERIES)
+    """One part of the selected branch, whose parts are the last `programs`."""
+    _follow(EARLY)
+    part, head, batch, query, of_head, position = _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES)
     PIECES: tl.constexpr = SIZE // KEYS
-    within = tl.arange(0, KEYS)
-    in_window = part >= num_selected
-    if in_window:
-        steps = tl.cdiv(tl.minimum(window, position + 1), KEYS)
-        span = tl.cdiv(steps, num_parts - num_splits - num_selected)
-        begin = (part - num_selected) * span
-        k = k_win + batch * k_win_strides[0] + head * k_win_strides[2]
-        v = v_win + batch * v_win_strides[0] + head * v_win_strides[2]
-        k_token = tl.cast(k_win_strides[1], tl.int64)
-        v_token = tl.cast(v_win_strides[1], tl.int64)
-    else:
-        steps = WANTED * PIECES
-        span = tl.cdiv(steps, num_selected)
-        begin = part * span
-        k = k_slc + batch * k_slc_strides[0] + head * k_slc_strides[2]
-        v = v_slc + batch * v_slc_strides[0] + head * v_slc_strides[2]
-        k_token = tl.cast(k_slc_strides[1], tl.int64)
-        v_token = tl.cast(v_slc_strides[1], tl.int64)
-    end = tl.minimum(begin + span, steps)
+    span = tl.cdiv(WANTED * PIECES, programs)
+    begin = part * span
+    end = tl.minimum(begin + span, WANTED * PIECES)
+    k += batch * k_strides[0] + head * k_strides[2]
+    v += batch * v_strides[0] + head * v_strides[2]
     indices += of_head * WANTED
     q0, q1 = _load_queries(q, q_strides, batch, query, head, G, ROWS, DK, K0, K1)
     row_max = tl.full([ROWS], float("-inf"), dtype=ACC)
@@ -252,60 +300,66 @@ def _attend_kernel(
     acc0 = tl.zeros([ROWS, V0], dtype=ACC)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
     for step in range(begin, end):
-        block = tl.load(indices + step // PIECES, mask=part < num_selected, other=0)
-        back = step * KEYS + within
-        token = tl.where(in_window, position - back, block * SIZE + step % PIECES * KEYS + within)
-        seen = tl.where(in_window, (back < window) & (token >= 0), (block >= 0) & (token <= position))
-        slot = tl.where(in_window, tl.maximum(token, 0) % ring_size, token).to(tl.int64)
-        k0, k1 = load_chunks(k, slot * k_token, seen, DK, K0, K1)
-        v0, v1 = load_chunks(v, slot * v_token, seen, DV, V0, V1)
-        s = dot_chunks(q0, q1, k0, k1, K1, ACC, PRECISION) * scale_log2
-        s = tl.where(seen[None, :], s, float("-inf"))
-        p, rescale, row_max = online_softmax_update(s, row_max, 1.0, True)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        acc0 = acc0 * rescale[:, None]
-        if V1 > 0:
-            acc1 = acc1 * rescale[:, None]
-        acc0, acc1 = add_dot(p.to(v0.dtype), v0, v1, acc0, acc1, V1, ACC, PRECISION)
-    place = of_head * num_parts + num_splits + part
+        block = tl.load(indices + step // PIECES)
+        token = block * SIZE + step % PIECES * KEYS + tl.arange(0, KEYS)
+        seen = (block >= 0) & (token <= position)
+        k0, k1 = load_chunks(k, token.to(tl.int64) * k_strides[1], seen, DK, K0, K1)
+        v0, v1 = load_chunks(v, token.to(tl.int64) * v_strides[1], seen, DV, V0, V1)
+        _, row_max, row_sum, acc0, acc1 = _attend(
+            q0, q1, k0, k1, v0, v1, seen, row_max, row_sum, acc0, acc1, scale_log2, K1, V1, ACC, PRECISION
+        )
+    place = of_head * num_parts + num_parts - programs + part
     _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
 
 
 @recordable(do_not_specialize=_LENGTHS)
 def _merge_kernel(
-    partial, partial_lse2, gates, out, gate_strides, num_splits, num_selected, num_parts, HEADS,
-    NUM_QUERIES: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
+    partial, partial_lse2, gates, out, gate_strides, num_splits, num_window, num_parts, HEADS,
+    NUM_QUERIES: tl.constexpr, G: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, ACC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The gated sum of the branches of one query head; parts come compressed, selected, window."""
-    query_head = tl.program_id(0) % (HEADS * G)
-    row = (tl.program_id(0) // (HEADS * G)).to(tl.int64)
+    """The gated sum of the branches of `MEMBERS` query heads of a KV head; parts come compressed, window, selected."""
+    _follow(EARLY)
+    piece, head, row = find_program(tl.program_id(0), tl.cdiv(G, MEMBERS), HEADS)
+    of_head = row.to(tl.int64) * HEADS + head
+    member = piece * MEMBERS + tl.arange(0, MEMBERS)
     part = tl.arange(0, PARTS)
     column = tl.arange(0, WIDTH)
-    place = ((row * HEADS + query_head // G) * num_parts + part) * G + query_head % G
-    exists = part < num_parts
-    lse2 = tl.load(partial_lse2 + place, mask=exists, other=float("-inf")).to(ACC)
-    inside = exists[:, None] & (column < DV)[None, :]
-    outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
-    gates += row // NUM_QUERIES * gate_strides[0] + row % NUM_QUERIES * gate_strides[1] + query_head * gate_strides[2]
-    branch = (part >= num_splits).to(tl.int32) + (part >= num_splits + num_selected).to(tl.int32)
-    weight = tl.zeros([PARTS], dtype=ACC)
+    lse2 = _load_lse2(partial_lse2, of_head * num_parts * G, num_parts, member, G, PARTS, ACC)
+    place = (of_head * num_parts + part)[:, None] * G + member[None, :]
+    inside = (member < G)[:, None] & (column < DV)[None, :]
+    loaded = (part < num_parts)[:, None, None] & inside[None, :, :]
+    outs = tl.load(partial + place[:, :, None] * DV + column[None, None, :], mask=loaded, other=0.0).to(ACC)
+    gates += row // NUM_QUERIES * gate_strides[0] + row % NUM_QUERIES * gate_strides[1]
+    gates += (head * G + member) * gate_strides[2]
+    branch = tl.where(part < num_splits, 0, tl.where(part < num_splits + num_window, 2, 1))
+    weight = tl.zeros([PARTS, MEMBERS], dtype=ACC)
     for c in tl.static_range(3):
-        of_branch = tl.where(branch == c, lse2, float("-inf"))
+        of_branch = tl.where((branch == c)[:, None], lse2, float("-inf"))
         largest = tl.max(of_branch, 0)
-        share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest))
+        share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
         total = tl.sum(share, 0)
-        weight += share * (tl.load(gates + c * gate_strides[3]).to(ACC) / tl.where(total == 0, 1.0, total))
-    out += (row * HEADS * G + query_head) * DV
-    tl.store(out + column, tl.sum(weight[:, None] * outs, 0).to(out.dtype.element_ty), mask=column < DV)
+        gate = tl.load(gates + c * gate_strides[3], mask=member < G, other=0.0).to(ACC)
+        weight += share * (gate / tl.where(total == 0, 1.0, total))[None, :]
+    out += (of_head * G + member)[:, None] * DV + column[None, :]
+    tl.store(out, tl.sum(weight[:, :, None] * outs, 0).to(out.dtype.element_ty), mask=inside)
 
 
 class _Parts(NamedTuple):
-    """How many programs share a query head: parts of the compressed, of the selected and of the window branch."""
+    """How many programs share a query head: parts of the compressed, of the window and of the selected branch."""
 
     compressed: int
-    selected: int
     window: int
+    selected: int
+
+    @staticmethod
+    def of(wave: int, tiles: "_Parts") -> "_Parts":
+        """At most `wave` parts, half as many of the window, that share `tiles` of keys out evenly."""
+        most = _Parts(wave, cdiv(wave, 2), wave)
+        return _Parts._make(
+            cdiv(count, cdiv(count, min(limit, _MOST_PARTS))) if count else 0
+            for count, limit in zip(tiles, most, strict=True)
+        )
 
 
 def decode_attention(
@@ -338,53 +392,59 @@ def decode_attention(
     keys = min(size, max(16, _KEYS * 512 // next_power_of_2(max(512, row_bytes))))
     # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
     wave = cdiv(_PROGRAMS * multiprocessors(q.device), rows * kv_heads)
-    parts = _Parts(
-        compressed=max(1, min(wave, cdiv(capacity, keys), _MOST_PARTS)),
-        selected=min(wave, wanted * (size // keys), _MOST_PARTS),
-        window=min(cdiv(wave, 2), cdiv(window, keys), _MOST_PARTS),
-    )
+    tiles = _Parts(max(1, cdiv(capacity, keys)), cdiv(window, keys), wanted * (size // keys))
+    parts = _Parts.of(wave, tiles)
     num_parts = sum(parts)
-    logits = q.new_empty(rows * query_heads * capacity, dtype=acc)
+    ratio = size // config.compress_stride
+    share = min(ratio, keys)
+    num_shares = cdiv(capacity, share)
+    shares = q.new_empty(rows * query_heads * 2 * num_shares, dtype=acc)
+    maxima = q.new_empty(rows * query_heads * tiles.compressed, dtype=acc)
+    arrived = q.new_empty(rows * kv_heads, dtype=torch.int32)
     partial = q.new_empty(rows * query_heads * num_parts, v_slc.shape[3], dtype=acc)
     partial_lse2 = q.new_empty(rows * query_heads * num_parts, dtype=acc)
     scores = q.new_empty(rows * kv_heads * num_blocks, dtype=acc)
 
-    of_group: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "ROWS": max(16, next_power_of_2(group))}
-    constants = {**heads.constants(), **of_group, "KEYS": keys}
-    of_blocks = {"LENGTH": config.compress_block_size, "STRIDE": config.compress_stride}
-    strides = q.stride()[:3]
+    of_query: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "EARLY": False}
+    if starts_early(q.device):
+        of_query |= {"EARLY": True, "launch_pdl": True}
+    of_group = {**of_query, "ROWS": max(16, next_power_of_2(group))}
+    of_blocks = {"KEYS": keys, "RATIO": ratio, "SHARE": share}
+    of_blocks |= {"LENGTH": config.compress_block_size, "STRIDE": config.compress_stride}
+    constants = {**heads.constants(), **of_group}
+    strides = [x.stride()[:3] for x in (q, k_cmp, v_cmp, k_win, v_win)]
     with torch.cuda.device_of(q):
-        _compressed_kernel[(parts.compressed * kv_heads * rows, 1, 1)](
-            q, k_cmp, v_cmp, lengths, logits, partial, partial_lse2, strides, k_cmp.stride()[:3], v_cmp.stride()[:3],
-            num_tokens, capacity, parts.compressed, num_parts, scale * LOG2E.value, kv_heads, **constants,
-            **of_blocks, num_stages=3,
+        _first_kernel[((parts.compressed + parts.window) * kv_heads * rows, 1, 1)](
+            q, k_cmp, v_cmp, k_win, v_win, lengths, shares, maxima, arrived, partial, partial_lse2, *strides,
+            num_tokens, capacity, max(1, k_win.shape[1]), window, parts.compressed, parts.window, num_parts,
+            num_shares, tiles.compressed, scale * LOG2E.value, kv_heads, **constants, **of_blocks, WANTED=wanted,
+            num_stages=3,
         )  # fmt: skip
         if wanted:
-            ratio, bits = size // config.compress_stride, 8 * acc.itemsize
-            blocks, candidates = max(1, 256 // ratio), max(16, next_power_of_2(max(num_blocks, wanted)))
+            bits, candidates = 8 * acc.itemsize, max(16, next_power_of_2(max(num_blocks, wanted)))
+            blocks = max(1, 64 * share // ratio)
             spans = min(wave, cdiv(num_blocks, blocks))
-            _importance_kernel[(spans * kv_heads * rows, 1, 1)](
-                logits, partial_lse2, lengths, scores, num_tokens, capacity, parts.compressed, num_parts, num_blocks,
+            _select_kernel[(spans * kv_heads * rows, 1, 1)](
+                shares, maxima, arrived, partial_lse2, lengths, scores, indices, num_tokens, capacity,
+                parts.compressed, num_parts, num_blocks, num_shares, tiles.compressed,
                 cdiv(cdiv(num_blocks, spans), blocks) * blocks, spans, kv_heads, **of_group, **of_blocks,
-                SPLITS=next_power_of_2(parts.compressed), BLOCKS=blocks, RATIO=ratio, ACC=constants["ACC"],
+                SPLITS=next_power_of_2(parts.compressed), BLOCKS=blocks, ACC=constants["ACC"], WANTED=wanted,
+                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, CANDIDATES=candidates,
+                BITS=tl.int64 if bits == 64 else tl.int32, num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
-            _choose_kernel[(kv_heads * rows, 1, 1)](
-                scores, lengths, indices, num_tokens, num_blocks, kv_heads, NUM_QUERIES=num_queries, WANTED=wanted,
-                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, SIZE=size, CANDIDATES=candidates,
-                BITS=tl.int64 if bits == 64 else tl.int32,
-                num_warps=min(16, max(1, candidates // 1024)),
-            )  # fmt: skip
-        if parts.selected + parts.window:
-            _attend_kernel[((parts.selected + parts.window) * kv_heads * rows, 1, 1)](
-                q, k_slc, v_slc, k_win, v_win, lengths, indices, partial, partial_lse2, strides, k_slc.stride()[:3],
-                v_slc.stride()[:3], k_win.stride()[:3], v_win.stride()[:3], num_tokens, max(1, k_win.shape[1]), window,
-                parts.compressed, parts.selected, num_parts, scale * LOG2E.value, kv_heads, **constants,
-                WANTED=wanted, SIZE=size, num_stages=3,
+            _selected_kernel[(parts.selected * kv_heads * rows, 1, 1)](
+                q, k_slc, v_slc, lengths, indices, partial, partial_lse2, q.stride()[:3], k_slc.stride()[:3],
+                v_slc.stride()[:3], num_tokens, parts.selected, num_parts, scale * LOG2E.value, kv_heads, **constants,
+                WANTED=wanted, SIZE=size, KEYS=keys, num_stages=3,
             )  # fmt: skip
         merged = {"PARTS": next_power_of_2(num_parts), "WIDTH": next_power_of_2(v_slc.shape[3])}
-        _merge_kernel[(query_heads * rows, 1, 1)](
-            partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.selected, num_parts, kv_heads,
-            NUM_QUERIES=num_queries, G=group, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
-            num_warps=min(8, max(1, merged["PARTS"] * merged["WIDTH"] // 1024)),
+        elements = merged["PARTS"] * merged["WIDTH"]
+        # As many query heads as a program has room for, if there are programs enough.
+        most = min(_MERGED // elements, rows * query_heads // multiprocessors(q.device), group)
+        members = next_power_of_2(most + 1) // 2 if most > 1 else 1
+        _merge_kernel[(cdiv(group, members) * kv_heads * rows, 1, 1)](
+            partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.window, num_parts, kv_heads,
+            **of_query, MEMBERS=members, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
+            num_warps=min(8, max(1, members * elements // 1024)),
         )  # fmt: skip
     return out, indices
