@@ -5,7 +5,7 @@ written as small as it can be, and `fitted` to what an implementation can do. Wh
 skipped when it is asked for, in `StageSpec.run`, and nowhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -106,7 +106,7 @@ class Case:
         return oracle.query_positions(self.num_queries, self.num_keys, **self.cu_seqlens)
 
 
-def cumulative(lengths: tuple[int, ...]) -> Tensor:
+def cumulative(lengths: Sequence[int]) -> Tensor:
     """`cu_seqlens`, int32 `[N+1]`."""
     return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
 

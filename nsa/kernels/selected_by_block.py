@@ -57,6 +57,9 @@ from nsa.kernels.primitives import (
     zero_unless_finite,
 )
 
+UNROLLED = tl.constexpr(8)
+"""Partial results whose loads are under way at once where they are merged."""
+
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = (
     "num_queries", "num_keys", "num_sequences", "shift", "num_blocks", "pieces_per_head", "partials_per_head",
@@ -182,7 +185,7 @@ def _merge_kernel(
     base = safe_max + tl.log2(tl.where(empty, 1.0, row_sum))
     out0 = tl.zeros([BLOCK_M, V0], dtype=ACC)
     out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
-    for step in range(0, NUM_SELECTED * PARTS):
+    for step in tl.range(0, NUM_SELECTED * PARTS, loop_unroll_factor=UNROLLED):
         block = tl.load(
             indices + query * index_strides[1] + tl.cast(step // PARTS, tl.int64) * index_strides[3], inside, other=-1
         )
@@ -326,7 +329,7 @@ def _merge_dq_kernel(
     place = ((tl.program_id(1) * num_queries + query) * NUM_SELECTED * PARTS) * G + of_group
     dq0 = tl.zeros([BLOCK_M, K0], dtype=ACC)
     dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
-    for step in range(0, NUM_SELECTED * PARTS):
+    for step in tl.range(0, NUM_SELECTED * PARTS, loop_unroll_factor=UNROLLED):
         block = tl.load(
             indices + query * index_strides[1] + tl.cast(step // PARTS, tl.int64) * index_strides[3], inside, other=-1
         )

@@ -182,6 +182,10 @@ def beside(stage: str, direction: str, ours: float, *dense: float) -> list[Recor
     return [record("ours", ours, subject="ours", **where), *others]
 
 
+def two_passes(stage: str, ours: float, *dense: float) -> list[Record]:
+    return [*beside(stage, "forward", ours, *dense), *beside(stage, "backward", ours, *dense)]
+
+
 @pytest.mark.parametrize(
     ("kind", "run", "found"),
     [
@@ -192,6 +196,9 @@ def beside(stage: str, direction: str, ours: float, *dense: float) -> list[Recor
         ("times as fast as dense, decoding 16", beside("decode", "batch 1", 1.0, 5.0, 3.0), None),
         ("times as fast as the dense twin, training", beside("training", "step", 2.0, 3.0), 1.5),
         ("times as fast as the dense twin, training", beside("training", "step", 2.0), None),
+        ("times one sequence", two_passes("nsa_attention", 3.0, 2.0), 1.5),
+        ("times one sequence, layer", two_passes("layer", 3.0, 2.0), 1.5),
+        ("times one sequence, layer", beside("layer", "forward", 3.0, 2.0), None),
         ("times as fast as the dense twin, steps of 16", beside("generation", "batch 16", 2.0, 3.0), 1.5),
         ("times as fast as the dense twin, steps of 1", beside("generation", "batch 16", 2.0, 3.0), None),
         (

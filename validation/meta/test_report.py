@@ -100,6 +100,17 @@ def test_decoding_is_beside_the_fastest_dense_attention() -> None:
     assert "## Decoding" not in render({"run.json": {**report, "results": [record("ours", "forward", 1.0)]}})
 
 
+def test_packed_documents_are_beside_one_sequence() -> None:
+    results = [
+        {**record(subject, "backward", ms, "layer"), "workload": "W,packed", "role": role}
+        for subject, role, ms in (("ours", "ours", 3.0), ("one sequence", "rival", 2.0))
+    ]
+    report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
+    page = render({"run.json": {**report, "results": results}})
+    assert "| W | 8k | layer | backward | 3.000 | 2.000 | **1.50** |" in page
+    assert "## Packed sequences" not in render({"run.json": {**report, "results": [record("ours", "forward", 1.0)]}})
+
+
 def test_generation_is_beside_the_dense_twin() -> None:
     place = {"workload": "1b", "length": 65536, "stage": "generation", "direction": "batch 16", "rounds": 128}
     times = {"prefill": 8192.0, "median": 2.0, "p90": 2.5, "p99": 12.0, "tokens_per_second": 8000.0}

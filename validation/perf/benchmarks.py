@@ -10,26 +10,35 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import cycle, product
+from itertools import chain, cycle, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa import NativeSparseAttention, StepKeys, decode_attention, rope_table
+from nsa import (
+    NativeSparseAttention,
+    PackedSequences,
+    StepKeys,
+    decode_attention,
+    nsa_attention,
+    pack_sequences,
+    rope_table,
+)
 from nsa.backends import BackendName
 
+from ..cases import cumulative, shapes, whole
 from ..costs import Cost, Roofs
 from ..implementations import Implementation, load
-from ..stages import TIMED
+from ..stages import BY_NAME, TIMED
 from ..stages import WHOLE as WHOLE_OP
 from . import stages
 from .precompile import OPTION, take_jobs
 from .rivals import decoders, dense, flash, flex
-from .workloads import CHOICES, WORKLOADS, Inputs, Workload, chosen
+from .workloads import CHOICES, PACKED, WORKLOADS, Inputs, Workload, chosen
 
 K = 1024
 DRAWS = 2
@@ -98,6 +107,7 @@ class Plan:
         peers: what peers have, and ours where that is not timed anyway.
         choices: compression and the whole op with other sizes and counts.
         module: the layer.
+        packed: the whole op and the layer over packed documents.
         steps: a training step of a model and of its dense twin.
         decode: a new token of each of `batches` sequences, over caches of such lengths.
     """
@@ -110,6 +120,7 @@ class Plan:
     peers: dict[str, tuple[int, ...]]
     choices: dict[str, tuple[int, ...]]
     module: dict[str, tuple[int, ...]]
+    packed: dict[str, tuple[int, ...]]
     steps: dict[str, tuple[int, ...]]
     decode: dict[str, tuple[int, ...]]
     batches: tuple[int, ...]
@@ -131,6 +142,7 @@ GPU = Plan(
     peers={"W": FEW, "W4": FEW, "P": (8 * K, 32 * K)},
     choices={"W": (32 * K,)},
     module={"W": (8 * K, 32 * K)},
+    packed={"W": (16 * K,)},
     # Of shorter sequences the host would be measured, which starts thousands of kernels a step.
     steps={"100m": (64 * K,), "1b": (32 * K,)},
     decode={"W": (8 * K, 16 * K, 32 * K, 64 * K)},
@@ -145,6 +157,7 @@ CPU = Plan(
     peers={"tiny": (256, K)},
     choices={"tiny": (K,)},
     module={"tiny": (K,)},
+    packed={"tiny": (K,)},
     steps={"debug": (256,)},
     decode={"tiny": (K,)},
     batches=(1, 2),
@@ -203,7 +216,7 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
     for name, lengths in plan.module.items():
         for length in lengths:
             for direction in ("forward", "backward"):
-                make = partial(_layer, WORKLOADS[name], length, direction, backend)
+                make = partial(_layer, WORKLOADS[name], (length,), direction, backend)
                 found.append(Benchmark(name, length, "layer", direction, ours.name, "ours", make))
     for flavor, lengths in plan.steps.items():
         for length in lengths:
@@ -212,6 +225,9 @@ def collect(impl: str | None = None, peers: Sequence[str] = ()) -> list[Benchmar
             twin = partial(step, f"{flavor}_dense")
             found.append(Benchmark(flavor, length, "training", "step", "dense (twin)", "rival", twin))
     if backend != "auto":
+        for name, lengths in plan.packed.items():
+            for length in lengths:
+                found += _packed(WORKLOADS[name], length, ours.name, backend)
         for name, lengths in plan.decode.items():
             for length, batch in product(lengths, plan.batches):
                 found += _decoding(WORKLOADS[name], length, batch, backend)
@@ -275,24 +291,63 @@ def _calls(subject: Implementation, workload: Workload, length: int, name: str, 
     return Calls(backward, stages.step(stage, subject, case, inputs[0]))
 
 
-def _layer(workload: Workload, length: int, direction: str, backend: BackendName) -> Calls:
-    """The layer with its projections, as wide as its heads together."""
-    release()
-    heads, dim = workload.query_heads, workload.key_dim
-    layer = NativeSparseAttention(
-        heads * dim, heads, workload.kv_heads, dim, workload.config, backend=backend
-    ).to(device(), workload.dtype)  # fmt: skip
-    rope = rope_table(length, dim).to(device())
-    inputs = [torch.randn(1, length, heads * dim, device=device(), dtype=workload.dtype) for _ in range(DRAWS)]
+def _passes(calls: Sequence[tuple[Callable[[], torch.Tensor], list[torch.Tensor]]], direction: str) -> Calls:
+    """Functions in turn, or their backward passes to the leaves that each is given with."""
     if direction == "forward":
-        call = in_turn([torch.no_grad()(partial(layer, x, rope)) for x in inputs])
+        call = in_turn([torch.no_grad()(function) for function, _ in calls])
         return Calls(call, call)
-    leaves = [[x.requires_grad_(), *layer.parameters()] for x in inputs]
-    upstream = torch.randn_like(inputs[0])
-    outputs = [layer(x, rope) for x in inputs]
+    for x in chain.from_iterable(leaves for _, leaves in calls):
+        x.requires_grad_()
+    outputs = [function() for function, _ in calls]
+    upstream = torch.randn_like(outputs[0])
     backward = partial(torch.autograd.grad, grad_outputs=upstream, retain_graph=True)
-    calls = [partial(backward, out, wrt) for out, wrt in zip(outputs, leaves, strict=True)]
-    return Calls(in_turn(calls), lambda: torch.autograd.grad(layer(inputs[0], rope), leaves[0], upstream))
+    timed = in_turn([partial(backward, out, leaves) for out, (_, leaves) in zip(outputs, calls, strict=True)])
+    function, leaves = calls[0]
+    return Calls(timed, lambda: torch.autograd.grad(function(), leaves, upstream))
+
+
+def _layer(workload: Workload, lengths: Sequence[int], direction: str, backend: BackendName) -> Calls:
+    """The layer with its projections, as wide as its heads together, on sequences of such lengths."""
+    release()
+    w, width, length = workload, workload.query_heads * workload.key_dim, sum(lengths)
+    layer = NativeSparseAttention(
+        width, w.query_heads, w.kv_heads, w.key_dim, w.config, backend=backend
+    ).to(device(), w.dtype)  # fmt: skip
+    rope, packing = rope_table(length, w.key_dim).to(device()), _packing(w, lengths)
+    inputs, parameters = [_noise(w, 1, length, width) for _ in range(DRAWS)], list(layer.parameters())
+    return _passes([(partial(layer, x, rope, packing), [x, *parameters]) for x in inputs], direction)
+
+
+def _attention(workload: Workload, lengths: Sequence[int], direction: str, backend: BackendName) -> Calls:
+    """The whole op on sequences of such lengths, packed if there are several."""
+    release()
+    case = replace(workload.case(sum(lengths)), lengths=whole(*lengths))
+    inputs = [_noise(workload, *shapes(case)[name]) for name in BY_NAME[WHOLE].inputs]
+    options: dict[str, Any] = {"cu_seqlens_q": _packing(workload, lengths), "backend": backend}
+    attend: Callable[..., Any] = nsa_attention
+    return _passes([(partial(attend, *inputs, workload.config, **options), inputs)], direction)
+
+
+def _packing(workload: Workload, lengths: Sequence[int]) -> PackedSequences | None:
+    """The tables of packed sequences, which a model makes once a batch."""
+    if len(lengths) == 1:
+        return None
+    return pack_sequences(cumulative(lengths).to(device()), workload.config, num_tokens=sum(lengths))
+
+
+def documents(length: int) -> tuple[int, ...]:
+    """So many tokens as eight documents, the first of which is the longest."""
+    rest = [length * part // 36 for part in range(7, 0, -1)]
+    return (length - sum(rest), *rest)
+
+
+def _packed(workload: Workload, length: int, subject: str, backend: BackendName) -> Iterator[Benchmark]:
+    """Op and layer over packed documents, beside one sequence of as many tokens."""
+    for stage, make in ((WHOLE, _attention), ("layer", _layer)):
+        for direction in ("forward", "backward"):
+            for name, role, lengths in ((subject, "ours", documents(length)), ("one sequence", "rival", (length,))):
+                call = partial(make, workload, lengths, direction, backend)
+                yield Benchmark(f"{workload.name}{PACKED}", length, stage, direction, name, role, call)
 
 
 def _training_step(flavor: str, length: int) -> Calls:

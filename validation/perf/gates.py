@@ -86,6 +86,8 @@ _FIGURES = {
         )
         for batch in (1, 16, 64)
     },
+    "times one sequence": Figure(False, against=None),
+    "times one sequence, layer": Figure(False, "layer", against=None),
     "times as fast as the dense twin, training": Figure(True, "training", ("step",), against=None),
     **{
         f"times as fast as the dense twin, {what} {batch}": Figure(

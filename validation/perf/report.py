@@ -29,7 +29,7 @@ from ..stages import TIMED
 from ..stages import WHOLE as WHOLE_OP
 from . import gates, records
 from .records import Record
-from .workloads import CHOICES, WORKLOADS, Workload, chosen
+from .workloads import CHOICES, PACKED, WORKLOADS, Workload, chosen
 
 WHOLE = WHOLE_OP.name
 
@@ -126,6 +126,10 @@ CHOOSING = """## Choosing l, d, l', n and w
 
 What a size or a count costs, in the paper's names: the stages it is paid in, and their part of the whole op's time,
 both passes, {workload}:"""
+PACKING = """## Packed sequences
+
+The whole op and the layer over eight documents of unequal length, whose tables are made once a batch, beside one
+sequence of as many tokens, which has more to attend to."""
 DECODING = """## Decoding
 
 Attention of one new token of each sequence over a filled cache, as a CUDA graph; dense attention likewise, by whatever
@@ -179,7 +183,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         results = Results(report, workload)
         parts += [f"## {workload.name}", whole_op(results), stages(results)]
     parts += [beside(each, first, number) for number, each in enumerate(reports.values())]
-    parts += [choosing(report, workloads), training(report), decoding(report), generating(report)]
+    parts += [choosing(report, workloads), packing(report), training(report), decoding(report), generating(report)]
     if report["failures"]:
         parts.append("## What did not run")
         parts.append(
@@ -294,6 +298,22 @@ def choosing(report: dict[str, Any], workloads: Sequence[Workload]) -> str:
         heads = [f"{title}{what}" for title in ("compress", "whole op") for what in ("", ", paper's", ", ratio")]
         parts.append(table(("choice", "tokens", *heads), rows))
     return "\n\n".join(parts)
+
+
+def packing(report: Mapping[str, Any]) -> str:
+    """Packed documents beside one sequence of as many tokens."""
+    found: dict[tuple[str, int, str, str], dict[str, float]] = {}
+    for r in report["results"]:
+        if r["workload"].endswith(PACKED):
+            place = r["workload"].removesuffix(PACKED), r["length"], r["stage"], r["direction"]
+            found.setdefault(place, {})[r["role"]] = r["median"]
+    rows = [
+        (workload, _tokens(n), TITLES.get(stage, stage), direction, *map(_ms, pair), f"**{_over(*pair)}**")
+        for (workload, n, stage, direction), ms in found.items()
+        if None not in (pair := (ms.get("ours"), ms.get("rival")))
+    ]
+    names = ("workload", "tokens", "", "pass", "packed, ms", "one sequence, ms", "ratio")
+    return f"{PACKING}\n\n{table(names, rows)}" if rows else ""
 
 
 def decoding(report: Mapping[str, Any]) -> str:

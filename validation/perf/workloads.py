@@ -152,12 +152,16 @@ CHOICES: dict[str, dict[str, Any]] = {
 """What else one might choose, under the paper's names: each a change of the sizes and counts of a workload."""
 
 
+PACKED = ",packed"
+"""Behind the name of a workload whose tokens are several documents."""
+
+
 def chosen(base: Workload, choice: str) -> Workload:
     """A workload with another choice of sizes and counts, and their name behind its own."""
     return replace(base, name=f"{base.name},{choice}", config=replace(base.config, **CHOICES[choice]))
 
 
 def workload(name: str) -> Workload:
-    """A workload by its name, with a choice or without."""
-    base, _, choice = name.partition(",")
+    """A workload by its name, with a choice or without, its tokens packed or not."""
+    base, _, choice = name.removesuffix(PACKED).partition(",")
     return chosen(WORKLOADS[base], choice) if choice else WORKLOADS[base]
