@@ -58,7 +58,7 @@ from nsa.kernels.primitives import (
 )
 
 UNROLLED = tl.constexpr(8)
-"""Partial results whose loads are under way at once where they are merged."""
+"""Summands of `dq` whose loads are under way at once."""
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = (
@@ -185,7 +185,7 @@ def _merge_kernel(
     base = safe_max + tl.log2(tl.where(empty, 1.0, row_sum))
     out0 = tl.zeros([BLOCK_M, V0], dtype=ACC)
     out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
-    for step in tl.range(0, NUM_SELECTED * PARTS, loop_unroll_factor=UNROLLED):
+    for step in range(0, NUM_SELECTED * PARTS):
         block = tl.load(
             indices + query * index_strides[1] + tl.cast(step // PARTS, tl.int64) * index_strides[3], inside, other=-1
         )
