@@ -89,15 +89,14 @@ def test_compiles_once_to_the_same_function(packed: bool, backend: str) -> None:
 
 
 # Inductor fuses otherwise where there are fewer tokens than the layer is wide. A CPU's compiler takes seconds for each:
-# where kernels are interpreted every choice is there, but not every pair of them.
+# where kernels are interpreted, each backend meets both packings, and each compression and each length is there.
 INDUCTED = list(product(("eager", "triton"), ("mlp", "linear", "mean"), (40, 100), ("whole", "packed")))
 if kernels.INTERPRETED:
     INDUCTED = [
         ("eager", "mlp", 40, "packed"),
-        ("eager", "mean", 40, "whole"),
+        ("eager", "linear", 40, "whole"),
         ("triton", "mlp", 100, "packed"),
-        ("triton", "linear", 40, "whole"),
-        ("triton", "mean", 40, "packed"),
+        ("triton", "mean", 40, "whole"),
     ]
 
 
@@ -111,7 +110,9 @@ def test_compiled_gradients_are_those_of_the_layer(
     offsets = cumulative((17, 0, tokens - 17)) if packing == "packed" else None
     inputs = (torch.randn(1, tokens, 64), rope_table(tokens, HEAD_DIM), offsets)
     expected = gradients(layer, layer, *inputs)
-    for name, x in gradients(layer, torch.compile(layer, fullgraph=True), *inputs).items():
+    # A CPU's loops without vector instructions: graphs and buffers are the same, and they are compiled sooner.
+    compiled = torch.compile(layer, fullgraph=True, options={"cpp.vec_isa_ok": False})
+    for name, x in gradients(layer, compiled, *inputs).items():
         assert_matches(x, expected[name].double(), what=f"compiled {name}", reduction=tokens * 4 * HEAD_DIM)
 
 
@@ -145,15 +146,19 @@ def test_another_length_batch_or_packing_compiles_nothing(
     )
     counter = CompileCounterWithBackend("aot_eager")
     # Only the number of graphs counts, for which interpreted kernels need not run.
-    with torch.device("meta" if kernels.INTERPRETED else "cuda"):
+    device = torch.device("meta" if kernels.INTERPRETED else "cuda")
+    with device:
         rope = rope_table(80, HEAD_DIM)
-        compiled = torch.compile(layer.to(rope.device), dynamic=True, fullgraph=True, backend=counter)
+        inputs = []
         for batch, lengths in batches:
             # No batch is as large as another size that is known: PyTorch would take the two for one.
             packing: Tensor | PackedSequences | None = cumulative(lengths) if kind != "whole" else None
             if kind == "tables":
                 packing = pack_sequences(cumulative(lengths), layer.config, num_tokens=sum(lengths))
-            compiled(torch.randn(batch, sum(lengths), DIM), rope, packing)
+            inputs.append((torch.randn(batch, sum(lengths), DIM), rope, packing))
+    compiled = torch.compile(layer.to(device), dynamic=True, fullgraph=True, backend=counter)
+    for given in inputs:
+        compiled(*given)
     assert counter.frame_count == 1, f"compiled {counter.frame_count} times for {len(batches)} batches"
 
 
