@@ -306,8 +306,7 @@ def blocks_of(rows: Rows, setting: Setting, kind: str, generator: torch.Generato
     worth = torch.rand(batch, length, len(block), generator=generator)
     if kind == "oracle":
         worth += rows.sources[..., None] // config.select_block_size == block
-    forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
-    worth = (worth + 2 * forced).masked_fill(block > own, -1)
+    worth = (worth + 2 * config.forced(block, own)).masked_fill(block > own, -1)
     best = worth.topk(min(config.num_selected_blocks, len(block)))
     chosen = best.indices.masked_fill(best.values < 0, len(block)).sort(-1).values
     chosen = F.pad(chosen, (0, config.num_selected_blocks - chosen.shape[-1]), value=len(block))
