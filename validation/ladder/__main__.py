@@ -10,7 +10,6 @@ exit status is the verdict: 0 if every layer holds, 1 if one does not or was not
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -179,7 +178,7 @@ def _layer(name: str, folder: Path, command: list[str], status: int, seconds: fl
         claims.append({"id": name, "outcome": "error", "seconds": 0.0, "message": f"the run ended with {status}"})
         bad = 1
     word = "failed" if bad else "passed" if counts["passed"] else "not tested"
-    shown = f"python -m {shlex.join(command)}"
+    shown = reports.command_line(command[0], command[1:])
     return {
         "verdict": word, "asks": RUNGS[name].asks, "counts": dict(counts), "seconds": round(seconds, 1),
         "command": shown, "claims": claims,

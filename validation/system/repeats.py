@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -228,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.tier} was not run here: it {reason}", file=sys.stderr)
         return 3
     runs = run(tier, given.out, given.jobs or (1 if tier.gpus else os.cpu_count() or 1))
-    words = sys.argv[1:] if arguments is None else arguments
-    save(given.out, runs, f"python -m validation.system.repeats {shlex.join(words)}".strip())
+    save(given.out, runs, reports.command_line("validation.system.repeats", arguments))
     print("\n".join(table(runs)))
     return 0
 

@@ -12,8 +12,6 @@ What is asked for is never in the questions, so a model that sees a window alone
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -597,8 +595,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changes |= {"config": NSAConfig(*blocks)} if blocks else {}
     results = train_all(jobs_of(pairs_of(tasks, variants), seeds, subject, **changes), processes)
-    words = sys.argv[1:] if arguments is None else arguments
-    save(out, results, f"python -m validation.system.tasks {shlex.join(words)}".strip())
+    save(out, results, reports.command_line("validation.system.tasks", arguments))
     print("\n".join(table(results)))
 
 

@@ -48,7 +48,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     found = repeats.run(TIERS[name], tmp_path_factory.mktemp("repeats"), processes)
     folder = reports.folder(request.config)
     folder.mkdir(parents=True, exist_ok=True)
-    repeats.save(folder, found, f"python -m validation.system.repeats --tier {name}")
+    repeats.save(folder, found, reports.command_line("validation.system.repeats", ["--tier", name]))
     return found
 
 
