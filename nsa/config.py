@@ -6,7 +6,10 @@ Notation follows the paper (arXiv 2502.11089, section 3): `l`, `d`, `l'`, `n`, `
 
 import operator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Compression = Literal["mlp", "linear", "mean"]
 """How a block of keys or values becomes one vector (paper, section 3.3.1)."""
@@ -97,3 +100,21 @@ class NSAConfig:
     def num_selectable(self, num_keys: int) -> int:
         """Number of selection blocks `S` that `num_keys` tokens fill, the last one perhaps in part."""
         return -(-num_keys // self.select_block_size)
+
+    def forced(self, block: "Tensor", own: "Tensor") -> "Tensor":
+        """The blocks that a query takes whatever their importance (paper, section 3.3.2).
+
+        These are the first `num_initial_blocks` and the last `num_local_blocks` of its candidates, which are the blocks
+        up to its own one, `t // l'` for the query at position `t`. They count towards `num_selected_blocks`; where that
+        is 0 no block is taken, and so none of these.
+
+        Args:
+            block: integers of any shape, numbers of selection blocks; `[S]` for instance.
+            own: integers that broadcast with `block`, the number of the block that each query stands in; `[T, 1]` for
+                instance.
+
+        Returns:
+            bool, of the shape that both broadcast to, `[T, S]` for instance; false beyond the query's own block.
+        """
+        initial, local = block < self.num_initial_blocks, block > own - self.num_local_blocks
+        return (initial | local) & (block <= own)

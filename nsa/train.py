@@ -36,7 +36,7 @@ from nsa.titan.checkpoints import Checkpoints, lock_folder, require_lock
 from nsa.titan.flavors import config_file
 from nsa.titan.graphs import StepGraph, mode_of, step_graph, why_not
 from nsa.titan.health import SelectionHealth
-from nsa.titan.job_checks import check_job, check_table
+from nsa.titan.job_checks import building_trainer, check_job, check_table
 from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
 
@@ -66,7 +66,8 @@ class Trainer(torchtitan.train.Trainer):
     _health: SelectionHealth | None = None
 
     def __init__(self, job_config: JobConfig):
-        super().__init__(job_config)
+        with building_trainer():
+            super().__init__(job_config)
         if job_config.validation.enable:
             self.validator.stopped = self._all_interrupted
         wanted = mode_of(job_config) != "off"

@@ -3,7 +3,9 @@
 One that cannot be made says why, and changes no result.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,16 @@ def attempt(report: str, say: Callable[[str], object]) -> Iterator[None]:
         yield
     except Exception as error:
         say(f"{report} could not be made: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def command_line(module: str, arguments: Sequence[str] | None = None) -> str:
+    """The command that a run of a module is saved with, as a shell takes it.
+
+    Args:
+        module: what follows `python -m`.
+        arguments: of the command; those of this process unless given.
+    """
+    return f"python -m {shlex.join([module, *(sys.argv[1:] if arguments is None else arguments)])}"
 
 
 def save_pictures(folder: Path, pictures: Mapping[str, Callable[[], "Figure"]]) -> None:

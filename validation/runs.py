@@ -77,19 +77,19 @@ def train(
     """Trains into `folder` and returns the metrics.
 
     Raises:
-        RuntimeError: the command failed; with its output.
-        subprocess.TimeoutExpired: it took more than `timeout` seconds.
+        RuntimeError: the command failed, or took more than `timeout` seconds; with its output.
     """
-    done = subprocess.run(
-        command(arguments, folder, module=module, processes=processes),
-        env=environment(processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+    words = command(arguments, folder, module=module, processes=processes)
+    env = environment(processes)
+    try:
+        done = subprocess.run(
+            words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.output or b"").decode(errors="replace")  # bytes, though text was asked for
+        raise RuntimeError(f"{' '.join(words)} took more than {timeout} seconds:\n{said}") from error
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, done.args))} exited with {done.returncode}:\n{done.stdout}")
+        raise RuntimeError(f"{' '.join(words)} exited with {done.returncode}:\n{done.stdout}")
     return read_metrics(folder)
 
 

@@ -43,10 +43,9 @@ def _top_blocks(importance: Tensor, positions: Tensor, config: NSAConfig) -> Ten
     wanted, blocks = config.num_selected_blocks, importance.shape[-1]
     block = torch.arange(blocks, device=importance.device)
     own = (positions // config.select_block_size).unsqueeze(-1)
-    forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
     # NaN becomes the largest finite score, below that of the forced blocks.
     score = importance.nan_to_num(nan=torch.finfo(importance.dtype).max, posinf=torch.inf)
-    score = score.masked_fill_(forced, torch.inf).masked_fill_(block > own, -torch.inf)
+    score = score.masked_fill_(config.forced(block, own), torch.inf).masked_fill_(block > own, -torch.inf)
     # A stable sort sends ties to the lower index; topk promises no order.
     best, chosen = score.sort(dim=-1, descending=True, stable=True)
     best, chosen = best[..., :wanted], chosen[..., :wanted]

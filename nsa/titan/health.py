@@ -45,7 +45,7 @@ def selection_metrics(indices: Tensor, config: NSAConfig, before: Tensor | None 
     own = torch.arange(length, device=indices.device)[:, None] // config.select_block_size
     chosen = membership(indices, len(block))
     count = chosen.sum(-1).clamp(min=1).double()
-    forced = ((block < config.num_initial_blocks) | (block > own - config.num_local_blocks))[None, :, None] & chosen
+    forced = config.forced(block, own)[None, :, None] & chosen
     metrics = {"forced": (forced.sum(-1) / count).mean()}
     changed = (chosen[:, 1:] & ~chosen[:, :-1]).sum(-1) / count[:, 1:]
     metrics["neighbour_change"] = changed.mean()
@@ -56,7 +56,7 @@ def selection_metrics(indices: Tensor, config: NSAConfig, before: Tensor | None 
         metrics[f"union_{number}"] = together.sum(-1).double().mean()
     free = (chosen & ~forced).sum((0, 1)).double()  # [Hk, S]
     # Blocks that some query could have chosen and did not have to.
-    choosable = (block >= config.num_initial_blocks) & (block <= own[-1] - config.num_local_blocks)
+    choosable = ~config.forced(block, own[-1])
     share = free[:, choosable] / free.sum(-1, keepdim=True).clamp(min=1)
     spread = torch.special.entr(share).sum(-1)
     largest = torch.tensor(float(share.shape[-1]), dtype=torch.float64, device=share.device).clamp(min=2).log()

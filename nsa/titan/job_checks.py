@@ -9,7 +9,9 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import reduce
 from importlib.util import find_spec
@@ -28,6 +30,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS as TITAN_DATASETS
 from torchtitan.protocols.model_converter import _registry_model_converter_cls as CONVERTERS
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools.logging import logger
 
 from nsa.titan import graphs
 from nsa.titan.data import DATASETS
@@ -206,6 +209,36 @@ def check_job(job_config: JobConfig) -> None:
         require(os.path.isdir(assets), "model.hf_assets_path", must, assets)
     _check_converters(job_config, parallel_dims)
     require_writable(Path(job_config.job.dump_folder))
+
+
+_building: ContextVar[bool] = ContextVar("_building", default=False)
+
+
+@contextmanager
+def building_trainer() -> Iterator[None]:
+    """A context in which the trainer of `nsa.train` is built, which does what TorchTitan's own does not."""
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def check_trainer(job_config: JobConfig) -> None:
+    """Refuses what another trainer than that of `nsa.train` would ignore, and logs that it captures no graphs.
+
+    Raises:
+        JobError: naming the option, and the entry point that knows it.
+    """
+    if _building.get():
+        return
+    elsewhere = "under this trainer: that of python -m nsa.train does it"
+    mode = graphs.mode_of(job_config)
+    require(mode != "on", "nsa.cuda_graphs", f'be "auto" or "off" {elsewhere}', mode)
+    metrics = getattr(getattr(job_config, "nsa", None), "selection_metrics", False)
+    require(not metrics, "nsa.selection_metrics", f"be false {elsewhere}", metrics)
+    if mode == "auto" and torch.cuda.is_available():
+        logger.info("The training step is no CUDA graph: python -m nsa.train captures it, this trainer does not")
 
 
 def _value(job_config: JobConfig, option: str) -> Any:

@@ -34,7 +34,7 @@ from nsa.titan.cpu import prepare_cpu
 from nsa.titan.data import DATASETS, CorpusLoader, corpus_tokens, tokenizer_name
 from nsa.titan.flavors import FLAVORS
 from nsa.titan.hugging_face import HuggingFaceAdapter
-from nsa.titan.job_checks import check_job
+from nsa.titan.job_checks import check_job, check_trainer
 from nsa.titan.metrics import build_metrics_processor
 from nsa.titan.model import ModelArgs, Transformer, build_tokenizer
 from nsa.titan.parallelize import parallelize_nsa, pipeline_nsa
@@ -150,6 +150,7 @@ class JobConfig(titan.JobConfig):
 
 def build_checked_tokenizer(job_config: titan.JobConfig) -> Any:
     """The tokenizer of a job that has been checked: the first thing that TorchTitan's trainer builds."""
+    check_trainer(job_config)
     check_job(job_config)
     return build_tokenizer(job_config)
 

@@ -565,9 +565,9 @@ _EAGER = [
     Fault(
         "eager-one-local-block-more",
         "one block more than the local ones is forced",
-        "eager/select.py",
-        "(block > own - config.num_local_blocks)",
-        "(block >= own - config.num_local_blocks)",
+        "config.py",
+        "block > own - self.num_local_blocks",
+        "block >= own - self.num_local_blocks",
         ("conformance/test_stages.py::test_selection[eager-paper-float64]",),
     ),
     Fault(

@@ -12,7 +12,7 @@ from torchtitan.config import JobConfig as TitanConfig
 
 from nsa.titan import graphs
 from nsa.titan.graphs import StepGraph, why_not
-from nsa.titan.job_checks import check_job
+from nsa.titan.job_checks import building_trainer, check_job, check_trainer
 from nsa.titan.model import ModelArgs
 from nsa.titan.refusals import JobError
 from nsa.titan.train_spec import JobConfig
@@ -76,6 +76,33 @@ def test_a_graph_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
     check_job(parse([]))
     with pytest.raises(JobError, match=r'^nsa\.cuda_graphs must be "auto" or "off", since there is no GPU'):
         check_job(parse(["--nsa.cuda_graphs=on"]))
+
+
+@pytest.mark.parametrize(("option", "must"), [("cuda_graphs=on", '"auto" or "off"'), ("selection_metrics", "false")])
+def test_what_another_trainer_would_ignore_is_refused(option: str, must: str) -> None:
+    job_config = parse([f"--nsa.{option}"])
+    with building_trainer():
+        check_trainer(job_config)
+    name = option.partition("=")[0]
+    with pytest.raises(JobError, match=rf"^nsa\.{name} must be {must} under this trainer: that of python -m nsa.train"):
+        check_trainer(job_config)
+
+
+def test_torchtitan_s_own_entry_point_refuses_graphs(tmp_path: Path) -> None:
+    options = ("--job.config_file=nsa/configs/debug.toml", "--nsa.cuda_graphs=on")
+    with pytest.raises(RuntimeError, match=r"JobError: nsa\.cuda_graphs must be .* under this trainer"):
+        runs.train(options, tmp_path, module="torchtitan.train", processes=1)
+
+
+def test_another_trainer_says_that_it_captures_no_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with caplog.at_level("INFO"):
+        check_trainer(parse(["--nsa.cuda_graphs=off"]))
+        assert "CUDA graph" not in caplog.text
+        check_trainer(parse([]))
+    assert "The training step is no CUDA graph: python -m nsa.train captures it" in caplog.text
 
 
 class Fake:

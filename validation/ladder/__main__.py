@@ -10,7 +10,6 @@ exit status is the verdict: 0 if every layer holds, 1 if one does not or was not
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from nsa.titan.runs import write_whole
 from validation import reports
 from validation.implementations import load
 from validation.ladder.page import page
@@ -132,9 +132,10 @@ RUNGS: Mapping[str, Rung] = {
 
 
 def run(names: Sequence[str], subject: str, folder: Path, tier: str, only: str | None) -> dict[str, Any]:
-    """Climbs the ladder: the verdict, as its JSON."""
+    """Climbs the ladder: the verdict, as its JSON, which is saved after each layer."""
     layers: dict[str, Any] = {}
     names = [name for name in names if subject == OURS or RUNGS[name].theirs]
+    verdict = _verdict(layers, len(names), subject, tier)
     spent = planned = 0.0
     environment = {**os.environ, SUBJECT: "" if subject == OURS else subject, TIER: tier}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH"))))
@@ -151,11 +152,18 @@ def run(names: Sequence[str], subject: str, folder: Path, tier: str, only: str |
         seconds = time.perf_counter() - begun
         spent, planned = spent + seconds, planned + rung.seconds
         layers[name] = _layer(name, folder, command, done.returncode, seconds)
+        verdict = _verdict(layers, len(names), subject, tier)
+        save(folder, verdict)
+    return verdict
+
+
+def _verdict(layers: dict[str, Any], of: int, subject: str, tier: str) -> dict[str, Any]:
+    """The verdict of so many layers, not all of which may have been run yet."""
     failed = [name for name, layer in layers.items() if layer["verdict"] != "passed"]
     return {
         "schema": SCHEMA,
         "version": VERSION,
-        "verdict": "failed" if failed else "passed",
+        "verdict": "failed" if failed else "passed" if len(layers) == of else "unfinished",
         "failed": failed,
         "implementation": subject,
         "tier": tier,
@@ -163,6 +171,13 @@ def run(names: Sequence[str], subject: str, folder: Path, tier: str, only: str |
         "layers": layers,
         "not_run": {name: tier.missing() for name, tier in TIERS.items() if tier.missing()},
     }
+
+
+def save(folder: Path, verdict: Mapping[str, Any]) -> None:
+    """Writes a verdict as `verdict.json`, `junit.xml` and `summary.md`."""
+    write_whole(folder / "verdict.json", json.dumps(verdict, indent=1) + "\n")
+    write_whole(folder / "junit.xml", junit(verdict))
+    write_whole(folder / "summary.md", summary(verdict))
 
 
 def _layer(name: str, folder: Path, command: list[str], status: int, seconds: float) -> dict[str, Any]:
@@ -179,7 +194,7 @@ def _layer(name: str, folder: Path, command: list[str], status: int, seconds: fl
         claims.append({"id": name, "outcome": "error", "seconds": 0.0, "message": f"the run ended with {status}"})
         bad = 1
     word = "failed" if bad else "passed" if counts["passed"] else "not tested"
-    shown = f"python -m {shlex.join(command)}"
+    shown = reports.command_line(command[0], command[1:])
     return {
         "verdict": word, "asks": RUNGS[name].asks, "counts": dict(counts), "seconds": round(seconds, 1),
         "command": shown, "claims": claims,
@@ -251,9 +266,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for old in (*folder.glob("*.json"), *folder.glob("*.xml"), *folder.glob("*.png")):
         old.unlink()  # what an earlier run found is not this run's
     verdict = run(names, given.impl, folder, given.tier, given.only)
-    (folder / "verdict.json").write_text(json.dumps(verdict, indent=1) + "\n")
-    (folder / "junit.xml").write_text(junit(verdict))
-    (folder / "summary.md").write_text(summary(verdict))
     with reports.attempt("the page", print):
         (folder / "index.html").write_text(page(verdict, folder))
         print(f"\nthe report is {folder / 'index.html'}")

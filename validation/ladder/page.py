@@ -102,8 +102,11 @@ def _training(verdict: Mapping[str, Any], folder: Path) -> Iterator[str]:
     file = folder / "repeats.json"
     if file.exists():
         yield f"<h2>Training beside dense attention, tier {escape(verdict['tier'])}</h2>"
-        yield markdown(repeats.table(repeats.read(file))) + source(file)
-        yield from (picture(folder, name, file) for name in ("repeats", "selection"))
+        runs = repeats.read(file)
+        yield markdown(repeats.table(runs)) + source(file)
+        yield picture(folder, "repeats", file)
+        if repeats.watched(runs):
+            yield picture(folder, "selection", file)
     file = folder / "tasks.json"
     if file.exists():
         results = tasks.read(file)

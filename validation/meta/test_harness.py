@@ -4,6 +4,7 @@ Nearly every test runs the suite in a process of its own: on the example of docs
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -334,6 +335,14 @@ def test_a_report_ends_with_its_own_error(error: Exception) -> None:
 def test_a_report_does_not_hold_up_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt), reports.attempt("the table", print):
         raise KeyboardInterrupt
+
+
+def test_the_command_of_a_run_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tasks.py", "--tasks", "copy"])
+    assert reports.command_line("a.tasks") == "python -m a.tasks --tasks copy"
+    assert reports.command_line("a.tasks", []) == "python -m a.tasks"
+    given = ["--variants", "oracle's blocks"]
+    assert shlex.split(reports.command_line("a.tasks", given)) == ["python", "-m", "a.tasks", *given]
 
 
 # 5. Order, seeds and the report.

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from validation.ladder import __main__ as ladder
 from validation.ladder.page import PICTURES
 from validation.ladder.page import page as page_of
 from validation.runs import LOSS, VALIDATION_LOSS, Metrics
@@ -45,6 +47,24 @@ def test_a_ladder_that_holds_passes(tmp_path: Path) -> None:
     assert verdict["layers"]["system"]["counts"] == {"passed": 4}
     assert "## eager: passed" in (tmp_path / "summary.md").read_text()
     assert [suite.get("name") for suite in ElementTree.parse(tmp_path / "junit.xml").getroot()] == ["system"]
+
+
+def test_a_verdict_is_saved_after_each_layer_and_unfinished_before_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    done: subprocess.CompletedProcess[str] = subprocess.CompletedProcess([], 0)
+
+    def layer(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        saved.extend(json.loads(file.read_text())["verdict"] for file in tmp_path.glob("verdict.json"))
+        return done
+
+    rung = replace(ladder.RUNGS["perf"], read=lambda folder: [{"id": "a", "outcome": "passed", "seconds": 0.0}])
+    monkeypatch.setattr(ladder, "RUNGS", {"unit": rung, "perf": rung})
+    monkeypatch.setattr(ladder.subprocess, "run", layer)
+    verdict = ladder.run(["unit", "perf"], ladder.OURS, tmp_path, "cpu", None)
+    assert saved == ["unfinished"]
+    assert verdict["verdict"] == json.loads((tmp_path / "verdict.json").read_text())["verdict"] == "passed"
 
 
 def test_a_ladder_that_tests_nothing_fails(tmp_path: Path) -> None:

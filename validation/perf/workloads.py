@@ -89,7 +89,7 @@ class Workload:
         for part in torch.arange(length, device=device).split(4096):  # scores of all would take gigabytes
             own = (part // size).view(-1, 1, 1)
             score = torch.rand(len(part), self.kv_heads, blocks, device=device, generator=generator)
-            score = score.masked_fill((block < config.num_initial_blocks) | (block > own - config.num_local_blocks), 2)
+            score = score.masked_fill(config.forced(block, own), 2)
             best = score.masked_fill(block > own, -1).topk(min(wanted, blocks))
             chosen = best.indices.where(best.values >= 0, blocks).sort().values
             indices[0, part, :, : chosen.shape[-1]] = chosen.where(chosen < blocks, -1).int()

@@ -3,19 +3,19 @@
     python -m validation.system.repeats --tier cpu --out out/repeats     # minutes on two cores
     python -m validation.system.repeats --tier 100m-32k                  # on a GPU
 
-A seed draws the initial weights and orders the data, the same for all three models. So differences are paired: that of
-NSA from dense is taken by seed, and its standard error says how much of it the choice of seeds may be.
+A seed draws the initial weights; all runs see the same rows in the same order. Differences are paired: that of NSA from
+dense is taken by seed, and its standard error says how much of it the choice of seeds may be. All models train with one
+seed before any does with the next, and every run is saved when it ends. So a call that is cut leaves whole comparisons.
 """
 
 import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -31,9 +31,10 @@ from matplotlib.figure import Figure
 
 from nsa.titan.runs import write_whole
 from validation import numerics, reports
-from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, TOKENS_PER_SECOND, VALIDATION_LOSS, Metrics, train
+from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, train
 
 GRAD_NORM = "grad_norm"
+FILE = "repeats.json"
 TIER = "NSA_VALIDATION_TIER"
 """The environment variable that names the tier of a run of the tests."""
 
@@ -49,6 +50,7 @@ class Tier:
         gpus: that are needed; 0 is a CPU.
         hybrid: the pattern of its layers.
         sparse: options of the models that have NSA layers.
+        limit: seconds that a run may take.
     """
 
     flavor: str
@@ -57,6 +59,7 @@ class Tier:
     gpus: int = 0
     hybrid: str = "dense,nsa"
     sparse: tuple[str, ...] = ()
+    limit: int = 1200
 
     def missing(self) -> str:
         """Why it cannot be run here, or nothing."""
@@ -64,13 +67,19 @@ class Tier:
         return f"needs {self.gpus} GPU, {found} found" if found < self.gpus else ""
 
 
-def _gpu(flavor: str, length: int, batch: int, steps: int, seeds: int) -> Tier:
+VALIDATED = 2**17
+"""Tokens of a validation on a GPU, of which there are two: TorchTitan validates after the first step as well."""
+
+
+def _gpu(flavor: str, length: int, batch: int, steps: int, seeds: int, *more: str) -> Tier:
     options = (
         f"--training.seq_len={length}", f"--training.local_batch_size={batch}", f"--training.steps={steps}",
-        f"--validation.seq_len={length}", f"--validation.freq={steps}", "--validation.steps=8",
-        "--metrics.log_freq=10", "--checkpoint.no-enable",
+        # The flavor's file has the warm-up of a long run, which may be all of a short one.
+        f"--lr_scheduler.warmup_steps={steps // 4}",
+        f"--validation.seq_len={length}", f"--validation.local_batch_size={batch}", f"--validation.freq={steps}",
+        f"--validation.steps={VALIDATED // (length * batch)}", "--metrics.log_freq=5", "--checkpoint.no-enable", *more,
     )  # fmt: skip
-    return Tier(flavor, options, tuple(range(seeds)), gpus=1, hybrid="dense,nsa,nsa,nsa")
+    return Tier(flavor, options, tuple(range(seeds)), gpus=1, hybrid="dense,nsa,nsa,nsa", limit=300)
 
 
 TIERS: Mapping[str, Tier] = {
@@ -88,7 +97,8 @@ TIERS: Mapping[str, Tier] = {
     "100m-4k": _gpu("100m", 4096, 4, 200, 3),
     "100m-16k": _gpu("100m", 16384, 1, 200, 3),
     "100m-32k": _gpu("100m", 32768, 1, 100, 3),
-    "1b-32k": _gpu("1b", 32768, 1, 40, 3),
+    # One H200 holds all activations. Starting takes most of the time, hence two seeds.
+    "1b-32k": _gpu("1b", 32768, 1, 30, 2, "--activation_checkpoint.mode=none"),
 }  # fmt: skip
 
 
@@ -105,22 +115,51 @@ Runs = dict[str, dict[int, Metrics]]
 """What each model logged, by its name and the seed."""
 
 
-def run(tier: Tier, folder: Path, processes: int, say: Callable[[str], object] = print) -> Runs:
-    """Trains every model with every seed, so many at a time."""
-    jobs = list(product(models(tier).items(), tier.seeds))
+def _print(line: str) -> None:
+    print(line, flush=True)  # at once, or a call that is cut would say nothing
 
-    def one(job: tuple[tuple[str, tuple[str, ...]], int]) -> Metrics:
-        (name, options), seed = job
-        metrics = train((*tier.options, *options, f"--debug.seed={seed}"), folder / f"{name}-{seed}", timeout=1200)
-        say(f"{name:8} seed {seed}  validation loss {final(metrics):.3f}")
-        return metrics
+
+def run(
+    tier: Tier,
+    folder: Path,
+    processes: int,
+    keep: Callable[[Runs], object],
+    say: Callable[[str], object] = _print,
+) -> tuple[Runs, list[str]]:
+    """Trains every model with every seed, so many at a time, and says how each run ended.
+
+    Args:
+        tier: what is trained.
+        folder: gets a folder for each run.
+        processes: runs at a time.
+        keep: takes all the runs that have ended well, after each of them.
+        say: takes lines.
+
+    Returns:
+        The runs that ended well, and what those that failed said.
+    """
+    options, runs = models(tier), Runs()
+    failures: list[str] = []
+
+    def one(name: str, seed: int) -> Metrics:
+        arguments = (*tier.options, *options[name], f"--debug.seed={seed}")
+        return train(arguments, folder / f"{name}-{seed}", timeout=tier.limit)
 
     with ThreadPoolExecutor(processes) as pool:
-        done = list(pool.map(one, jobs))
-    runs: Runs = {}
-    for ((name, _), seed), metrics in zip(jobs, done, strict=True):
-        runs.setdefault(name, {})[seed] = metrics
-    return runs
+        jobs = {pool.submit(one, name, seed): (name, seed) for seed, name in product(tier.seeds, options)}
+        for job in as_completed(jobs):
+            name, seed = jobs[job]
+            try:
+                metrics = job.result()
+                say(f"{name:8} seed {seed}  validation loss {final(metrics):.3f}")
+            except RuntimeError as error:
+                failures.append(f"{name} seed {seed}: {error}")
+                say(failures[-1])
+                continue
+            found = {**runs, name: {**runs.get(name, {}), seed: metrics}}
+            runs = {name: dict(sorted(found[name].items())) for name in options if name in found}
+            keep(runs)
+    return runs, failures
 
 
 def final(metrics: Metrics) -> float:
@@ -138,15 +177,21 @@ class Paired(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether it is within one standard error, or within 1%, of dense."""
-        return self.difference <= max(self.error, (numerics.SEEDS_LOSS_RATIO - 1) * self.dense)
+        # The error of a single seed is NaN.
+        return self.difference <= (numerics.SEEDS_LOSS_RATIO - 1) * self.dense or self.difference <= self.error
 
     def __str__(self) -> str:
         return f"{self.difference:+.4f} ± {self.error:.4f} nats ({self.difference / self.dense:+.2%})"
 
 
+def shared(runs: Runs, name: str) -> list[tuple[int, Metrics]]:
+    """Runs of a model, with their seeds, beside which there is one of dense."""
+    return [(seed, metrics) for seed, metrics in runs[name].items() if seed in runs.get("dense", {})]
+
+
 def paired(runs: Runs, name: str, of: Callable[[Metrics], float] = final) -> Paired:
-    """How far a model is from dense, by seed."""
-    differences = [of(runs[name][seed]) - of(runs["dense"][seed]) for seed in runs["dense"]]
+    """How far a model is from dense, by the seeds that both were trained with."""
+    differences = [of(metrics) - of(runs["dense"][seed]) for seed, metrics in shared(runs, name)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return Paired(statistics.mean(differences), error, statistics.mean(map(of, runs["dense"].values())))
 
@@ -161,10 +206,10 @@ def table(runs: Runs) -> list[str]:
         losses = [final(metrics) for metrics in by_seed.values()]
         every = list(by_seed.values())
         norm = statistics.median(x for metrics in every for x in metrics[GRAD_NORM].values())
-        speed = statistics.median(x for metrics in every for x in list(metrics[TOKENS_PER_SECOND].values())[1:])
+        speed = statistics.median(x for metrics in every for x in metrics.speeds)
         memory = max(x for metrics in every for x in (metrics[ACTIVE_GIB] or metrics[MEMORY_GIB]).values())
         loss = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses) if len(losses) > 1 else math.nan:.3f}"
-        apart = "" if name == "dense" else str(paired(runs, name))
+        apart = str(paired(runs, name)) if name != "dense" and shared(runs, name) else ""
         perplexity = f"{math.exp(statistics.mean(losses)):.2f}"
         rows.append(f"| {name} | {loss} | {perplexity} | {norm:.2f} | {speed:,.0f} | {memory:.2f} | {apart} |")
     return rows
@@ -185,12 +230,17 @@ def curves(runs: Runs) -> Figure:
     return figure
 
 
+def watched(runs: Runs) -> list[Metrics]:
+    """Runs of NSA that logged how healthy the selection is."""
+    return [metrics for metrics in runs.get("NSA", {}).values() if metrics["selection/forced"]]
+
+
 def health(runs: Runs) -> Figure:
     """Selection and gates of NSA against step, a panel a metric: the mean over seeds."""
-    logged = [metrics for metrics in runs["NSA"].values() if any("selection/forced" in r for r in metrics.records)]
+    logged = watched(runs)
     names = sorted({name for m in logged for r in m.records for name in r if name.startswith(("selection/", "gates/"))})
     columns = 5
-    lines = max(1, -(-len(names) // columns))
+    lines = -(-len(names) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(11, 1.9 * lines), layout="constrained", squeeze=False)
     for name, axis in zip(names, axes.flat, strict=False):
         steps = list(logged[0][name])
@@ -208,16 +258,22 @@ def read(file: Path) -> Runs:
     return {name: {int(seed): Metrics(tuple(r)) for seed, r in by_seed.items()} for name, by_seed in saved.items()}
 
 
-def save(folder: Path, runs: Runs, command: str) -> None:
-    """Saves runs, with the command that made them and the versions, and their picture."""
+def write(folder: Path, runs: Runs, command: str) -> None:
+    """Saves runs, with the command that made them and the versions."""
     records = {name: {seed: metrics.records for seed, metrics in by_seed.items()} for name, by_seed in runs.items()}
     saved = {"command": command, "torch": torch.__version__, "runs": records}
-    write_whole(folder / "repeats.json", json.dumps(saved) + "\n")
-    reports.save_pictures(folder, {"repeats": partial(curves, runs), "selection": partial(health, runs)})
+    write_whole(folder / FILE, json.dumps(saved) + "\n")
+
+
+def save(folder: Path, runs: Runs, command: str) -> None:
+    """Saves runs as `write` does, and their pictures."""
+    write(folder, runs, command)
+    pictures = {"repeats": partial(curves, runs)}
+    reports.save_pictures(folder, pictures | ({"selection": partial(health, runs)} if watched(runs) else {}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains a tier; 3 where this machine cannot."""
+    """Trains a tier; 1 where a run failed, 3 where this machine cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=TIERS, default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/repeats"), help="folder of runs, results and the picture")
@@ -227,11 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason := tier.missing():
         print(f"{given.tier} was not run here: it {reason}", file=sys.stderr)
         return 3
-    runs = run(tier, given.out, given.jobs or (1 if tier.gpus else os.cpu_count() or 1))
-    words = sys.argv[1:] if arguments is None else arguments
-    save(given.out, runs, f"python -m validation.system.repeats {shlex.join(words)}".strip())
-    print("\n".join(table(runs)))
-    return 0
+    command, processes = reports.command_line("validation.system.repeats", arguments), os.cpu_count() or 1
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / FILE).unlink(missing_ok=True)  # what an earlier call found is not this one's
+    keep = partial(write, given.out, command=command)
+    runs, failures = run(tier, given.out, given.jobs or (1 if tier.gpus else processes), keep)
+    if runs:
+        save(given.out, runs, command)
+        print("\n".join(table(runs)))
+    if failures:
+        print(f"{len(failures)} of {len(models(tier)) * len(tier.seeds)} runs failed", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ What is asked for is never in the questions, so a model that sees a window alone
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -306,8 +304,7 @@ def blocks_of(rows: Rows, setting: Setting, kind: str, generator: torch.Generato
     worth = torch.rand(batch, length, len(block), generator=generator)
     if kind == "oracle":
         worth += rows.sources[..., None] // config.select_block_size == block
-    forced = (block < config.num_initial_blocks) | (block > own - config.num_local_blocks)
-    worth = (worth + 2 * forced).masked_fill(block > own, -1)
+    worth = (worth + 2 * config.forced(block, own)).masked_fill(block > own, -1)
     best = worth.topk(min(config.num_selected_blocks, len(block)))
     chosen = best.indices.masked_fill(best.values < 0, len(block)).sort(-1).values
     chosen = F.pad(chosen, (0, config.num_selected_blocks - chosen.shape[-1]), value=len(block))
@@ -598,8 +595,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changes |= {"config": NSAConfig(*blocks)} if blocks else {}
     results = train_all(jobs_of(pairs_of(tasks, variants), seeds, subject, **changes), processes)
-    words = sys.argv[1:] if arguments is None else arguments
-    save(out, results, f"python -m validation.system.tasks {shlex.join(words)}".strip())
+    save(out, results, reports.command_line("validation.system.tasks", arguments))
     print("\n".join(table(results)))
 
 

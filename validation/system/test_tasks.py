@@ -122,7 +122,7 @@ def scores(request: pytest.FixtureRequest) -> Score:
     pairs = tasks.pairs_of([task for task in TASKS if not lacks[task]], list(VARIANTS))
     results = tasks.train_all(tasks.jobs_of(pairs, [0], subject), os.cpu_count() or 1)
     if results:
-        tasks.save(reports.folder(request.config), results, "python -m validation.system.tasks")
+        tasks.save(reports.folder(request.config), results, reports.command_line("validation.system.tasks", []))
     found = {(result.task, result.variant): result.scores[Setting.length] for result in results}
 
     def score(task: str, variant: str) -> float:

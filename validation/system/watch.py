@@ -6,8 +6,6 @@ python -m validation.system.watch --task copy --variants NSA --seeds 0 1 --steps
 import argparse
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nsa.titan.runs import write_whole
+from validation import reports
 from validation.system.tasks import TASKS, UNASKED, VARIANTS, Model, Rows, Setting, Sparse, blocks_of, train, usual
 
 ROWS = 256
@@ -112,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for variant, seed in product(given.variants, given.seeds)
         ]
         moments = [moment for job in jobs for moment in job.result()]
-    words = sys.argv[1:] if arguments is None else arguments
-    command = f"python -m validation.system.watch {shlex.join(words)}".strip()
+    command = reports.command_line("validation.system.watch", arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     saved = {"command": command, "torch": torch.__version__, "moments": [asdict(moment) for moment in moments]}
     write_whole(given.out / "watch.json", json.dumps(saved) + "\n")
