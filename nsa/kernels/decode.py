@@ -7,8 +7,8 @@ the `G` query heads of a KV head, which share their keys, and a part of these:
    probabilities it keeps sums over the blocks that start in the same selection block, as they are weighted there;
 2. `_select_kernel`: from these sums and the log-sum-exps of all parts, the importance of the selection blocks. Several
    programs share a query, and the last one to end takes the best, as in `nsa.kernels.select`;
-3. `_selected_kernel`: the selected blocks, in parts of their own. The last program of a query to end merges the parts
-   of each branch by their log-sum-exps, and weighs the branches by the gates.
+3. `_selected_kernel`: the selected blocks, in parts of their own;
+4. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
 
 How long sequences are is read on the device, and grids follow from what there is room for in the cache. So launches are
 the same at every step, and a CUDA graph of them goes on from step to step.
@@ -30,13 +30,14 @@ from nsa.kernels.primitives import (
     add_dot,
     cdiv,
     dot_chunks,
+    find_program,
     load_chunks,
     next_power_of_2,
     online_softmax_update,
     rows_contiguous,
     store_chunks,
 )
-from nsa.kernels.select import place_candidates, rank_candidates
+from nsa.kernels.select import best_candidates
 from nsa.ops import accumulation_dtype
 
 _KEYS = 64
@@ -45,11 +46,17 @@ _KEYS = 64
 _MOST_PARTS = 32
 """Largest number of parts of a branch: those of all branches are merged as one tile."""
 
-_PROGRAMS = 4
-"""Programs a multiprocessor of each of the kernels that read keys."""
+_PROGRAMS = 6
+"""Programs a multiprocessor of each of the kernels that read keys, at most: two for each that runs at a time."""
 
 _STAGES = 3
 """Tiles of keys in shared memory."""
+
+_SPANS = 8
+"""Programs of the second kernel that share a query, at most."""
+
+_MEMBERS = 4
+"""Query heads of a program of the last kernel, at most."""
 
 _SCORED = 64
 """Sums over compressed blocks that a program of the second kernel has at a time."""
@@ -84,7 +91,8 @@ def _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES: tl.constexpr):
     """A program's part of `programs`, KV head, batch row, query, its row `(batch, query, KV head)` and position.
 
     The last `NUM_QUERIES` tokens of each sequence are the queries. None lies beyond what the cache has room for.
-    Neighbouring programs have the heads of one query, whose keys lie side by side.
+    Neighbouring programs have the heads of one query, whose keys lie side by side, and the parts with the most to read
+    go first.
     """
     pairs = tl.num_programs(0) // programs
     part = tl.program_id(0) // pairs
@@ -147,78 +155,22 @@ def _attend(
     return p, row_max, row_sum, acc0, acc1
 
 
-@triton.jit
-def _load_lse2(partial_lse2, place, num_parts, rows, G: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """Log-sum-exps, base 2, of parts `[PARTS, ROWS]`; `-inf` where there is none."""
-    part = tl.arange(0, PARTS)
-    exists = (part < num_parts)[:, None] & (rows < G)[None, :]
-    return tl.load(partial_lse2 + place + part[:, None] * G + rows[None, :], mask=exists, other=float("-inf")).to(ACC)
-
-
-@triton.jit
-def _total_lse2(lse2):
-    """The log-sum-exp, base 2, of parts `[PARTS, ROWS]`; `inf` where there is none, so that weights are 0."""
-    largest = tl.max(lse2, 0)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
-    return tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
-
-
-@triton.jit
-def _last(arrived, programs):
-    """Whether this program is the last of `programs` to come here, for whom all that the others stored is there."""
-    tl.debug_barrier()  # all threads of the program have stored
-    return tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1
-
-
-@triton.jit
-def _merge(
-    partial, partial_lse2, gates, out, gate_strides, batch, query, head, of_head, num_splits, num_window, num_parts,
-    G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """The gated sum of the branches of the query heads of a KV head; parts come compressed, window, selected."""
-    row = tl.arange(0, ROWS)
-    part = tl.arange(0, PARTS)
-    lse2 = _load_lse2(partial_lse2, of_head * num_parts * G, num_parts, row, G, PARTS, ACC)
-    compressed = _total_lse2(tl.where((part < num_splits)[:, None], lse2, float("-inf")))
-    selected = _total_lse2(tl.where((part >= num_splits + num_window)[:, None], lse2, float("-inf")))
-    in_window = (part >= num_splits) & (part < num_splits + num_window)
-    window = _total_lse2(tl.where(in_window[:, None], lse2, float("-inf")))
-    gates += batch * gate_strides[0] + query * gate_strides[1] + (head * G + row) * gate_strides[2]
-    gate_cmp = tl.load(gates, mask=row < G, other=0.0).to(ACC)
-    gate_slc = tl.load(gates + gate_strides[3], mask=row < G, other=0.0).to(ACC)
-    gate_win = tl.load(gates + 2 * gate_strides[3], mask=row < G, other=0.0).to(ACC)
-    acc0 = tl.zeros([ROWS, V0], dtype=ACC)
-    acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
-    for i in tl.range(0, num_parts, loop_unroll_factor=4):
-        place = (of_head * num_parts + i) * G + row
-        of_branch = tl.where(i < num_splits, compressed, tl.where(i < num_splits + num_window, window, selected))
-        gate = tl.where(i < num_splits, gate_cmp, tl.where(i < num_splits + num_window, gate_win, gate_slc))
-        weight = gate * tl.exp2(tl.load(partial_lse2 + place, mask=row < G, other=float("-inf")).to(ACC) - of_branch)
-        part0, part1 = load_chunks(partial, place * DV, row < G, DV, V0, V1)
-        acc0 += weight[:, None] * part0
-        if V1 > 0:
-            acc1 += weight[:, None] * part1
-    store_chunks(out, (of_head * G + row) * DV, row < G, acc0, acc1, DV, V0, V1)
-
-
 @recordable(do_not_specialize=_LENGTHS)
 def _first_kernel(
-    q, k_cmp, v_cmp, k_win, v_win, gates, lengths, shares, maxima, arrived, partial, partial_lse2, out, q_strides,
-    k_cmp_strides, v_cmp_strides, k_win_strides, v_win_strides, gate_strides, num_tokens, capacity, ring_size, window,
-    num_splits, num_window, num_parts, num_shares, num_tiles, scale_log2, HEADS, NUM_QUERIES: tl.constexpr,
-    G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr,
-    SHARE: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, WANTED: tl.constexpr, DK: tl.constexpr,
-    K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    q, k_cmp, v_cmp, k_win, v_win, lengths, shares, maxima, arrived, partial, partial_lse2, q_strides, k_cmp_strides,
+    v_cmp_strides, k_win_strides, v_win_strides, num_tokens, capacity, ring_size, window, num_splits, num_window,
+    num_parts, num_shares, num_tiles, scale_log2, HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr, SHARE: tl.constexpr, LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr, WANTED: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the compressed branch, or of the window branch, whose keys are in a ring.
 
     For the selection, it stores the sum of the weights of each `SHARE` compressed blocks, times the strides in common
     with the selection block that they start in and with the next one, to `shares [B, Tq, Hk, G, 2, num_shares]`, and
     the maxima that the weights of a tile are relative to, to `maxima [B, Tq, Hk, num_tiles, G]`. It sets `arrived
-    [B, Tq, Hk, 2]` to 0 for the kernels that follow. Where nothing is selected, the last program merges.
+    [B, Tq, Hk]` to 0.
     """
     _follow(EARLY)
     SIZE: tl.constexpr = RATIO * STRIDE
@@ -244,8 +196,7 @@ def _first_kernel(
         k_row = tl.cast(k_cmp_strides[1], tl.int64)
         v_row = tl.cast(v_cmp_strides[1], tl.int64)
     end = tl.minimum(begin + span, end)
-    if WANTED > 0:
-        tl.store(arrived + 2 * of_head + tl.arange(0, 2), tl.zeros([2], tl.int32), mask=part == 0)
+    tl.store(arrived + of_head, 0, mask=part == 0)
     q0, q1 = _load_queries(q, q_strides, batch, query, head, G, ROWS, DK, K0, K1)
     row = tl.arange(0, ROWS)
     within = tl.arange(0, KEYS)
@@ -279,29 +230,14 @@ def _first_kernel(
             tl.store(maxima + start // KEYS * G + row, row_max, mask=(row < G) & (part < num_splits))
     place = of_head * num_parts + part
     _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
-    if WANTED == 0:
-        last = _last(arrived + of_head, num_parts)
-        if last:
-            _merge(
-                partial, partial_lse2, gates, out, gate_strides, batch, query, head, of_head, num_splits, num_window,
-                num_parts, G, ROWS, PARTS, DV, V0, V1, ACC,
-            )  # fmt: skip
 
 
 @triton.jit
-def _nth_largest(rank, wanted, DIGIT: tl.constexpr, BITS: tl.constexpr):
-    """The largest number that at least `wanted` of the ranks `[1, N]` reach, found `DIGIT` bits at a time: with one
-    query, a program waits for each step, and several comparisons take no longer than one."""
-    WIDTH: tl.constexpr = BITS.primitive_bitwidth
-    digit = tl.arange(0, 2**DIGIT)[:, None]
-    low = tl.zeros([1, 1], dtype=BITS)
-    for step in tl.static_range(WIDTH // DIGIT):
-        least = low + (digit.to(BITS) << (WIDTH - DIGIT * (step + 1)))
-        # The first bit is that of the sign, and no rank has it; digit 0 is always reached.
-        reached = (tl.sum((rank >= least).to(tl.int32), 1)[:, None] >= wanted) & (least >= low)
-        found = tl.sum(reached.to(tl.int32), 0)[None, :] - 1
-        low += found.to(BITS) << (WIDTH - DIGIT * (step + 1))
-    return low
+def _load_lse2(partial_lse2, place, num_parts, rows, G: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """Log-sum-exps, base 2, of parts `[PARTS, ROWS]`; `-inf` where there is none."""
+    part = tl.arange(0, PARTS)
+    exists = (part < num_parts)[:, None] & (rows < G)[None, :]
+    return tl.load(partial_lse2 + place + part[:, None] * G + rows[None, :], mask=exists, other=float("-inf")).to(ACC)
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -310,8 +246,7 @@ def _select_kernel(
     num_blocks, num_shares, num_tiles, span, programs, HEADS, NUM_QUERIES: tl.constexpr, G: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr, RATIO: tl.constexpr,
     SHARE: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, WANTED: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, CANDIDATES: tl.constexpr, DIGIT: tl.constexpr, BITS: tl.constexpr,
-    EARLY: tl.constexpr,
+    INITIAL: tl.constexpr, LOCAL: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Importances of `span` selection blocks, `BLOCKS` at a time, to `scores [B, Tq, Hk, num_blocks]`; the last program
     of a query stores its best `WANTED` blocks, ascending, then -1."""
@@ -324,7 +259,11 @@ def _select_kernel(
     begin = part * span
     end = tl.minimum(begin + span, own + 1)
     row = tl.arange(0, ROWS)
-    lse2 = _total_lse2(_load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC))
+    lse2 = _load_lse2(partial_lse2, of_head * num_parts * G, num_splits, row, G, SPLITS, ACC)
+    largest = tl.max(lse2, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
+    lse2 = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     shares += (of_head * G + row)[:, None] * 2 * num_shares
     maxima += of_head * num_tiles * G + row[:, None]
     scores += of_head * num_blocks
@@ -341,13 +280,12 @@ def _select_kernel(
         block = start + tl.arange(0, BLOCKS)
         tl.store(scores + block, importance, mask=block < end)
 
-    if _last(arrived + 2 * of_head, programs):
-        block = tl.arange(0, CANDIDATES)[None, :]
+    tl.debug_barrier()  # the counter says that all threads have stored
+    if tl.atomic_add(arrived + of_head, 1, sem="acq_rel") == programs - 1:
         last = tl.zeros([1, 1], tl.int32) + own
+        block = tl.arange(0, CANDIDATES)[None, :]
         score = tl.load(scores + block, mask=block <= last, other=0.0)
-        rank = rank_candidates(score, block, last, INITIAL, LOCAL, BITS)
-        wanted = tl.minimum(last + 1, WANTED)
-        chosen, place = place_candidates(rank, wanted, _nth_largest(rank, wanted, DIGIT, BITS))
+        chosen, place = best_candidates(score, block, last, WANTED, INITIAL, LOCAL, 1, BITS)
         taken = tl.sum(chosen.to(tl.int32), 1)[:, None]
         indices += of_head * WANTED
         tl.store(indices + block, tl.full([1, CANDIDATES], -1, tl.int32), mask=(block >= taken) & (block < WANTED))
@@ -356,13 +294,12 @@ def _select_kernel(
 
 @recordable(do_not_specialize=_LENGTHS)
 def _selected_kernel(
-    q, k, v, gates, lengths, indices, arrived, partial, partial_lse2, out, q_strides, k_strides, v_strides,
-    gate_strides, num_tokens, programs, num_splits, num_window, num_parts, scale_log2, HEADS,
-    NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
+    q, k, v, lengths, indices, partial, partial_lse2, q_strides, k_strides, v_strides, num_tokens, programs, num_parts,
+    scale_log2, HEADS, NUM_QUERIES: tl.constexpr, WANTED: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of the selected branch, whose parts are the last `programs`; the last program to end merges."""
+    """One part of the selected branch, whose parts are the last `programs`."""
     _follow(EARLY)
     part, head, batch, query, of_head, position = _find(lengths, num_tokens, programs, HEADS, NUM_QUERIES)
     PIECES: tl.constexpr = SIZE // KEYS
@@ -388,11 +325,39 @@ def _selected_kernel(
         )
     place = of_head * num_parts + num_parts - programs + part
     _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
-    if _last(arrived + 2 * of_head + 1, programs):
-        _merge(
-            partial, partial_lse2, gates, out, gate_strides, batch, query, head, of_head, num_splits, num_window,
-            num_parts, G, ROWS, PARTS, DV, V0, V1, ACC,
-        )  # fmt: skip
+
+
+@recordable(do_not_specialize=_LENGTHS)
+def _merge_kernel(
+    partial, partial_lse2, gates, out, gate_strides, num_splits, num_window, num_parts, HEADS,
+    NUM_QUERIES: tl.constexpr, G: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr,
+    WIDTH: tl.constexpr, ACC: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The gated sum of the branches of `MEMBERS` query heads of a KV head; parts come compressed, window, selected."""
+    _follow(EARLY)
+    piece, head, row = find_program(tl.program_id(0), tl.cdiv(G, MEMBERS), HEADS)
+    of_head = row.to(tl.int64) * HEADS + head
+    part = tl.arange(0, PARTS)
+    column = tl.arange(0, WIDTH)
+    exists = part < num_parts
+    branch = tl.where(part < num_splits, 0, tl.where(part < num_splits + num_window, 2, 1))
+    gates += row // NUM_QUERIES * gate_strides[0] + row % NUM_QUERIES * gate_strides[1]
+    for i in tl.static_range(MEMBERS):
+        member = piece * MEMBERS + i
+        inside = (exists & (member < G))[:, None] & (column < DV)[None, :]
+        place = (of_head * num_parts + part) * G + member
+        lse2 = tl.load(partial_lse2 + place, mask=exists & (member < G), other=float("-inf")).to(ACC)
+        outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
+        weight = tl.zeros([PARTS], dtype=ACC)
+        for c in tl.static_range(3):
+            of_branch = tl.where(branch == c, lse2, float("-inf"))
+            largest = tl.max(of_branch, 0)
+            share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest))
+            total = tl.sum(share, 0)
+            gate = tl.load(gates + (head * G + member) * gate_strides[2] + c * gate_strides[3], member < G, 0.0).to(ACC)
+            weight += share * (gate / tl.where(total == 0, 1.0, total))
+        merged = tl.sum(weight[:, None] * outs, 0).to(out.dtype.element_ty)
+        tl.store(out + (of_head * G + member) * DV + column, merged, mask=(column < DV) & (member < G))
 
 
 class _Parts(NamedTuple):
@@ -441,7 +406,7 @@ def decode_attention(
     row_bytes = (q.shape[3] + v_slc.shape[3]) * q.element_size()
     keys = min(size, max(16, _KEYS * 512 // next_power_of_2(max(512, row_bytes))))
     # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
-    wave = cdiv(_PROGRAMS * multiprocessors(q.device), rows * kv_heads)
+    wave = max(1, _PROGRAMS * multiprocessors(q.device) // (rows * kv_heads))
     tiles = _Parts(max(1, cdiv(capacity, keys)), cdiv(window, keys), wanted * (size // keys))
     parts = _Parts.of(wave, tiles)
     num_parts = sum(parts)
@@ -450,42 +415,49 @@ def decode_attention(
     num_shares = cdiv(capacity, share)
     shares = q.new_empty(rows * query_heads * 2 * num_shares, dtype=acc)
     maxima = q.new_empty(rows * query_heads * tiles.compressed, dtype=acc)
-    arrived = (q.new_empty if wanted else q.new_zeros)(2 * rows * kv_heads, dtype=torch.int32)
+    arrived = q.new_empty(rows * kv_heads, dtype=torch.int32)
     partial = q.new_empty(rows * query_heads * num_parts, v_slc.shape[3], dtype=acc)
     partial_lse2 = q.new_empty(rows * query_heads * num_parts, dtype=acc)
     scores = q.new_empty(rows * kv_heads * num_blocks, dtype=acc)
 
-    of_group: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "ROWS": max(16, next_power_of_2(group))}
-    of_group["EARLY"] = False
+    of_query: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "EARLY": False}
     if starts_early(q.device):
-        of_group |= {"EARLY": True, "launch_pdl": True}
+        of_query |= {"EARLY": True, "launch_pdl": True}
+    of_group = {**of_query, "ROWS": max(16, next_power_of_2(group))}
     of_blocks = {"KEYS": keys, "RATIO": ratio, "SHARE": share}
     of_blocks |= {"LENGTH": config.compress_block_size, "STRIDE": config.compress_stride}
-    constants = {**heads.constants(), **of_group, "PARTS": next_power_of_2(num_parts)}
-    strides, gate_strides = [x.stride()[:3] for x in (q, k_cmp, v_cmp, k_win, v_win)], gates.stride()
+    constants = {**heads.constants(), **of_group}
+    strides = [x.stride()[:3] for x in (q, k_cmp, v_cmp, k_win, v_win)]
     with torch.cuda.device_of(q):
         _first_kernel[((parts.compressed + parts.window) * kv_heads * rows, 1, 1)](
-            q, k_cmp, v_cmp, k_win, v_win, gates, lengths, shares, maxima, arrived, partial, partial_lse2, out,
-            *strides, gate_strides, num_tokens, capacity, max(1, k_win.shape[1]), window, parts.compressed,
-            parts.window, num_parts, num_shares, tiles.compressed, scale * LOG2E.value, kv_heads, **constants,
-            **of_blocks, WANTED=wanted, num_stages=_STAGES,
+            q, k_cmp, v_cmp, k_win, v_win, lengths, shares, maxima, arrived, partial, partial_lse2, *strides,
+            num_tokens, capacity, max(1, k_win.shape[1]), window, parts.compressed, parts.window, num_parts,
+            num_shares, tiles.compressed, scale * LOG2E.value, kv_heads, **constants, **of_blocks, WANTED=wanted,
+            num_stages=_STAGES,
         )  # fmt: skip
         if wanted:
             bits, candidates = 8 * acc.itemsize, max(16, next_power_of_2(max(num_blocks, wanted)))
             blocks = max(1, _SCORED * share // ratio)
-            spans = cdiv(num_blocks, blocks)
+            spans = min(_SPANS, cdiv(num_blocks, blocks))
             _select_kernel[(spans * kv_heads * rows, 1, 1)](
                 shares, maxima, arrived, partial_lse2, lengths, scores, indices, num_tokens, capacity,
-                parts.compressed, num_parts, num_blocks, num_shares, tiles.compressed, blocks, spans, kv_heads,
-                **of_group, **of_blocks, SPLITS=next_power_of_2(parts.compressed), BLOCKS=blocks,
-                ACC=constants["ACC"], WANTED=wanted, INITIAL=config.num_initial_blocks,
-                LOCAL=config.num_local_blocks, CANDIDATES=candidates, DIGIT=4 if candidates <= 4096 else 1,
-                BITS=tl.int64 if bits == 64 else tl.int32, num_warps=min(16, max(4, candidates // 256)),
+                parts.compressed, num_parts, num_blocks, num_shares, tiles.compressed,
+                cdiv(cdiv(num_blocks, spans), blocks) * blocks, spans, kv_heads, **of_group, **of_blocks,
+                SPLITS=next_power_of_2(parts.compressed), BLOCKS=blocks, ACC=constants["ACC"], WANTED=wanted,
+                INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks, CANDIDATES=candidates,
+                BITS=tl.int64 if bits == 64 else tl.int32, num_warps=min(16, max(1, candidates // 1024)),
             )  # fmt: skip
             _selected_kernel[(parts.selected * kv_heads * rows, 1, 1)](
-                q, k_slc, v_slc, gates, lengths, indices, arrived, partial, partial_lse2, out, q.stride()[:3],
-                k_slc.stride()[:3], v_slc.stride()[:3], gate_strides, num_tokens, parts.selected, parts.compressed,
-                parts.window, num_parts, scale * LOG2E.value, kv_heads, **constants, WANTED=wanted, SIZE=size,
-                KEYS=keys, num_stages=_STAGES,
+                q, k_slc, v_slc, lengths, indices, partial, partial_lse2, q.stride()[:3], k_slc.stride()[:3],
+                v_slc.stride()[:3], num_tokens, parts.selected, num_parts, scale * LOG2E.value, kv_heads, **constants,
+                WANTED=wanted, SIZE=size, KEYS=keys, num_stages=_STAGES,
             )  # fmt: skip
+        merged = {"PARTS": next_power_of_2(num_parts), "WIDTH": next_power_of_2(v_slc.shape[3])}
+        # Few programs of several heads start sooner than many, where there are enough.
+        members = min(_MEMBERS, next_power_of_2(max(1, rows * query_heads // (4 * multiprocessors(q.device)))), group)
+        _merge_kernel[(cdiv(group, members) * kv_heads * rows, 1, 1)](
+            partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.window, num_parts, kv_heads,
+            **of_query, MEMBERS=members, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
+            num_warps=min(8, max(1, merged["PARTS"] * merged["WIDTH"] // 1024)),
+        )  # fmt: skip
     return out, indices

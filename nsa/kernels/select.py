@@ -128,9 +128,11 @@ def _importance_kernel(
 
 
 @triton.jit
-def rank_candidates(score, block, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr, BITS: tl.constexpr):
-    """What blocks `[1, N]` are chosen by: the bits of their scores, but more than any where they are forced, and -1
-    where they are no candidates.
+def best_candidates(
+    score, block, own, WANTED: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Which blocks `[1, N]` are among the best `WANTED` candidates of each query, and the place of each of them.
 
     Args:
         score: `[ROWS, N]`.
@@ -138,38 +140,26 @@ def rank_candidates(score, block, own, INITIAL: tl.constexpr, LOCAL: tl.constexp
         BITS: an integer as wide as a score.
     """
     FORCED: tl.constexpr = 2 ** (BITS.primitive_bitwidth - 1) - 2
+    candidate = block <= own
     rank = tl.minimum(tl.maximum(score.to(BITS, bitcast=True), 0), FORCED - 1)  # not even NaN is above
     rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
-    return tl.where(block <= own, rank, -1)
+    rank = tl.where(candidate, rank, -1)
 
-
-@triton.jit
-def place_candidates(rank, wanted, least):
-    """Which blocks are among the best `wanted [ROWS, 1]`, and the place of each of them, in ascending order.
-
-    Args:
-        rank: `[ROWS, N]`.
-        least: `[ROWS, 1]`, the `wanted`-th largest rank.
-    """
-    above = rank > least
-    equal = (rank == least).to(tl.int32)
-    spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
-    chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
-    return chosen, tl.cumsum(chosen.to(tl.int32), 1) - 1
-
-
-@triton.jit
-def _bisect(rank, wanted, ROWS: tl.constexpr, BITS: tl.constexpr):
-    """A number below which `rank [ROWS, N]` has what is not wanted, and above which it has less than `wanted`."""
-    low = tl.zeros([ROWS, 1], dtype=BITS)
-    high = tl.full([ROWS, 1], 2 ** (BITS.primitive_bitwidth - 1) - 1, dtype=BITS)
     # The largest rank that at least `wanted` candidates reach lies in [low, high).
+    wanted = tl.minimum(own + 1, WANTED)
+    low = tl.zeros([ROWS, 1], dtype=BITS)
+    high = tl.full([ROWS, 1], FORCED + 1, dtype=BITS)
     while tl.max(tl.max(high - low, 1), 0) > 1:
         middle = low + (high - low) // 2
         reached = tl.sum((rank >= middle).to(tl.int32), 1)[:, None]
         high = tl.where(reached > wanted, high, tl.where(reached == wanted, middle + 1, middle))
         low = tl.where(reached >= wanted, middle, low)
-    return low
+
+    above = rank > low
+    equal = (rank == low).to(tl.int32)
+    spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
+    chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
+    return chosen, tl.cumsum(chosen.to(tl.int32), 1) - 1
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -195,9 +185,7 @@ def _best_kernel(
     candidate = block <= own
     scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
     score = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
-    rank = rank_candidates(score, block, own, INITIAL, LOCAL, BITS)
-    wanted = tl.minimum(own + 1, WANTED)
-    chosen, place = place_candidates(rank, wanted, _bisect(rank, wanted, ROWS, BITS))
+    chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, ROWS, BITS)
     indices += ((batch * num_queries + query_start + query.to(tl.int64)) * HEADS + head)[:, None] * WANTED
     tl.store(indices + place, tl.zeros([ROWS, CANDIDATES], dtype=tl.int32) + block, mask=chosen)
 
