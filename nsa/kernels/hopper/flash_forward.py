@@ -85,10 +85,20 @@ def _find_keys(i, key_first, masked, a, b, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _mask(s, keys, num_visible, first_visible, WINDOWED: gl.constexpr):
+    """Scaled logits, and `-inf` where a row does not see a key."""
+    visible = keys[None, :] < num_visible[:, None]
+    if WINDOWED:
+        visible = visible & (keys[None, :] >= first_visible[:, None])
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
 def _produce(
     q_tiles, k_tiles, v_tiles, places, barriers, total, sizes, STRIDE: gl.constexpr, LAST: gl.constexpr,
     WINDOWED: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
+    """Copies the queries, keys and values of this program's tiles to shared memory."""
     q_place, k_ring, v_ring = places
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     load = 0
@@ -121,11 +131,11 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE: gl.constexpr,
-    LAST: gl.constexpr,
+    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE: gl.constexpr, LAST: gl.constexpr,
     WINDOWED: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
+    """Output and log-sum-exp of this consumer's rows of this program's tiles."""
     q_place, k_ring, v_ring = places
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     HEADS = sizes[1]
@@ -166,10 +176,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
         keys = _find_keys(0, key_first, masked, a, b, BLOCK_N) + column
-        visible = keys[None, :] < num_visible[:, None]
-        if WINDOWED:
-            visible = visible & (keys[None, :] >= first_visible[:, None])
-        s = gl.where(visible, s * scale_log2, float("-inf"))
+        s = _mask(s * scale_log2, keys, num_visible, first_visible, WINDOWED)
         p, rescale, row_max = online_softmax_update(s, row_max, scale_log2, True)
         row_sum = gl.sum(p, 1)
         weights = gl.convert_layout(p.to(dtype), WEIGHTS)
@@ -188,10 +195,7 @@ def _consume(
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 if not FULL:
                     keys = _find_keys(i, key_first, masked, a, b, BLOCK_N) + column
-                    visible = keys[None, :] < num_visible[:, None]
-                    if WINDOWED:
-                        visible = visible & (keys[None, :] >= first_visible[:, None])
-                    s = gl.where(visible, s * scale_log2, float("-inf"))
+                    s = _mask(s * scale_log2, keys, num_visible, first_visible, WINDOWED)
                 p, rescale, row_max = online_softmax_update(s, row_max, scale_log2, not FULL)
                 row_sum = row_sum * rescale + gl.sum(p, 1)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
