@@ -290,7 +290,7 @@ def override(kernel: str, **values: Any) -> Iterator[None]:
     _check_fields(kernel, values)
     before = _OVERRIDES.get(kernel)
     _OVERRIDES[kernel] = {**(before or {}), **values}
-    _forget_plans()
+    forget()
     try:
         yield
     finally:
@@ -298,10 +298,11 @@ def override(kernel: str, **values: Any) -> Iterator[None]:
             del _OVERRIDES[kernel]
         else:
             _OVERRIDES[kernel] = before
-        _forget_plans()
+        forget()
 
 
-def _forget_plans() -> None:
+def forget() -> None:
+    """Forgets whatever was derived from configurations that are about to change."""
     for forget in _FORGET:
         forget()
 

@@ -11,6 +11,9 @@ spans few tokens and its rows see nearly the same keys.
 What a query does not see has no part in its results, whatever it holds: a masked weight of 0 is not enough, for 0
 times NaN is NaN. The kernel looks at its sums once, at the end. Where one is not finite it computes the tile again with
 CLEAN: values that are not finite are taken out of the product, and count as NaN for the rows that see them.
+
+On Hopper `nsa.kernels.hopper.flash_forward` does this where it can. Rows whose sums are not finite are left to a kernel
+of this file, which does nothing but look for them if there are none.
 """
 
 import math
@@ -28,17 +31,20 @@ from nsa.kernels.flash_tiles import (
     nth_tile,
     row_tile,
 )
+from nsa.kernels.hopper import available
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
     Heads,
     add_dot,
+    cdiv,
     count_tiles,
     describable,
     descriptors,
     dot_chunks,
     fetch,
+    find_program,
     load_chunks,
     not_finite,
     online_softmax_update,
@@ -53,6 +59,9 @@ from nsa.varlen import Varlen
 
 _CLEAN_ROWS = tl.constexpr(16)
 """Rows that are computed again at a time: whatever has the shape of the first pass would take registers all along."""
+
+_RUN = tl.constexpr(1024)
+"""Rows of a program that looks for what the Hopper kernel leaves to be computed again."""
 
 
 @triton.jit
@@ -160,6 +169,40 @@ def _forward_kernel(
                 )  # fmt: skip
 
 
+@recordable(do_not_specialize=[*LENGTHS, "num_runs"])
+def _clean_kernel(
+    q, k, v, out, lse, q_strides, k_strides, v_strides, out_strides, lse_stride, num_queries, num_tokens, num_keys,
+    window, num_tiles, num_runs, HEADS, scale_log2, STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr,
+    G: tl.constexpr, DK: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
+    V1: tl.constexpr, PACKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Computes a run of rows again, with CLEAN, if the log-sum-exp of one is NaN."""
+    run, head, batch = find_program(tl.program_id(0), num_runs, HEADS)
+    lse_head = lse + tl.cast(batch, tl.int64) * lse_stride
+    rows = run * _RUN + tl.arange(0, _RUN)
+    of_row = (rows // G).to(tl.int64) * (HEADS * G) + head * G + rows % G
+    row_lse = tl.load(lse_head + of_row, mask=rows < num_queries * G, other=0.0)
+    if tl.sum((row_lse != row_lse).to(tl.int32), 0) > 0:
+        batch64 = tl.cast(batch, tl.int64)
+        head64 = tl.cast(head, tl.int64)
+        tiles_before = (batch * HEADS + head) * num_tiles
+        first_tile = run * (_RUN // _CLEAN_ROWS)
+        for tile in range(first_tile, tl.minimum(first_tile + _RUN // _CLEAN_ROWS, num_tiles)):
+            _, _, first, query_start, _, shift, key_start, key_first, key_stop, count, a, b = row_tile(
+                tiles_before + num_tiles - 1 - tile, num_tiles, HEADS, None, None, None, 0, num_queries, num_tokens,
+                num_keys, window, STRIDE, LAST, WINDOWED, G, False, _CLEAN_ROWS, BLOCK_N, False,
+            )  # fmt: skip
+            _attend(
+                first, q + batch64 * q_strides[0], k + batch64 * k_strides[0] + head64 * k_strides[2],
+                v + batch64 * v_strides[0] + head64 * v_strides[2], None, None, None, None,
+                out + batch64 * out_strides[0], lse_head, q_strides, k_strides, v_strides, out_strides, batch, head,
+                query_start, num_queries, shift, key_first, key_start, key_stop, count, a, b, window, HEADS,
+                scale_log2, STRIDE, LAST, WINDOWED, G, DK, K0, K1, DV, V0, V1, ACC, PRECISION, _CLEAN_ROWS, BLOCK_N,
+                False, False, True,
+            )  # fmt: skip
+
+
 def forward(
     positions: PositionMap, q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None, num_tokens: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -183,13 +226,26 @@ def forward(
     config, constants = flash_plan(
         positions, "forward", Heads.of(q, k, v), q.device, varlen is not None, describable(k, v)
     )
+    strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3], lse.stride(0))
+    lengths = (num_queries, num_tokens, num_keys, positions.window or 0)
+    scale_log2 = scale * LOG2E.value
+    if available(q.device) and varlen is None:
+        from nsa.kernels.hopper import flash_forward as hopper  # which imports Gluon
+
+        if hopper.applies(q, k, v):
+            rows = num_queries * query_heads // heads
+            tiles, runs = cdiv(rows, _CLEAN_ROWS.value), cdiv(rows, _RUN.value)
+            with torch.cuda.device_of(q):
+                hopper.forward(positions, q, k, v, out, lse, num_tokens, scale_log2)
+                _clean_kernel[(runs * heads * batch, 1, 1)](
+                    q, k, v, out, lse, *strides, *lengths, tiles, runs, heads, scale_log2, **constants
+                )
+            return out, lse
     offsets = positions.offsets(varlen)
     tiles = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets)
     with torch.cuda.device_of(q):
         _forward_kernel[(tiles * heads * batch, 1, 1)](
-            q, k, v, *descriptors(k, config.BLOCK_N, config.TMA),
-            *descriptors(v, config.BLOCK_N, config.TMA), out, lse, q.stride()[:3], k.stride()[:3],
-            v.stride()[:3], out.stride()[:3], lse.stride(0), *offsets, num_queries, num_tokens, num_keys,
-            positions.window or 0, tiles, heads, scale * LOG2E.value, **constants,
+            q, k, v, *descriptors(k, config.BLOCK_N, config.TMA), *descriptors(v, config.BLOCK_N, config.TMA), out,
+            lse, *strides, *offsets, *lengths, tiles, heads, scale_log2, **constants,
         )  # fmt: skip
     return out, lse

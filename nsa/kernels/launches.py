@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.kernels.configs import forget_with
 
@@ -69,8 +68,12 @@ class Kernel(JITFunction):
         return compiled
 
 
-def recordable(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`triton.jit` for kernels that launchers start; options as that takes them."""
+def recordable(*, gluon: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`, or `gluon.jit`, for kernels that launchers start; options as these take them."""
+    if gluon:
+        from triton.experimental.gluon._runtime import GluonJITFunction
+
+        return lambda function: type("GluonKernel", (Kernel, GluonJITFunction), {})(function, **options)
     if triton.knobs.runtime.interpret:
         return triton.jit(**options)
     return lambda function: Kernel(function, **options)
@@ -159,11 +162,16 @@ def _free(number: int) -> Step:
     return step
 
 
+def _is_descriptor(value: Any) -> bool:
+    """Whether an argument is a tensor descriptor, Triton's or Gluon's: two classes with nothing but names in common."""
+    return hasattr(value, "block_shape")
+
+
 def _again(value: Any, addresses: list[int]) -> Any:
     """An argument of a kernel, with the addresses of this call for the places of the recorded one."""
     if isinstance(value, _Place):
         return addresses[value.memory] + value.offset
-    if isinstance(value, TensorDescriptor):
+    if _is_descriptor(value):
         copy = object.__new__(type(value))
         copy.__dict__.update(value.__dict__, base=_Address(_again(value.base, addresses)))
         return copy
@@ -171,7 +179,9 @@ def _again(value: Any, addresses: list[int]) -> Any:
 
 
 def _has_place(value: Any) -> bool:
-    return isinstance(value, _Place | TensorDescriptor) or (isinstance(value, tuple) and any(map(_has_place, value)))
+    if isinstance(value, tuple) and not isinstance(value, _Place):
+        return any(map(_has_place, value))
+    return isinstance(value, _Place) or _is_descriptor(value)
 
 
 def _launch(compiled: Any, grid: Sequence[int], values: list[Any]) -> Step:
@@ -293,7 +303,7 @@ class _Recorder(TorchDispatchMode):
         """An argument of a kernel, with places for its addresses."""
         if isinstance(value, Tensor):
             return self._place(value) if value.numel() else 0
-        if isinstance(value, TensorDescriptor):
+        if _is_descriptor(value):
             copy = object.__new__(type(value))
             copy.__dict__.update(value.__dict__, base=self._place(value.base))
             return copy

@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.kernels import launches
@@ -34,7 +36,7 @@ def on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 def address(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(address, value))
-    value = value.base if isinstance(value, TensorDescriptor) else value
+    value = value.base if isinstance(value, TensorDescriptor | GluonDescriptor) else value
     return value.data_ptr() if hasattr(value, "data_ptr") else value
 
 
@@ -131,13 +133,20 @@ def test_the_second_call_is_written_down_and_later_ones_repeat_it(launcher: Make
     assert add.grids == [(3, 1, 1)] * 4
 
 
-def test_workspaces_fills_views_tuples_and_descriptors_are_repeated(launcher: Make) -> None:
+def described_for_gluon(*arguments: Any) -> GluonDescriptor:
+    return GluonDescriptor(*arguments, NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32))
+
+
+@pytest.mark.parametrize("describe", [TensorDescriptor, described_for_gluon], ids=["triton", "gluon"])
+def test_workspaces_fills_views_tuples_and_descriptors_are_repeated(
+    launcher: Make, describe: Callable[..., Any]
+) -> None:
     def function(x: Tensor, scale: float) -> tuple[Tensor, list[Tensor], Tensor]:
         rows, columns = x.shape
         both, twos = x.new_zeros(2, rows, columns), x.new_full((columns,), scale)
         ones, empty = torch.empty_like(twos), x.new_empty(0, 4)
         ones.fill_(1)
-        described = TensorDescriptor(x[1:], [1, columns], [columns, 1], [1, columns])
+        described = describe(x[1:], [1, columns], [columns, 1], [1, columns])
         add[(1,)](both, described, twos, columns)  # the second row, and `scale`
         add_all[(1, 2)](both[0], (twos, x[0], ones), columns)  # `scale`, the first row and 1
         return both[0], [empty], both.view(2, -1)[1:, :columns]

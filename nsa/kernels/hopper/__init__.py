@@ -1,0 +1,42 @@
+"""Kernels for Hopper alone, in Gluon: faster twins of some of Triton's, which name producers, rings and barriers.
+
+A Triton kernel stays beside each of these. It is the reference, and it runs wherever the other does not apply: on other
+GPUs, for other dtypes and head dims, for packed sequences, and inside `portable`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import triton
+
+from nsa.kernels.configs import forget
+
+_portably = 0
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Launchers choose the Triton kernels inside the context, in every thread: for tests and comparisons."""
+    global _portably
+    _portably += 1
+    forget()
+    try:
+        yield
+    finally:
+        _portably -= 1
+        forget()
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels of this package may run on a device: a Hopper GPU, with Gluon, outside `portable`."""
+    return not _portably and _runs(device)
+
+
+@cache
+def _runs(device: torch.device) -> bool:
+    if triton.knobs.runtime.interpret or device.type != "cuda" or find_spec("triton.experimental.gluon") is None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
