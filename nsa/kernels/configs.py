@@ -120,6 +120,17 @@ class TileConfig(QueryMajorConfig):
 
 
 @dataclass(frozen=True)
+class HopperTileConfig(KernelConfig):
+    """The same by `nsa.kernels.hopper.selected`.
+
+    Attributes:
+        longest: most keys of sequences that go this way.
+    """
+
+    longest: int
+
+
+@dataclass(frozen=True)
 class KeyMajorConfig(KernelConfig):
     """Forward pass of the selected branch by block; at most `CHUNK` queries of a block are one program's."""
 
@@ -145,8 +156,10 @@ KERNELS: dict[str, type[KernelConfig]] = {
     "selected_forward": SelectedForwardConfig,
     "selected_forward_key_major": KeyMajorConfig,
     "selected_forward_tiles": TileConfig,
+    "selected_forward_hopper": HopperTileConfig,
     "selected_bwd_dq": QueryMajorConfig,
     "selected_bwd_dq_tiles": TileConfig,
+    "selected_bwd_dq_hopper": HopperTileConfig,
     "selected_bwd_dkdv": SelectedDkdvConfig,
 }
 """The kernels whose configuration is looked up here, by the names that their launchers use."""
@@ -349,7 +362,7 @@ def _interpreted(kernel: str, group: int) -> KernelConfig:
     """Small blocks: they make small tests reach tile boundaries, and the interpreter's time is by operation."""
     return _made(
         kernel, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1, TMA=False, SPLIT=True, num_programs=8,
-        key_major=group < 8, CHUNK=8, most_keys=40,
+        key_major=group < 8, CHUNK=8, most_keys=40, longest=0,
     )  # fmt: skip
 
 
@@ -372,5 +385,5 @@ def _fitting(kernel: str, row_bytes: int, dtype: torch.dtype, group: int) -> Ker
         rows, keys = min(short, 32), long if row_bytes <= 256 else short
     return _made(
         kernel, BLOCK_M=rows, BLOCK_N=keys, num_warps=warps, num_stages=stages, TMA=False, SPLIT=True,
-        num_programs=512, key_major=group < 8 and row_bytes <= 1024, CHUNK=2048, most_keys=0,
+        num_programs=512, key_major=group < 8 and row_bytes <= 1024, CHUNK=2048, most_keys=0, longest=0,
     )  # fmt: skip

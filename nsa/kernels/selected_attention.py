@@ -11,7 +11,7 @@ Backward, with `P = exp(S - lse)`, `dP = dout v_s` and `delta = dout.out`:
 There are two ways to bring queries and blocks together:
 
 - query-major: a program has a query and reads its blocks (`nsa.kernels.selected_by_query`), or a few neighbouring ones
-  and reads the blocks of all (`nsa.kernels.selected_by_tile`);
+  and reads the blocks of all (`nsa.kernels.selected_by_tile`, on Hopper `nsa.kernels.hopper.selected`);
 - key-major (`nsa.kernels.selected_by_block`): a program has a block and reads the queries that selected it.
 
 `dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
@@ -28,7 +28,9 @@ from nsa.config import NSAConfig
 from nsa.kernels import selected_by_block, selected_by_query, selected_by_tile
 from nsa.kernels.block_index import Packing
 from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
-from nsa.kernels.configs import QueryMajorConfig, plan
+from nsa.kernels.configs import KernelConfig, plan
+from nsa.kernels.hopper import available
+from nsa.kernels.hopper import selected as selected_on_hopper
 from nsa.kernels.launches import recorded
 from nsa.kernels.primitives import Heads, rows_contiguous
 from nsa.ops import accumulation_dtype, branch_operator, sizes_of
@@ -51,8 +53,15 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
     }
 
 
-def _query_major(kernel: str, heads: Heads, num_keys: int, device: torch.device) -> tuple[Any, QueryMajorConfig]:
-    """The module whose launchers are taken, and the configuration of theirs."""
+def _query_major(
+    kernel: str, heads: Heads, constants: dict[str, Any], num_keys: int, *tensors: Tensor
+) -> tuple[Any, KernelConfig]:
+    """The module whose launchers are taken, given the tensors `[B, T, H, D]`, and the configuration of theirs."""
+    device = tensors[0].device
+    if available(device):
+        on_hopper = heads.config(f"{kernel}_hopper", device)
+        if selected_on_hopper.applies(on_hopper, heads, constants, num_keys, tensors):
+            return selected_on_hopper, on_hopper
     tiles = heads.config(f"{kernel}_tiles", device)
     if selected_by_tile.applies(tiles, heads.group, num_keys):
         return selected_by_tile, tiles
@@ -82,7 +91,7 @@ def forward(
     if heads.config("selected_forward", q.device).key_major:
         way, kernel = selected_by_block, heads.config("selected_forward_key_major", q.device)
     else:
-        way, kernel = _query_major("selected_forward", heads, num_keys, q.device)
+        way, kernel = _query_major("selected_forward", heads, constants, num_keys, q, k, v, out)
     with torch.cuda.device_of(q):
         way.forward(q, k, v, indices, out, lse, packing, constants, kernel, scale)
     return out, lse
@@ -143,7 +152,7 @@ def gradients(
     key_major = kernel.key_major
     with torch.cuda.device_of(q):
         if not key_major:
-            way, config_dq = _query_major("selected_bwd_dq", heads, num_keys, q.device)
+            way, config_dq = _query_major("selected_bwd_dq", heads, constants, num_keys, dout, q, k, v, dq)
             way.bwd_dq(dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants, config_dq, scale, add)
         selected_by_block.bwd_dkdv(
             dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, kernel, scale,

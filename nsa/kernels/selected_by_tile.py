@@ -43,11 +43,8 @@ from nsa.kernels.primitives import (
 )
 from nsa.kernels.selected_by_query import fetch_keys
 
-_BITS = tl.constexpr(4)
-"""A tile has this many queries at most. An entry of its schedule has a bit for each; the other bits are a token."""
-
-_MOST_KEYS = 1 << 31 - _BITS.value
-"""The largest number of keys, of all sequences together: an entry has no more bits for a token."""
+_MOST_QUERIES = 4
+"""A tile has this many queries at most."""
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "num_keys", "shift", "num_tiles")
@@ -64,7 +61,8 @@ def _schedule_kernel(
     NUM_SELECTED: tl.constexpr, QUERIES: tl.constexpr, PAIRS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of one tile, each once, in the order of their tokens, and how many there are."""
+    """The blocks of one tile, each once, in the order of their tokens, and how many there are. An entry has a bit for
+    each query in its lowest bits; the others are a token."""
     NONE: tl.constexpr = 2**31 - 1
     tile, head, batch = find_program(tl.program_id(0), num_tiles, HEADS)
     pair = tl.arange(0, PAIRS)
@@ -78,14 +76,14 @@ def _schedule_kernel(
     start = tl.where(valid, block, 0) * BLOCK_SIZE
     if PACKED:
         start += tl.load(query_table + 3 * query.to(tl.int64) + 1, mask=inside, other=0)
-    key = tl.sort(tl.where(valid, (start << _BITS) + of_tile, NONE))
+    key = tl.sort(tl.where(valid, (start << QUERIES) + of_tile, NONE))
     valid = key != NONE
-    start = key >> _BITS
-    _, queries = tl.associative_scan((start, 1 << (key & (2**_BITS - 1))), 0, _either, reverse=True)
+    start = key >> QUERIES
+    _, queries = tl.associative_scan((start, 1 << (key & (2**QUERIES - 1))), 0, _either, reverse=True)
     first = valid & ((pair == 0) | (tl.gather(start, tl.maximum(pair - 1, 0), 0) != start))
     schedule += tl.program_id(0).to(tl.int64) * (QUERIES * NUM_SELECTED)
     place = tl.cumsum(first.to(tl.int32), 0) - 1
-    tl.store(schedule + place, (start << _BITS) | queries, mask=first)
+    tl.store(schedule + place, (start << QUERIES) | queries, mask=first)
     tl.store(counts + tl.program_id(0), tl.sum(first.to(tl.int32), 0))
 
 
@@ -153,7 +151,7 @@ def _forward_kernel(
             out1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 16], dtype=ACC)
             entry = tl.load(entries, mask=count > 0, other=0)
             for step in range(0, count * PARTS):
-                token = (entry >> _BITS) + step % PARTS * BLOCK_N
+                token = (entry >> QUERIES) + step % PARTS * BLOCK_N
                 chosen = ((entry >> of_tile) & 1) != 0
                 # Loaded a step ahead, so that the next block's address is known when it is needed.
                 entry = tl.load(entries + tl.minimum((step + 1) // PARTS, count - 1))
@@ -233,7 +231,7 @@ def _bwd_dq_kernel(
             dq1 = tl.zeros([BLOCK_M, K1 if K1 > 0 else 16], dtype=ACC)
             entry = tl.load(entries, mask=count > 0, other=0)
             for step in range(0, count * PARTS):
-                token = (entry >> _BITS) + step % PARTS * BLOCK_N
+                token = (entry >> QUERIES) + step % PARTS * BLOCK_N
                 chosen = ((entry >> of_tile) & 1) != 0
                 entry = tl.load(entries + tl.minimum((step + 1) // PARTS, count - 1))
                 real = token + tl.arange(0, BLOCK_N) < num_keys
@@ -271,15 +269,21 @@ def _bwd_dq_kernel(
 
 def _queries_of(config: TileConfig, group: int) -> int:
     """Queries of a tile."""
-    return min(_BITS.value, config.BLOCK_M // group)
+    return min(_MOST_QUERIES, config.BLOCK_M // group)
 
 
 def applies(config: TileConfig, group: int, num_keys: int) -> bool:
     """Whether a tile has several queries and the sequences are not too long for tiles."""
-    return _queries_of(config, group) > 1 and num_keys <= min(config.most_keys, _MOST_KEYS)
+    queries = _queries_of(config, group)
+    return queries > 1 and num_keys <= min(config.most_keys, most_keys(queries))
 
 
-def _schedule(
+def most_keys(queries: int) -> int:
+    """The largest number of keys, of all sequences together: an entry has no more bits for a token."""
+    return 1 << 31 - queries
+
+
+def schedule_tiles(
     indices: Tensor, shift: int, packing: Packing, constants: dict[str, Any], queries: int
 ) -> tuple[Tensor, Tensor, int]:
     """The schedules of all tiles, the number of their entries, and the number of tiles of a head."""
@@ -321,7 +325,7 @@ def forward(
     """Writes `out` and `lse`."""
     (batch, num_queries, heads, _), num_keys = indices.shape, k.shape[1]
     strides, options = (x.stride()[:3] for x in (q, k, v)), _options(constants, config, k, v)
-    schedule, counts, tiles = _schedule(indices, num_keys - num_queries, packing, constants, options["QUERIES"])
+    schedule, counts, tiles = schedule_tiles(indices, num_keys - num_queries, packing, constants, options["QUERIES"])
     described = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _forward_kernel[(tiles * heads * batch,)](
         q, k, v, *chain(*described), schedule, counts, out, lse, packing.query_table, *strides, num_queries, num_keys,
@@ -348,7 +352,7 @@ def bwd_dq(
     """Writes `dq`, or adds to it."""
     (batch, num_queries, heads, _), num_keys = indices.shape, k.shape[1]
     strides, options = (x.stride()[:3] for x in (q, k, v, dout)), _options(constants, config, k, v)
-    schedule, counts, tiles = _schedule(indices, num_keys - num_queries, packing, constants, options["QUERIES"])
+    schedule, counts, tiles = schedule_tiles(indices, num_keys - num_queries, packing, constants, options["QUERIES"])
     described = (descriptors(x, options["BLOCK_N"], options["TMA"]) for x in (k, v))
     _bwd_dq_kernel[(tiles * heads * batch,)](
         q, k, v, *chain(*described), dout, lse, delta, gate, schedule, counts, dq, packing.query_table, *strides,

@@ -1071,8 +1071,8 @@ _SELECTED_KERNELS = [
         "block-of-one-query-by-tile",
         "a block of a tile is that of the first query that selected it alone",
         "kernels/selected_by_tile.py",
-        "tl.store(schedule + place, (start << _BITS) | queries, mask=first)",
-        "tl.store(schedule + place, (start << _BITS) | (1 << (key & (2**_BITS - 1))), mask=first)",
+        "tl.store(schedule + place, (start << QUERIES) | queries, mask=first)",
+        "tl.store(schedule + place, (start << QUERIES) | (1 << (key & (2**QUERIES - 1))), mask=first)",
         (_oracle("small", "selected_attention_by_tile"),),
     ),
     Fault(

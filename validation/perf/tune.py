@@ -110,6 +110,12 @@ def _selected_tiles(group: int) -> list[Launch]:
     )  # fmt: skip
 
 
+def _selected_on_hopper(group: int) -> list[Launch]:
+    if group < 8:
+        return []
+    return _each(num_warps=[4], num_stages=[2], maxnreg=[128, 168], longest=[1 << 20])
+
+
 def _selected_bwd_dkdv(group: int) -> list[Launch]:
     shapes = {"num_warps": [4, 8], "num_stages": [1, 2, 3]}
     query_major = _each(key_major=[False], BLOCK_M=[32, 64, 128], CHUNK=[1024], **shapes)
@@ -143,20 +149,39 @@ KERNELS = {
         meanwhile={"selected_forward": {"key_major": True}},
     ),
     "selected_forward": Kernel(
-        "selected_attention", "forward", _selected_forward, meanwhile={"selected_forward_tiles": {"most_keys": 0}}
+        "selected_attention",
+        "forward",
+        _selected_forward,
+        meanwhile={"selected_forward_tiles": {"most_keys": 0}, "selected_forward_hopper": {"longest": 0}},
     ),
     "selected_forward_tiles": Kernel(
-        "selected_attention", "forward", _selected_tiles, meanwhile={"selected_forward": {"key_major": False}}
+        "selected_attention",
+        "forward",
+        _selected_tiles,
+        meanwhile={"selected_forward": {"key_major": False}, "selected_forward_hopper": {"longest": 0}},
+    ),
+    "selected_forward_hopper": Kernel(
+        "selected_attention", "forward", _selected_on_hopper, meanwhile={"selected_forward": {"key_major": False}}
     ),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
     "selected_bwd_dq": Kernel(
         "selected_attention",
         "backward",
         _selected_bwd_dq,
-        meanwhile={"selected_bwd_dkdv": {"key_major": False}, "selected_bwd_dq_tiles": {"most_keys": 0}},
+        meanwhile={
+            "selected_bwd_dkdv": {"key_major": False},
+            "selected_bwd_dq_tiles": {"most_keys": 0},
+            "selected_bwd_dq_hopper": {"longest": 0},
+        },
     ),
     "selected_bwd_dq_tiles": Kernel(
-        "selected_attention", "backward", _selected_tiles, meanwhile={"selected_bwd_dkdv": {"key_major": False}}
+        "selected_attention",
+        "backward",
+        _selected_tiles,
+        meanwhile={"selected_bwd_dkdv": {"key_major": False}, "selected_bwd_dq_hopper": {"longest": 0}},
+    ),
+    "selected_bwd_dq_hopper": Kernel(
+        "selected_attention", "backward", _selected_on_hopper, meanwhile={"selected_bwd_dkdv": {"key_major": False}}
     ),
     "selected_bwd_dkdv": Kernel("selected_attention", "backward", _selected_bwd_dkdv),
 }

@@ -14,11 +14,13 @@ SELECTED = (
     "selected_forward",
     "selected_forward_key_major",
     "selected_forward_tiles",
+    "selected_forward_hopper",
     "selected_bwd_dq",
     "selected_bwd_dq_tiles",
+    "selected_bwd_dq_hopper",
     "selected_bwd_dkdv",
 )
-_QUERY_MAJOR = {"key_major": False, "CHUNK": 8, "BLOCK_N": 32}
+_QUERY_MAJOR = {"key_major": False, "CHUNK": 8, "BLOCK_N": 32, "longest": 0}
 WAYS = {
     "by_query": {**_QUERY_MAJOR, "most_keys": 0},
     "by_tile": {**_QUERY_MAJOR, "most_keys": 1 << 20, "BLOCK_M": 32},
