@@ -1,7 +1,7 @@
 """Forward pass of the compressed and of the window branch on Hopper: `nsa.kernels.flash_forward` in Gluon.
 
 The mathematics is that file's: the online softmax over the keys that a map of positions shows to a row. What differs is
-who does it. A program has a warp group that copies (TMA) and `CONSUMERS` warp groups that compute, each 64 rows of the
+who does it. A program has a warp group that copies (TMA) and two warp groups that compute, each 64 rows of the
 same tile, and as many programs as the GPU has processors take one tile after another.
 
 A consumer keeps two products in flight. While the matrix unit multiplies the probabilities of tile `i - 1` with its
@@ -46,6 +46,9 @@ from nsa.kernels.primitives import LN2, cdiv, describable, online_softmax_update
 
 _ROWS = tl.constexpr(64)
 """Rows of a consumer: those of one instruction of the matrix unit."""
+
+_CONSUMERS = tl.constexpr(2)
+"""Warp groups of a program that compute."""
 
 
 @gluon.jit
@@ -96,7 +99,7 @@ def _mask(s, keys, num_visible, first_visible, WINDOWED: gl.constexpr):
 @gluon.jit
 def _produce(
     q_tiles, k_tiles, v_tiles, places, barriers, total, sizes, STRIDE: gl.constexpr, LAST: gl.constexpr,
-    WINDOWED: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    WINDOWED: gl.constexpr, G: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies the queries, keys and values of this program's tiles to shared memory."""
     q_place, k_ring, v_ring = places
@@ -104,7 +107,7 @@ def _produce(
     load = 0
     for turn in range(_count_turns(total)):
         head, batch, first, _, key_first, count, a, b = _find_tile(
-            turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * CONSUMERS, BLOCK_N
+            turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * _CONSUMERS, BLOCK_N
         )
         masked = count - (b - a)
         for i in range(gl.maximum(count, 1)):
@@ -116,7 +119,7 @@ def _produce(
             tma.async_copy_global_to_shared(k_tiles, [batch, head, row, 0], k_full.index(slot), k_ring.index(slot))
             if i == 0:
                 # After the first keys, for which there may be room before the last tile's queries are read.
-                for c in gl.static_range(CONSUMERS):
+                for c in gl.static_range(_CONSUMERS):
                     mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), q_tiles.block_type.nbytes)
                     token = (first + c * _ROWS) // G
@@ -133,7 +136,7 @@ def _produce(
 def _consume(
     out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE: gl.constexpr, LAST: gl.constexpr,
     WINDOWED: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of this consumer's rows of this program's tiles."""
     q_place, k_ring, v_ring = places
@@ -154,7 +157,7 @@ def _consume(
     load = 0
     for turn in range(_count_turns(total)):
         head, batch, first, shift, key_first, count, a, b = _find_tile(
-            turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * CONSUMERS, BLOCK_N
+            turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * _CONSUMERS, BLOCK_N
         )
         masked = count - (b - a)
         count = gl.maximum(count, 1)
@@ -230,71 +233,47 @@ def _consume(
 def _forward_kernel(
     q_tiles, k_tiles, v_tiles, out_tiles, lse, total, num_tiles, HEADS, num_queries, num_tokens, num_keys, window,
     scale_log2, STRIDE: gl.constexpr, LAST: gl.constexpr, WINDOWED: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_tiles.dtype
-    q_place = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, _ROWS // G, G, D], q_tiles.layout)
-    out_place = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, _ROWS // G, G, D], out_tiles.layout)
+    q_place = gl.allocate_shared_memory(dtype, [_CONSUMERS, 1, _ROWS // G, G, D], q_tiles.layout)
+    out_place = gl.allocate_shared_memory(dtype, [_CONSUMERS, 1, _ROWS // G, G, D], out_tiles.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_tiles.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_tiles.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for c in gl.static_range(CONSUMERS):
+    for c in gl.static_range(_CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=CONSUMERS)
+        mbarrier.init(k_empty.index(s), count=_CONSUMERS)
         mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=CONSUMERS)
+        mbarrier.init(v_empty.index(s), count=_CONSUMERS)
     places = (q_place, k_ring, v_ring)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (num_tiles, HEADS, num_queries, num_tokens, num_keys, window)
-    # Of the registers of three (four) warp groups, consumers get REGISTERS a thread and the producer the rest.
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
-                    BLOCK_N, STAGES, CONSUMERS, 0,
-                )),
-                (_consume, (
-                    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
-                    BLOCK_N, STAGES, CONSUMERS, 1,
-                )),
-                (_produce, (
-                    q_tiles, k_tiles, v_tiles, places, barriers, total, sizes, STRIDE, LAST, WINDOWED, G, BLOCK_N,
-                    STAGES, CONSUMERS,
-                )),
-            ],
-            [4, 4], [REGISTERS, 504 - 2 * REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
-                    BLOCK_N, STAGES, CONSUMERS, 0,
-                )),
-                (_consume, (
-                    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
-                    BLOCK_N, STAGES, CONSUMERS, 1,
-                )),
-                (_consume, (
-                    out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
-                    BLOCK_N, STAGES, CONSUMERS, 2,
-                )),
-                (_produce, (
-                    q_tiles, k_tiles, v_tiles, places, barriers, total, sizes, STRIDE, LAST, WINDOWED, G, BLOCK_N,
-                    STAGES, CONSUMERS,
-                )),
-            ],
-            [4, 4, 4], [REGISTERS, REGISTERS, 504 - 3 * REGISTERS],
-        )  # fmt: skip
+    # Of the registers of three warp groups, consumers get REGISTERS a thread and the producer the rest.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
+                BLOCK_N, STAGES, 0,
+            )),
+            (_consume, (
+                out_tiles, lse, out_place, places, barriers, total, sizes, scale_log2, STRIDE, LAST, WINDOWED, G, D,
+                BLOCK_N, STAGES, 1,
+            )),
+            (_produce, (
+                q_tiles, k_tiles, v_tiles, places, barriers, total, sizes, STRIDE, LAST, WINDOWED, G, BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 4], [REGISTERS, 504 - 2 * REGISTERS],
+    )  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -306,17 +285,14 @@ class Shape(NamedTuple):
 
     BLOCK_N: int
     STAGES: int
-    CONSUMERS: int
     REGISTERS: int
 
 
 SHAPES = {
-    (128, False): Shape(128, 2, 2, 232),
-    (128, True): Shape(128, 2, 2, 232),
-    (64, False): Shape(128, 4, 2, 232),
-    (64, True): Shape(128, 4, 2, 232),
+    (128, False): Shape(128, 2, 232),
+    (128, True): Shape(64, 4, 232),
 }
-"""By head dim and whether there is a window."""
+"""By head dim and whether there is a window, where it was measured to be faster than Triton's kernel."""
 
 
 @lru_cache(maxsize=256)
@@ -335,7 +311,7 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and dim == v.shape[3]
-        and dim in (64, 128)
+        and (dim, True) in SHAPES
         and group in (1, 2, 4, 8, 16, 32, 64)
         and describable(q, k, v)
     )
@@ -357,7 +333,7 @@ def forward(
     num_keys, heads = k.shape[1:3]
     group, windowed = query_heads // heads, positions.window is not None
     shape = SHAPES[dim, windowed]
-    num_tiles = cdiv(num_queries * group, _ROWS.value * shape.CONSUMERS)
+    num_tiles = cdiv(num_queries * group, _ROWS.value * _CONSUMERS.value)
     total = num_tiles * heads * batch
     rows, keys = (1, _ROWS.value // group, group, dim), (1, 1, shape.BLOCK_N, dim)
     _forward_kernel[(min(total, multiprocessors(q.device)), 1, 1)](
