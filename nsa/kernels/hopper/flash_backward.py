@@ -25,7 +25,6 @@ from torch import Tensor
 
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.flash_tiles import PositionMap
-from nsa.kernels.hopper import available
 from nsa.kernels.primitives import describable
 from nsa.varlen import Varlen
 
@@ -34,12 +33,11 @@ TILE = 64
 
 
 def applies(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: BackwardRows, varlen: Varlen | None) -> bool:
-    """Whether the kernels take these tensors, on this device."""
+    """Whether the kernels take these tensors."""
     group, dim, heads = q.shape[2] // k.shape[2], q.shape[3], q.shape[2]
     of_batch, of_token, of_head = rows.delta.stride()
     return (
-        available(q.device)
-        and varlen is None
+        varlen is None
         and q.dtype in (torch.bfloat16, torch.float16)
         and dim == v.shape[3]
         and dim in (64, 128)

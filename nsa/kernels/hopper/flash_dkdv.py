@@ -232,8 +232,8 @@ DKDV = {64: DkdvShape(4, 2), 128: DkdvShape(3, 1)}
 """By head dim."""
 
 
-def count_splits(positions: PositionMap, k: Tensor) -> int:
-    """Among how many programs the queries of a tile of keys should be split to keep the device busy."""
+def programs_per_key_tile(positions: PositionMap, k: Tensor) -> int:
+    """Among how many programs the queries of a tile of keys should be split, to keep the device busy; may be 0."""
     tiles = cdiv(k.shape[1], KEYS.value) * k.shape[2] * k.shape[0]
     # The first compressed blocks have all queries to walk over, and the last hardly any: more programs balance that.
     return (1 if positions.window is not None else 4) * multiprocessors(k.device) // tiles

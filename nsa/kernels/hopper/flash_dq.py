@@ -149,7 +149,7 @@ def _dq_consumer(
     store_rows(dq, of_row * D, stored, total * gl.convert_layout(factor, gl.SliceLayout(1, O))[:, None], D, ADD)
     # As the portable kernel numbers its programs, with tiles of 64 rows.
     program = gl.program_id(0) // num_tiles * num_tiles + num_tiles - 1 - tile
-    gl.store(flags + program * CONSUMERS + CONSUMERS - 1 - H, poisoned)
+    gl.store(flags + (program * CONSUMERS + CONSUMERS - 1 - H), poisoned)
 
 
 @recordable(gluon=True, do_not_specialize=[
