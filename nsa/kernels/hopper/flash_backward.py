@@ -50,6 +50,7 @@ def applies(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: BackwardRows, v
 
 
 def constants(positions: PositionMap, group: int, dim: int, gate: Tensor | None) -> dict[str, Any]:
+    """Constants that both kernels have."""
     return {
         "STRIDE": positions.stride,
         "LAST": positions.last,

@@ -23,9 +23,14 @@ from nsa.kernels.hopper.primitives import describe, new_barriers, store_rows
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LOG2E, cdiv
 
-BLOCK = gl.constexpr(TILE)
-HALF = gl.constexpr(TILE)
+BLOCK = gl.constexpr(64)
+"""Queries of an entry."""
+
+OWN = gl.constexpr(TILE)
+"""Keys of a consumer."""
+
 KEYS = gl.constexpr(2 * TILE)
+"""Keys of a program."""
 
 
 @gluon.jit
@@ -107,8 +112,8 @@ def _dkdv_consumer(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     split, batch, head, first, query, count = _dkdv_place(sizes, STRIDE, LAST, WINDOWED)
-    first += H * HALF
-    last = gl.minimum(first + HALF, num_keys) - 1
+    first += H * OWN
+    last = gl.minimum(first + OWN, num_keys) - 1
     # Tiles that see none of this consumer's keys, then some, all, and some of them.
     t3 = gl.minimum(_count_query_tiles(query, last, shift, num_queries, window, WINDOWED), count)
     t0 = gl.minimum(gl.maximum(first * STRIDE + LAST - shift - query, 0) // BLOCK, t3)
@@ -119,13 +124,13 @@ def _dkdv_consumer(
         t2 = gl.minimum(gl.maximum(gl.maximum(first + window - shift - query, 0) // BLOCK, t1), t3)
     bounds = (t0 * G, t1 * G, t2 * G, t3 * G)
 
-    key = keys.reshape([KEYS, D]).slice(H * HALF, HALF)
-    value = values.reshape([KEYS, D]).slice(H * HALF, HALF)
-    key_end = (first + gl.arange(0, HALF, layout=gl.SliceLayout(1, S))) * STRIDE + LAST
+    key = keys.reshape([KEYS, D]).slice(H * OWN, OWN)
+    value = values.reshape([KEYS, D]).slice(H * OWN, OWN)
+    key_end = (first + gl.arange(0, OWN, layout=gl.SliceLayout(1, S))) * STRIDE + LAST
     column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, S))
-    nothing = gl.zeros([HALF, BLOCK], gl.float32, layout=S)
-    sum_k = gl.zeros([HALF, D], gl.float32, layout=O)
-    sum_v = gl.zeros([HALF, D], gl.float32, layout=O)
+    nothing = gl.zeros([OWN, BLOCK], gl.float32, layout=S)
+    sum_k = gl.zeros([OWN, D], gl.float32, layout=O)
+    sum_v = gl.zeros([OWN, D], gl.float32, layout=O)
     mbarrier.wait(ready, 0)
     _skip(full, free, 0, bounds[0], STAGES)
     for RUN in gl.static_range(3):
@@ -170,7 +175,7 @@ def _dkdv_consumer(
                 mbarrier.arrive(free.index((first_of_pair + I) % STAGES), count=1)
     _skip(full, free, bounds[3], count * G, STAGES)
 
-    rows = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, O))
+    rows = first + gl.arange(0, OWN, layout=gl.SliceLayout(1, O))
     offsets = (((split * num_batches + batch).to(gl.int64) * num_keys + rows) * HEADS + head) * D
     store_rows(dk, offsets, rows < num_keys, sum_k * scale, D)
     store_rows(dv, offsets, rows < num_keys, sum_v, D)
@@ -249,10 +254,11 @@ def write_dkdv(
     shape, num_tiles, num_splits = DKDV[dim], cdiv(num_keys, KEYS.value), dk.shape[0]
     group = query_heads // heads
     flags = rows.delta.new_empty(batch, heads, KEYS.value // TILE * num_tiles, num_splits)
-    per_row = [describe(x.as_strided((batch * query_heads, num_queries), (x.stride(2), 1)), 1, TILE) for x in rows]
-    delta, lse2 = per_row
+    delta, lse2 = (
+        describe(x.as_strided((batch * query_heads, num_queries), (x.stride(2), 1)), 1, BLOCK.value) for x in rows
+    )
     _bwd_dkdv_kernel[(num_tiles * num_splits * heads * batch, 1, 1)](
-        *(describe(x.transpose(1, 2), 1, 1, TILE, dim) for x in (q, dout)), lse2, delta,
+        *(describe(x.transpose(1, 2), 1, 1, BLOCK.value, dim) for x in (q, dout)), lse2, delta,
         *(describe(x.transpose(1, 2), 1, 1, KEYS.value, dim) for x in (k, v)), dk, dv, flags, batch, num_queries,
         num_keys, num_tokens - num_queries, positions.window or 0, num_tiles, heads, num_splits, scale,
         scale * LOG2E.value, **constants(positions, group, dim, gate), STAGES=shape.STAGES,

@@ -20,8 +20,11 @@ from nsa.kernels.hopper.primitives import describe, new_barriers, store_rows
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LOG2E, cdiv
 
-BLOCK = gl.constexpr(TILE)
-HALF = gl.constexpr(TILE)
+BLOCK = gl.constexpr(64)
+"""Keys of an entry."""
+
+OWN = gl.constexpr(TILE)
+"""Rows of a consumer."""
 
 
 @gluon.jit
@@ -58,11 +61,11 @@ def _dq_producer(
     keys, values = ring
     queries, douts = kept
     ready, full, free = barriers
-    ROWS: gl.constexpr = CONSUMERS * HALF
+    ROWS: gl.constexpr = CONSUMERS * OWN
     tile, batch, head, first, count, _, _ = _dq_place(sizes, STRIDE, LAST, WINDOWED, G, ROWS)
     mbarrier.expect(ready, CONSUMERS * (q.block_type.nbytes + dout.block_type.nbytes))
     for H in gl.static_range(CONSUMERS):
-        token = tile * (ROWS // G) + H * (HALF // G)
+        token = tile * (ROWS // G) + H * (OWN // G)
         tma.async_copy_global_to_shared(q, [batch, token, head * G, 0], ready, queries.index(H))
         tma.async_copy_global_to_shared(dout, [batch, token, head * G, 0], ready, douts.index(H))
     for n in range(0, count):
@@ -88,12 +91,12 @@ def _dq_consumer(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    tile, batch, head, first, count, a, b = _dq_place(sizes, STRIDE, LAST, WINDOWED, G, CONSUMERS * HALF)
+    tile, batch, head, first, count, a, b = _dq_place(sizes, STRIDE, LAST, WINDOWED, G, CONSUMERS * OWN)
     # Tiles that all rows see are taken in pairs; one that is left over joins those with a mask.
     bounds = (0, a, a + (b - a) // 2 * 2, count)
 
-    row = gl.arange(0, HALF, layout=gl.SliceLayout(1, S))
-    token = (tile * CONSUMERS + H) * (HALF // G) + row // G
+    row = gl.arange(0, OWN, layout=gl.SliceLayout(1, S))
+    token = (tile * CONSUMERS + H) * (OWN // G) + row // G
     inside = token < num_queries
     query_head = head * G + row % G
     of_row = (batch * num_queries + token).to(gl.int64) * (HEADS * G) + query_head
@@ -102,10 +105,10 @@ def _dq_consumer(
     delta += batch.to(gl.int64) * delta_of_batch
     row_delta = gl.load(delta + query_head.to(gl.int64) * delta_of_head + token, mask=inside, other=0.0)
     column_end = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, S)) * STRIDE
-    q = queries.index(H).reshape([HALF, D])
-    do = douts.index(H).reshape([HALF, D])
-    nothing = gl.zeros([HALF, BLOCK], gl.float32, layout=S)
-    total = gl.zeros([HALF, D], gl.float32, layout=O)
+    q = queries.index(H).reshape([OWN, D])
+    do = douts.index(H).reshape([OWN, D])
+    nothing = gl.zeros([OWN, BLOCK], gl.float32, layout=S)
+    total = gl.zeros([OWN, D], gl.float32, layout=O)
     mbarrier.wait(ready, 0)
     for RUN in gl.static_range(3):
         for first_of_pair in range(bounds[RUN], bounds[RUN + 1], 2 if RUN == 1 else 1):
@@ -140,7 +143,7 @@ def _dq_consumer(
             for I in gl.static_range(2 if RUN == 1 else 1):
                 mbarrier.arrive(free.index((first_of_pair + I) % STAGES), count=1)
 
-    factor = gl.full([HALF], scale, gl.float32, layout=gl.SliceLayout(1, S))
+    factor = gl.full([OWN], scale, gl.float32, layout=gl.SliceLayout(1, S))
     if WEIGHTED:
         factor *= gl.load(gate + 3 * of_row, mask=inside, other=0.0).to(gl.float32)
     poisoned = gl.sum(gl.sum(total * 0.0, 1), 0)
@@ -167,8 +170,8 @@ def _bwd_dq_kernel(
         gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK, D], v.layout),
     )
     kept = (
-        gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, HALF // G, G, D], q.layout),
-        gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, HALF // G, G, D], dout.layout),
+        gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, OWN // G, G, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [CONSUMERS, 1, OWN // G, G, D], dout.layout),
     )
     barriers = new_barriers(STAGES, CONSUMERS)
     tiles = (q, dout, k, v)
@@ -226,8 +229,8 @@ def write_dq(
     limit = {"maxnreg": 128} if shape.CONSUMERS == 1 else {}
     _bwd_dq_kernel[(num_tiles * heads * batch, 1, 1)](
         *(describe(x, 1, TILE // group, group, dim) for x in (q, dout)),
-        *(describe(x.transpose(1, 2), 1, 1, TILE, dim) for x in (k, v)), lse if gate is None else gate, lse, delta,
-        dq, flags, num_queries, num_keys, num_tokens - num_queries, positions.window or 0, num_tiles, heads,
+        *(describe(x.transpose(1, 2), 1, 1, BLOCK.value, dim) for x in (k, v)), lse if gate is None else gate, lse,
+        delta, dq, flags, num_queries, num_keys, num_tokens - num_queries, positions.window or 0, num_tiles, heads,
         delta.stride(0), delta.stride(2), scale, scale * LOG2E.value, **constants(positions, group, dim, gate),
         STAGES=shape.STAGES, CONSUMERS=shape.CONSUMERS, ADD=add, num_warps=4, **limit,
     )  # fmt: skip
