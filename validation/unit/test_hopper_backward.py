@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,28 @@ def test_they_compile_to_overlapping_products_and_fit() -> None:
         # A few numbers that a program needs at its beginning and end.
         assert kernel["spilled"] <= 160, kernel
         assert kernel["shared"] <= 227 * 1024, kernel
+
+
+@each_branch
+@pytest.mark.parametrize("shift", range(6))
+def test_copies_of_what_is_kept_a_row_start_at_multiples_of_16_bytes(
+    shift: int, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_queries, num_tokens, num_splits = 2000, 2000 + shift, 3
+    positions = BRANCHES[branch](CONFIG, num_tokens)
+    num_keys = num_tokens if positions.window else CONFIG.num_compressed(num_tokens)
+    num_tiles = -(-num_keys // flash_dkdv.KEYS.value)
+    sizes = (1, num_queries, num_keys, shift, positions.window, num_tiles, 1, num_splits)
+    for name in ("BLOCK", "KEYS", "ALIGNED"):
+        monkeypatch.setattr(flash_dkdv, name, getattr(flash_dkdv, name).value)
+    monkeypatch.setattr(flash_dkdv, "_count_query_tiles", flash_dkdv._count_query_tiles.fn)
+    programs = iter(range(num_tiles * num_splits))
+    language = SimpleNamespace(maximum=max, minimum=min, program_id=lambda axis: next(programs))
+    monkeypatch.setattr(flash_dkdv, "gl", language)
+    for _ in range(num_tiles * num_splits):
+        place = flash_dkdv._dkdv_place.fn(sizes, positions.stride, positions.last, positions.window is not None)
+        query = place[4]
+        assert query * torch.float32.itemsize % 16 == 0, place
 
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor, BackwardRows, None]

@@ -32,6 +32,10 @@ OWN = gl.constexpr(TILE)
 KEYS = gl.constexpr(2 * TILE)
 """Keys of a program."""
 
+ALIGNED = gl.constexpr(4)
+"""Copies of `lse2` and `delta` start at multiples of this many queries, 16 bytes: any other start is an error of the
+GPU, an illegal instruction."""
+
 
 @gluon.jit
 def _count_query_tiles(start, last, shift, num_queries, window, WINDOWED: gl.constexpr):
@@ -51,7 +55,7 @@ def _dkdv_place(sizes, STRIDE: gl.constexpr, LAST: gl.constexpr, WINDOWED: gl.co
     program = program // num_splits
     first = program % num_tiles * KEYS
     program = program // num_tiles
-    query = gl.maximum(first * STRIDE + LAST - shift, 0)
+    query = gl.maximum(first * STRIDE + LAST - shift, 0) // ALIGNED * ALIGNED
     last = gl.minimum(first + KEYS, num_keys) - 1
     count = _count_query_tiles(query, last, shift, num_queries, window, WINDOWED)
     begin = count * split // num_splits
