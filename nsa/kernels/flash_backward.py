@@ -11,10 +11,12 @@ from registers. Where key tiles are too few to fill the device (long sequences h
 a tile are split among several programs, which write partial sums to be added afterwards. Rows that see nothing get
 `lse = +inf`, which makes `p = 0` without a special case.
 
-What is not finite is treated as in the forward pass: a tile whose sums are not finite is computed again with CLEAN.
+What is not finite is treated as in the forward pass: a tile whose sums are not finite is computed again with CLEAN. On
+Hopper other kernels go first where they apply, and these compute again what was flagged as not finite.
 """
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,6 +30,8 @@ from nsa.kernels.flash_tiles import (
     row_tile,
     split_range,
 )
+from nsa.kernels.hopper import available, flash_dkdv, flash_dq
+from nsa.kernels.hopper import flash_backward as hopper
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LOG2E,
@@ -53,16 +57,23 @@ from nsa.kernels.primitives import (
 )
 from nsa.varlen import Varlen
 
-_MOST_SPLITS = 32
+_MOST_SPLITS = tl.constexpr(32)
 """Programs among which the queries of one key tile are split, at most: each writes a tile of partial sums."""
 
 _SUM_BLOCK = 1024
 """Elements of a program that adds partial sums up."""
 
 
+@triton.jit
+def flagged(flags, parts):
+    """NaN where one of the `parts` of this program's tile has NaN for a flag, else 0."""
+    part = tl.arange(0, _MOST_SPLITS)
+    return tl.sum(tl.load(flags + tl.program_id(0) // parts * parts + part, mask=part < parts, other=0.0), 0)
+
+
 @recordable(do_not_specialize=LENGTHS)
 def _bwd_dq_kernel(
-    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, gate, lse, delta, dq, q_strides, k_strides, v_strides,
+    q, k, v, k_tiles0, k_tiles1, v_tiles0, v_tiles1, dout, gate, lse, delta, dq, flags, q_strides, k_strides, v_strides,
     dout_strides, lse_stride, row_strides, dq_strides, cu_queries, cu_tokens, cu_keys, num_sequences, num_queries,
     num_tokens, num_keys, window, num_tiles, HEADS, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
@@ -70,9 +81,11 @@ def _bwd_dq_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """`dq` of a tile of rows, added to what is there with ADD."""
+    """`dq` of a tile of rows, added to what is there with ADD; with `flags`, of the tiles that have one."""
     poisoned = 1.0
-    for CLEAN in tl.static_range(2):
+    if flags is not None:
+        poisoned = flagged(flags, 1)
+    for CLEAN in tl.static_range(0 if flags is None else 1, 2):
         if poisoned != 0:
             head, batch, first, query_start, num_queries, shift, key_start, key_first, key_stop, count, a, b = row_tile(
                 program_of(poisoned, CLEAN), num_tiles, HEADS, cu_queries, cu_tokens, cu_keys, num_sequences,
@@ -148,7 +161,7 @@ def _bwd_dq_kernel(
 
 @recordable(do_not_specialize=LENGTHS)
 def _bwd_dkdv_kernel(
-    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, q_strides, k_strides,
+    q, k, v, q_tiles0, q_tiles1, do_tiles0, do_tiles1, dout, lse2, delta, dk, dv, flags, q_strides, k_strides,
     v_strides, dout_strides, row_strides, dk_strides, dv_strides, cu_queries, cu_tokens, cu_keys, num_sequences,
     num_queries, num_tokens, num_keys, window, num_tiles, HEADS, num_splits, scale, scale_log2,
     STRIDE: tl.constexpr, LAST: tl.constexpr, WINDOWED: tl.constexpr, G: tl.constexpr, DK: tl.constexpr,
@@ -156,9 +169,12 @@ def _bwd_dkdv_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
     SPLIT: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """One split of `dk` and `dv` of a tile of keys. `dk_strides` begin with that of the split."""
+    """One split of `dk` and `dv` of a tile of keys; with `flags`, of the tiles that have one. `dk_strides` begin with
+    that of the split."""
     poisoned = 1.0
-    for CLEAN in tl.static_range(2):
+    if flags is not None:
+        poisoned = flagged(flags, num_splits)
+    for CLEAN in tl.static_range(0 if flags is None else 1, 2):
         if poisoned != 0:
             tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles * num_splits, HEADS)
             split = tile % num_splits
@@ -326,29 +342,39 @@ def backward(
     shapes = (Heads.of(q, k, v), q.device, varlen is not None)
     lse, (delta, lse2) = lse.contiguous(), rows
     row_strides = (delta.stride(0), delta.stride(2))
+    on_hopper = available(q.device) and hopper.applies(dout, q, k, v, rows, varlen)
 
     with torch.cuda.device_of(q):
         config, constants = flash_plan(positions, "bwd_dq", *shapes, describable(k, v))
-        tiles = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets)
+        tiles, flags = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets), None
+        if on_hopper:
+            flags = flash_dq.write_dq(positions, dout, q, k, v, lse, rows, gate, dq, add, num_tokens, scale)
+            tiles, constants = flags.shape[2], {**constants, "BLOCK_M": hopper.TILE}
         _bwd_dq_kernel[(tiles * heads * batch, 1, 1)](
             q, k, v, *descriptors(k, config.BLOCK_N, config.TMA),
-            *descriptors(v, config.BLOCK_N, config.TMA), dout, gate, lse, delta, dq,
+            *descriptors(v, config.BLOCK_N, config.TMA), dout, gate, lse, delta, dq, flags,
             *(x.stride()[:3] for x in (q, k, v, dout)), lse.stride(0), row_strides, dq.stride()[:3],
             *lengths, tiles, heads, scale, scale * LOG2E.value, ADD=add, **constants,
         )  # fmt: skip
 
         config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
-        tiles = count_tiles(num_keys, 1, config.BLOCK_N, offsets)
+        tiles, flags = count_tiles(num_keys, 1, config.BLOCK_N, offsets), None
         longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
-        most = min(_MOST_SPLITS, cdiv(longest, config.BLOCK_M))
-        num_splits = max(1, min(config.num_programs // (tiles * heads * batch), most))
+        most = min(_MOST_SPLITS.value, cdiv(longest, config.BLOCK_M))
+        programs = config.num_programs // (tiles * heads * batch)
+        if on_hopper:
+            programs = flash_dkdv.programs_per_key_tile(positions, k)
+        num_splits = max(1, min(programs, most))
         dtype = k.dtype if num_splits == 1 else delta.dtype
         # Packed sequences have fewer compressed blocks than there is room for: no tile writes the rest.
         make = torch.empty if varlen is None or positions.window is not None else torch.zeros
         dk, dv = (make(num_splits, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        if on_hopper:
+            flags = flash_dkdv.write_dkdv(positions, dout, q, k, v, rows, gate, dk, dv, num_tokens, scale)
+            tiles, constants = flags.shape[2], {**constants, "BLOCK_N": hopper.TILE}
         _bwd_dkdv_kernel[(tiles * num_splits * heads * batch, 1, 1)](
             q, k, v, *descriptors(q, config.BLOCK_M, config.TMA),
-            *descriptors(dout, config.BLOCK_M, config.TMA), dout, lse2, delta, dk, dv,
+            *descriptors(dout, config.BLOCK_M, config.TMA), dout, lse2, delta, dk, dv, flags,
             *(x.stride()[:3] for x in (q, k, v, dout)), row_strides, dk.stride()[:4], dv.stride()[:4],
             *lengths, tiles, heads, num_splits, scale, scale * LOG2E.value, WEIGHTED=gate is not None, **constants,
         )  # fmt: skip

@@ -1,0 +1,40 @@
+"""Primitives of the kernels for Hopper: descriptors, barriers of a ring, rows stored."""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+def describe(x: Tensor, *box: int) -> TensorDescriptor:
+    """Descriptor of a tensor in boxes of this shape."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(x.dtype).removeprefix("torch.")))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), layout)
+
+
+@gluon.jit
+def new_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Barriers of what is kept, of arrivals in the ring and of its releases."""
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    return ready, full, free
+
+
+@gluon.jit
+def store_rows(out, offsets, inside, x, D: gl.constexpr, ADD: gl.constexpr = False):
+    """Stores rows `x [64, D]` at `out + offsets`, added to what is there with ADD, rounded to its dtype."""
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, B)
+    pointers = out + gl.convert_layout(offsets, rows)[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, B))[None, :]
+    mask = gl.convert_layout(inside, rows)[:, None]
+    x = gl.convert_layout(x, B)
+    if ADD:
+        x += gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    gl.store(pointers, x.to(out.dtype.element_ty), mask=mask)
