@@ -46,17 +46,18 @@ _KEYS = 64
 _MOST_PARTS = 32
 """Largest number of parts of a branch: those of all branches are merged as one tile."""
 
-_PROGRAMS = 6
-"""Programs a multiprocessor of each of the kernels that read keys, at most: two for each that runs at a time."""
+_PROGRAMS, _LEAST_PARTS = 2, 3
+"""Programs a multiprocessor of each of the kernels that read keys, and parts of a branch at least, as long programs end
+at different times."""
 
 _STAGES = 3
 """Tiles of keys in shared memory."""
 
-_SPANS = 8
+_SPANS = 16
 """Programs of the second kernel that share a query, at most."""
 
-_MEMBERS = 4
-"""Query heads of a program of the last kernel, at most."""
+_FEW = 32
+"""Pairs of a query and a KV head up to which kernels start early. Programs that wait take the places of others."""
 
 _SCORED = 64
 """Sums over compressed blocks that a program of the second kernel has at a time."""
@@ -330,34 +331,32 @@ def _selected_kernel(
 @recordable(do_not_specialize=_LENGTHS)
 def _merge_kernel(
     partial, partial_lse2, gates, out, gate_strides, num_splits, num_window, num_parts, HEADS,
-    NUM_QUERIES: tl.constexpr, G: tl.constexpr, MEMBERS: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr,
-    WIDTH: tl.constexpr, ACC: tl.constexpr, EARLY: tl.constexpr,
+    NUM_QUERIES: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    ACC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The gated sum of the branches of `MEMBERS` query heads of a KV head; parts come compressed, window, selected."""
+    """The gated sum of the branches of one query head; parts come compressed, window, selected."""
     _follow(EARLY)
-    piece, head, row = find_program(tl.program_id(0), tl.cdiv(G, MEMBERS), HEADS)
+    member, head, row = find_program(tl.program_id(0), G, HEADS)
     of_head = row.to(tl.int64) * HEADS + head
     part = tl.arange(0, PARTS)
     column = tl.arange(0, WIDTH)
     exists = part < num_parts
-    branch = tl.where(part < num_splits, 0, tl.where(part < num_splits + num_window, 2, 1))
+    place = (of_head * num_parts + part) * G + member
+    lse2 = tl.load(partial_lse2 + place, mask=exists, other=float("-inf")).to(ACC)
+    inside = exists[:, None] & (column < DV)[None, :]
+    outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
     gates += row // NUM_QUERIES * gate_strides[0] + row % NUM_QUERIES * gate_strides[1]
-    for i in tl.static_range(MEMBERS):
-        member = piece * MEMBERS + i
-        inside = (exists & (member < G))[:, None] & (column < DV)[None, :]
-        place = (of_head * num_parts + part) * G + member
-        lse2 = tl.load(partial_lse2 + place, mask=exists & (member < G), other=float("-inf")).to(ACC)
-        outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
-        weight = tl.zeros([PARTS], dtype=ACC)
-        for c in tl.static_range(3):
-            of_branch = tl.where(branch == c, lse2, float("-inf"))
-            largest = tl.max(of_branch, 0)
-            share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest))
-            total = tl.sum(share, 0)
-            gate = tl.load(gates + (head * G + member) * gate_strides[2] + c * gate_strides[3], member < G, 0.0).to(ACC)
-            weight += share * (gate / tl.where(total == 0, 1.0, total))
-        merged = tl.sum(weight[:, None] * outs, 0).to(out.dtype.element_ty)
-        tl.store(out + (of_head * G + member) * DV + column, merged, mask=(column < DV) & (member < G))
+    gates += (head * G + member) * gate_strides[2]
+    branch = tl.where(part < num_splits, 0, tl.where(part < num_splits + num_window, 2, 1))
+    weight = tl.zeros([PARTS], dtype=ACC)
+    for c in tl.static_range(3):
+        of_branch = tl.where(branch == c, lse2, float("-inf"))
+        largest = tl.max(of_branch, 0)
+        share = tl.exp2(of_branch - tl.where(largest == float("-inf"), 0.0, largest))
+        total = tl.sum(share, 0)
+        weight += share * (tl.load(gates + c * gate_strides[3]).to(ACC) / tl.where(total == 0, 1.0, total))
+    out += (of_head * G + member) * DV
+    tl.store(out + column, tl.sum(weight[:, None] * outs, 0).to(out.dtype.element_ty), mask=column < DV)
 
 
 class _Parts(NamedTuple):
@@ -406,7 +405,7 @@ def decode_attention(
     row_bytes = (q.shape[3] + v_slc.shape[3]) * q.element_size()
     keys = min(size, max(16, _KEYS * 512 // next_power_of_2(max(512, row_bytes))))
     # Parts are as many as fill the device, and no more: each writes a result and starts with an empty pipeline.
-    wave = max(1, _PROGRAMS * multiprocessors(q.device) // (rows * kv_heads))
+    wave = max(_LEAST_PARTS, _PROGRAMS * multiprocessors(q.device) // (rows * kv_heads))
     tiles = _Parts(max(1, cdiv(capacity, keys)), cdiv(window, keys), wanted * (size // keys))
     parts = _Parts.of(wave, tiles)
     num_parts = sum(parts)
@@ -421,7 +420,7 @@ def decode_attention(
     scores = q.new_empty(rows * kv_heads * num_blocks, dtype=acc)
 
     of_query: dict[str, Any] = {"NUM_QUERIES": num_queries, "G": group, "EARLY": False}
-    if starts_early(q.device):
+    if rows * kv_heads <= _FEW and starts_early(q.device):
         of_query |= {"EARLY": True, "launch_pdl": True}
     of_group = {**of_query, "ROWS": max(16, next_power_of_2(group))}
     of_blocks = {"KEYS": keys, "RATIO": ratio, "SHARE": share}
@@ -453,11 +452,9 @@ def decode_attention(
                 WANTED=wanted, SIZE=size, KEYS=keys, num_stages=_STAGES,
             )  # fmt: skip
         merged = {"PARTS": next_power_of_2(num_parts), "WIDTH": next_power_of_2(v_slc.shape[3])}
-        # Few programs of several heads start sooner than many, where there are enough.
-        members = min(_MEMBERS, next_power_of_2(max(1, rows * query_heads // (4 * multiprocessors(q.device)))), group)
-        _merge_kernel[(cdiv(group, members) * kv_heads * rows, 1, 1)](
+        _merge_kernel[(query_heads * rows, 1, 1)](
             partial, partial_lse2, gates, out, gates.stride(), parts.compressed, parts.window, num_parts, kv_heads,
-            **of_query, MEMBERS=members, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
+            **of_query, DV=v_slc.shape[3], ACC=constants["ACC"], **merged,
             num_warps=min(8, max(1, merged["PARTS"] * merged["WIDTH"] // 1024)),
         )  # fmt: skip
     return out, indices

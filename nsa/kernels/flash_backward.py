@@ -342,7 +342,7 @@ def backward(
     shapes = (Heads.of(q, k, v), q.device, varlen is not None)
     lse, (delta, lse2) = lse.contiguous(), rows
     row_strides = (delta.stride(0), delta.stride(2))
-    on_hopper = available(q.device) and hopper.applies(dout, q, k, v, rows, varlen)
+    on_hopper = available(q.device) and hopper.applies(positions, dout, q, k, v, rows, varlen)
 
     with torch.cuda.device_of(q):
         config, constants = flash_plan(positions, "bwd_dq", *shapes, describable(k, v))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import flash_backward, flash_forward
 from nsa.kernels.bwd_preprocess import BackwardRows, preprocess
+from nsa.kernels.configs import forget
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.hopper import available, flash_dkdv, flash_dq, portable
 from nsa.kernels.hopper import flash_backward as hopper
@@ -111,28 +113,41 @@ def test_copies_of_what_is_kept_a_row_start_at_multiples_of_16_bytes(
         assert query * torch.float32.itemsize % 16 == 0, place
 
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor, BackwardRows, None]
-
-
-def drawn(group: int = 4, dim: int = 64, dtype: torch.dtype = torch.bfloat16, head_major: bool = True) -> Given:
-    k = torch.randn(2, 40, 2, dim, dtype=dtype)
+def drawn(
+    branch: str = "sliding_window_attention",
+    group: int = 4,
+    dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    head_major: bool = True,
+    num_keys: int = 1000,
+) -> tuple[Any, ...]:
+    k = torch.randn(2, num_keys, 2, dim, dtype=dtype)
     q = torch.randn(2, 40, 2 * group, dim, dtype=dtype)
     rows = torch.zeros(2, 48, 2 * group)[:, :40]
     if head_major:
         rows = torch.zeros(2, 2 * group, 48)[..., :40].transpose(1, 2)
-    return torch.randn_like(q), q, k, torch.randn_like(k), BackwardRows(rows, rows), None
+    positions = BRANCHES[branch](CONFIG, num_keys)
+    return positions, torch.randn_like(q), q, k, torch.randn_like(k), BackwardRows(rows, rows), None
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32, 64])
-@pytest.mark.parametrize("dim", [64, 128])
+@each_branch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_they_take(group: int, dim: int, dtype: torch.dtype) -> None:
-    assert hopper.applies(*drawn(group, dim, dtype))
+def test_what_they_take(group: int, branch: str, dtype: torch.dtype) -> None:
+    assert hopper.applies(*drawn(branch, group, dtype=dtype))
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"group": 3}, {"group": 128}, {"dim": 96}, {"dim": 192}, {"dtype": torch.float32}, {"head_major": False}],
+    [
+        {"group": 3},
+        {"group": 128},
+        {"dim": 96},
+        {"dim": 192},
+        {"dtype": torch.float32},
+        {"head_major": False},
+        {"branch": "compressed_attention", "num_keys": 500},
+    ],
     ids=str,
 )
 def test_what_they_leave_to_triton(given: dict[str, Any]) -> None:
@@ -210,13 +225,15 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         return counted
 
+    monkeypatch.setattr(hopper, "LEAST_KEYS", dict.fromkeys(product((64, 128), (True, False)), 0))
+    forget()
     monkeypatch.setattr(flash_dkdv, "write_dkdv", counting(flash_dkdv.write_dkdv))
     monkeypatch.setattr(flash_dq, "write_dq", counting(flash_dq.write_dq))
     return calls
 
 
 CASES = [
-    Case("one_tile", whole(7), kv_heads=1, group=16, key_dim=128, value_dim=128, config=CONFIG),
+    Case("one_tile", whole(47), kv_heads=1, group=16, key_dim=128, value_dim=128, config=CONFIG),
     Case("tiles", whole(1100), kv_heads=2, group=16, key_dim=128, value_dim=128, config=CONFIG),
     Case("batch", whole(701), batch=3, kv_heads=2, group=4, key_dim=64, value_dim=64, config=CONFIG),
     Case("group_1", whole(901), kv_heads=3, group=1, key_dim=64, value_dim=64, config=CONFIG),
@@ -273,9 +290,7 @@ def test_what_is_not_finite_reaches_what_sees_it(place: str, what: float, branch
 
 @pytest.mark.needs_gpu
 @each_branch
-def test_a_repeated_launch_gives_the_same_bits(branch: str) -> None:
-    if not available(torch.empty(0).device):
-        pytest.skip("needs a Hopper GPU")
+def test_a_repeated_launch_gives_the_same_bits(branch: str, taken: list[Any]) -> None:
     q, dout = (torch.randn(2, 3001, 8, 64, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(2, 3001, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     launcher = recorded(lambda *given: gradients(branch, *given))
@@ -283,3 +298,4 @@ def test_a_repeated_launch_gives_the_same_bits(branch: str) -> None:
     for _ in range(4):
         for name, expected, actual in zip(GRADIENTS, first, launcher(q, k, v, dout), strict=True):
             assert_equal(actual, expected, what=name)
+    assert taken

@@ -153,7 +153,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 CASES = [
-    Case("one_tile", whole(7), kv_heads=1, group=16, key_dim=128, value_dim=128, config=CONFIG),
+    Case("one_tile", whole(47), kv_heads=1, group=16, key_dim=128, value_dim=128, config=CONFIG),
     Case("tiles", whole(1100), kv_heads=2, group=16, key_dim=128, value_dim=128, config=CONFIG),
     Case("batch", whole(701), batch=3, kv_heads=2, group=4, key_dim=128, value_dim=128, config=CONFIG),
     Case("group_1", whole(901), kv_heads=3, group=1, key_dim=128, value_dim=128, config=CONFIG),

@@ -32,15 +32,23 @@ TILE = 64
 """Keys, or rows, of a warp group."""
 
 
-def applies(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: BackwardRows, varlen: Varlen | None) -> bool:
-    """Whether the kernels take these tensors."""
+LEAST_KEYS = {(128, True): 0, (128, False): 768}
+"""Keys from which on the kernels are faster than Triton's, by head dim and whether there is a window."""
+
+
+def applies(
+    positions: PositionMap, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: BackwardRows, varlen: Varlen | None
+) -> bool:
+    """Whether the kernels take these tensors, and are faster."""
     group, dim, heads = q.shape[2] // k.shape[2], q.shape[3], q.shape[2]
+    least = LEAST_KEYS.get((dim, positions.window is not None))
     of_batch, of_token, of_head = rows.delta.stride()
     return (
         varlen is None
         and q.dtype in (torch.bfloat16, torch.float16)
         and dim == v.shape[3]
-        and dim in (64, 128)
+        and least is not None
+        and k.shape[1] >= least
         and group in (1, 2, 4, 8, 16, 32, 64)
         and describable(dout, q, k, v)
         and of_token == 1
