@@ -57,8 +57,10 @@ from nsa.kernels.primitives import (
 )
 from nsa.varlen import Varlen
 
-_MOST_SPLITS = tl.constexpr(32)
+_MOST_SPLITS = 32
 """Programs among which the queries of one key tile are split, at most: each writes a tile of partial sums."""
+
+_MOST_FLAGS = tl.constexpr(_MOST_SPLITS)
 
 _SUM_BLOCK = 1024
 """Elements of a program that adds partial sums up."""
@@ -67,7 +69,7 @@ _SUM_BLOCK = 1024
 @triton.jit
 def flagged(flags, parts):
     """NaN where one of the `parts` of this program's tile has NaN for a flag, else 0."""
-    part = tl.arange(0, _MOST_SPLITS)
+    part = tl.arange(0, _MOST_FLAGS)
     return tl.sum(tl.load(flags + tl.program_id(0) // parts * parts + part, mask=part < parts, other=0.0), 0)
 
 
@@ -360,7 +362,7 @@ def backward(
         config, constants = flash_plan(positions, "bwd_dkdv", *shapes, describable(q, dout))
         tiles, flags = count_tiles(num_keys, 1, config.BLOCK_N, offsets), None
         longest = num_queries if positions.window is None else min(num_queries, positions.window + config.BLOCK_N)
-        most = min(_MOST_SPLITS.value, cdiv(longest, config.BLOCK_M))
+        most = min(_MOST_SPLITS, cdiv(longest, config.BLOCK_M))
         programs = config.num_programs // (tiles * heads * batch)
         if on_hopper:
             programs = flash_dkdv.programs_per_key_tile(positions, k)
