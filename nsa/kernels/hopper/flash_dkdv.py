@@ -13,13 +13,13 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.configs import multiprocessors
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.hopper.flash_backward import TILE, constants
-from nsa.kernels.hopper.primitives import describe, new_barriers, store_rows
+from nsa.kernels.hopper.primitives import describe, load_tile, new_barriers, store_rows
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LOG2E, cdiv
 
@@ -82,8 +82,8 @@ def _dkdv_producer(
     ready, full, free = barriers
     _, batch, head, first, query, count = _dkdv_place(sizes, STRIDE, LAST, WINDOWED)
     mbarrier.expect(ready, k.block_type.nbytes + v.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [batch, head, first, 0], ready, keys)
-    tma.async_copy_global_to_shared(v, [batch, head, first, 0], ready, values)
+    load_tile(k, [batch, head, first, 0], ready, keys)
+    load_tile(v, [batch, head, first, 0], ready, values)
     for n in range(0, count * G):
         stage = n % STAGES
         row = query + n // G * BLOCK
@@ -95,10 +95,10 @@ def _dkdv_producer(
             arrived,
             q.block_type.nbytes + dout.block_type.nbytes + lse2.block_type.nbytes + delta.block_type.nbytes,
         )
-        tma.async_copy_global_to_shared(q, [batch, query_head, row, 0], arrived, queries.index(stage))
-        tma.async_copy_global_to_shared(lse2, [of_row, row], arrived, lse2s.index(stage))
-        tma.async_copy_global_to_shared(dout, [batch, query_head, row, 0], arrived, douts.index(stage))
-        tma.async_copy_global_to_shared(delta, [of_row, row], arrived, deltas.index(stage))
+        load_tile(q, [batch, query_head, row, 0], arrived, queries.index(stage))
+        load_tile(lse2, [of_row, row], arrived, lse2s.index(stage))
+        load_tile(dout, [batch, query_head, row, 0], arrived, douts.index(stage))
+        load_tile(delta, [of_row, row], arrived, deltas.index(stage))
 
 
 @gluon.jit

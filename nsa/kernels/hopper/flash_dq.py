@@ -11,12 +11,12 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.hopper.flash_backward import TILE, constants
-from nsa.kernels.hopper.primitives import describe, new_barriers, store_rows
+from nsa.kernels.hopper.primitives import describe, load_tile, new_barriers, store_rows
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LOG2E, cdiv
 
@@ -66,15 +66,15 @@ def _dq_producer(
     mbarrier.expect(ready, CONSUMERS * (q.block_type.nbytes + dout.block_type.nbytes))
     for H in gl.static_range(CONSUMERS):
         token = tile * (ROWS // G) + H * (OWN // G)
-        tma.async_copy_global_to_shared(q, [batch, token, head * G, 0], ready, queries.index(H))
-        tma.async_copy_global_to_shared(dout, [batch, token, head * G, 0], ready, douts.index(H))
+        load_tile(q, [batch, token, head * G, 0], ready, queries.index(H))
+        load_tile(dout, [batch, token, head * G, 0], ready, douts.index(H))
     for n in range(0, count):
         stage = n % STAGES
         arrived = full.index(stage)
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(arrived, k.block_type.nbytes + v.block_type.nbytes)
-        tma.async_copy_global_to_shared(k, [batch, head, first + n * BLOCK, 0], arrived, keys.index(stage))
-        tma.async_copy_global_to_shared(v, [batch, head, first + n * BLOCK, 0], arrived, values.index(stage))
+        load_tile(k, [batch, head, first + n * BLOCK, 0], arrived, keys.index(stage))
+        load_tile(v, [batch, head, first + n * BLOCK, 0], arrived, values.index(stage))
 
 
 @gluon.jit

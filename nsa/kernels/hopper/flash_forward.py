@@ -22,8 +22,7 @@ What is not finite is not treated here. A row whose sums are not finite gets NaN
 has the Triton kernel compute such rows again.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -37,10 +36,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.configs import multiprocessors
 from nsa.kernels.flash_tiles import LENGTHS, PositionMap, count_visible, row_tile
+from nsa.kernels.hopper.primitives import describe, load_tile, store_tile
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LN2, cdiv, describable, online_softmax_update
 
@@ -116,19 +115,17 @@ def _produce(
             read = (load // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), read)
             mbarrier.expect(k_full.index(slot), k_tiles.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_tiles, [batch, head, row, 0], k_full.index(slot), k_ring.index(slot))
+            load_tile(k_tiles, [batch, head, row, 0], k_full.index(slot), k_ring.index(slot))
             if i == 0:
                 # After the first keys, for which there may be room before the last tile's queries are read.
                 for c in gl.static_range(_CONSUMERS):
                     mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                     mbarrier.expect(q_full.index(c), q_tiles.block_type.nbytes)
                     token = (first + c * _ROWS) // G
-                    tma.async_copy_global_to_shared(
-                        q_tiles, [batch, token, head * G, 0], q_full.index(c), q_place.index(c)
-                    )
+                    load_tile(q_tiles, [batch, token, head * G, 0], q_full.index(c), q_place.index(c))
             mbarrier.wait(v_empty.index(slot), read)
             mbarrier.expect(v_full.index(slot), v_tiles.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_tiles, [batch, head, row, 0], v_full.index(slot), v_ring.index(slot))
+            load_tile(v_tiles, [batch, head, row, 0], v_full.index(slot), v_ring.index(slot))
             load += 1
 
 
@@ -225,7 +222,7 @@ def _consume(
         acc *= gl.convert_layout(1.0 / row_sum, OF_SUM)[:, None]
         out_place.index(CONSUMER).reshape([_ROWS, D]).store(acc.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_tiles, [batch, first // G, head * G, 0], out_place.index(CONSUMER))
+        store_tile(out_tiles, [batch, first // G, head * G, 0], out_place.index(CONSUMER))
     tma.store_wait(0)
 
 
@@ -295,16 +292,6 @@ SHAPES = {
 """By head dim and whether there is a window, where it was measured to be faster than Triton's kernel."""
 
 
-@lru_cache(maxsize=256)
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(dtype).removeprefix("torch.")))
-
-
-def describe(x: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
-    """Descriptor of a tensor, in boxes of this shape."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), _layout(box, x.dtype))
-
-
 def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes these tensors, of one sequence a batch row."""
     group, dim = q.shape[2] // k.shape[2], q.shape[3]
@@ -337,7 +324,8 @@ def forward(
     total = num_tiles * heads * batch
     rows, keys = (1, _ROWS.value // group, group, dim), (1, 1, shape.BLOCK_N, dim)
     _forward_kernel[(min(total, multiprocessors(q.device)), 1, 1)](
-        describe(q, rows), describe(k.transpose(1, 2), keys), describe(v.transpose(1, 2), keys), describe(out, rows),
+        describe(q, *rows), describe(k.transpose(1, 2), *keys), describe(v.transpose(1, 2), *keys),
+        describe(out, *rows),
         lse, total, num_tiles, heads, num_queries, num_tokens, num_keys, positions.window or 0, scale_log2,
         STRIDE=positions.stride, LAST=positions.last, WINDOWED=windowed, G=group, D=dim,
         **shape._asdict(), num_warps=4,

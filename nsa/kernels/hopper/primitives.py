@@ -1,16 +1,31 @@
-"""Primitives of the kernels for Hopper: descriptors, barriers of a ring, rows stored."""
+"""Primitives of the kernels for Hopper: descriptors, barriers of a ring, rows stored.
 
+Gluon is experimental, and releases of Triton rename parts of it: what several names stand for has one here.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.9, 3.6
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global  # 3.9, 3.6
+
+
+@lru_cache(maxsize=256)
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def describe(x: Tensor, *box: int) -> TensorDescriptor:
     """Descriptor of a tensor in boxes of this shape."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(x.dtype).removeprefix("torch.")))
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), _layout(box, x.dtype))
 
 
 @gluon.jit

@@ -41,6 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.block_index import Packing
 from nsa.kernels.configs import HopperTileConfig
+from nsa.kernels.hopper.primitives import barrier, describe, load_tile, store_tile
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LN2, LOG2E, Heads, describable, logit_factor
 from nsa.kernels.selected_by_tile import most_keys, schedule_tiles
@@ -64,8 +65,6 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "shift", "num_tiles")
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
-
 
 @gluon.jit
 def _new_barriers():
@@ -78,7 +77,7 @@ def _new_barriers():
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
     return q_full, k_full, v_full
 
 
@@ -86,8 +85,8 @@ def _new_barriers():
 def _ask(tiles, buffer, full, batch, token, head, wanted):
     """Starts to load the tile at these coordinates, if it is wanted, when all warps are through with the last one."""
     mbarrier.expect(full, tiles.block_type.nbytes, pred=wanted)
-    _barrier()
-    tma.async_copy_global_to_shared(tiles, [batch, token, head, 0], full, buffer, pred=wanted)
+    barrier()
+    load_tile(tiles, [batch, token, head, 0], full, buffer, pred=wanted)
 
 
 @gluon.jit
@@ -140,7 +139,7 @@ def _clean(rows):
     bad = gl.max((~(gl.abs(x.to(gl.float32)) < float("inf"))).to(gl.int32), 1)
     rows.store(gl.where((bad > 0)[:, None], 0.0, x).to(x.dtype))
     fence_async_shared()
-    _barrier()
+    barrier()
     return gl.convert_layout(bad, _COLUMN) > 0
 
 
@@ -246,7 +245,7 @@ def _forward_kernel(
     q_rows.store(out.to(q_tiles.dtype))
     fence_async_shared()
     tile, head, batch = _find_program(program, num_tiles, HEADS)
-    tma.async_copy_shared_to_global(out_tiles, [batch, tile * QUERIES, head * G, 0], q_buffer)
+    store_tile(out_tiles, [batch, tile * QUERIES, head * G, 0], q_buffer)
     tma.store_wait(0)
 
 
@@ -300,7 +299,7 @@ def _walk_dq(
         ds = gl.exp2(s * factor - base[:, None]) * (dp - row_delta[:, None])
         if CLEAN:
             ds = gl.where(visible, ds, 0.0)
-            _barrier()
+            barrier()
             _clean(k_rows)
         dq = warpgroup_mma(gl.convert_layout(ds.to(k_tiles.dtype), WEIGHTS), k_rows, dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=(dq,))
@@ -325,8 +324,8 @@ def _bwd_dq_kernel(
     program = gl.program_id(0)
     tile, head, batch = _find_program(program, num_tiles, HEADS)
     mbarrier.expect(q_full, q_tiles.block_type.nbytes + do_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_tiles, [batch, tile * QUERIES, head * G, 0], q_full, q_buffer)
-    tma.async_copy_global_to_shared(do_tiles, [batch, tile * QUERIES, head * G, 0], q_full, do_buffer)
+    load_tile(q_tiles, [batch, tile * QUERIES, head * G, 0], q_full, q_buffer)
+    load_tile(do_tiles, [batch, tile * QUERIES, head * G, 0], q_full, do_buffer)
     q_rows = q_buffer.reshape([_ROWS, D])
     do_rows = do_buffer.reshape([_ROWS, D])
     dq = _walk_dq(
@@ -355,7 +354,7 @@ def _bwd_dq_kernel(
         dq += q_rows.load(dq.type.layout).to(gl.float32)
     q_rows.store(dq.to(q_tiles.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dq_tiles, [batch, tile * QUERIES, head * G, 0], q_buffer)
+    store_tile(dq_tiles, [batch, tile * QUERIES, head * G, 0], q_buffer)
     tma.store_wait(0)
 
 
@@ -386,9 +385,7 @@ def applies(
 
 def _tiles(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
     """Describes `[B, T, H, D]` in tiles of some tokens and heads."""
-    box = [1, tokens, heads, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(box, _DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+    return describe(x, 1, tokens, heads, x.shape[3])
 
 
 def _options(constants: dict[str, Any], config: HopperTileConfig, scale: float) -> dict[str, Any]:
