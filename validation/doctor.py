@@ -164,6 +164,14 @@ def inspect(imports: bool = False) -> Machine:
     )
 
 
+def _for_hopper(machine: Machine) -> str:
+    """Says whether those for Hopper GPUs run, where there is one."""
+    if not any("(capability 9.0," in gpu for gpu in machine.gpus):
+        return ""
+    portable = os.environ.get("NSA_KERNELS") == "portable"
+    return " without those for Hopper (NSA_KERNELS=portable)" if portable else " with those for Hopper"
+
+
 def layers(machine: Machine) -> list[Layer]:
     """For every layer whether this machine can run it, and on what or why not."""
     gpus, processes = len(machine.gpus), int(os.environ.get("NGPU", "4"))
@@ -177,7 +185,7 @@ def layers(machine: Machine) -> list[Layer]:
         if name == "unit":
             how = "eager on the CPU; the kernels "
             if gpus:
-                how += "compiled on the GPU, and under Triton's interpreter"
+                how += f"compiled on the GPU{_for_hopper(machine)}, and under Triton's interpreter"
             elif machine.packages["triton"].version:
                 how += "under Triton's interpreter: no GPU to compile them for"
             else:

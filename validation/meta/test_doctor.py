@@ -192,6 +192,14 @@ def test_kernels_are_compiled_only_where_there_is_a_gpu() -> None:
     assert "GPU" in verdicts(machine(gpus=("H200",)))["perf"].how
 
 
+def test_whether_kernels_for_hopper_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200, a100 = (f"NVIDIA {name} (capability {number}, 80 GiB)" for name, number in (("H200", "9.0"), ("A100", "8.0")))
+    assert "with those for Hopper" in verdicts(machine(gpus=(h200,)))["unit"].how
+    assert "Hopper" not in verdicts(machine(gpus=(a100,)))["unit"].how
+    monkeypatch.setenv("NSA_KERNELS", "portable")
+    assert "without those for Hopper" in verdicts(machine(gpus=(h200,)))["unit"].how
+
+
 def test_a_gpu_torch_cannot_use_is_mentioned() -> None:
     assert doctor.describe_gpus(machine()) == "none"
     assert "CUDA build" in doctor.describe_gpus(machine(driver="580.1"))

@@ -1,9 +1,11 @@
 """Kernels for Hopper alone, in Gluon: faster twins of some of Triton's, which name producers, rings and barriers.
 
 A Triton kernel stays beside each of these. It is the reference, and it runs wherever the other does not apply: on other
-GPUs, for other dtypes and head dims, for packed sequences, and inside `portable`.
+GPUs, for other dtypes and head dims, for packed sequences, inside `portable`, and with NSA_KERNELS=portable in the
+environment.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +16,18 @@ import triton
 
 from nsa.kernels.configs import forget
 
-_portably = 0
+OPTION = "NSA_KERNELS"
+"""The variable of the environment that chooses: `auto`, or `portable` for Triton's kernels everywhere."""
+
+
+def _chosen() -> str:
+    chosen = os.environ.get(OPTION, "auto")
+    if chosen not in ("auto", "portable"):
+        raise ValueError(f'{OPTION} must be "auto" or "portable", got {chosen!r}')
+    return chosen
+
+
+_portably = int(_chosen() == "portable")
 
 
 @contextmanager
