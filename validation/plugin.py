@@ -183,6 +183,19 @@ def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
     # A CPU is the default anyway. Set as such, it is looked up by every call, which PyTorch's compiler follows too.
     with torch.device("cuda") if torch.cuda.is_available() and "cuda" in usable else nullcontext():
         yield
+    give_back_memory()
+
+
+_KEPT = 2 << 30
+"""Bytes of a GPU that a process may keep for its next test."""
+
+
+def give_back_memory() -> None:
+    """Frees what PyTorch keeps of a GPU, if it is much: where tests run in parallel, others need it."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > _KEPT:
+        torch.cuda.empty_cache()
 
 
 # Expected failures.

@@ -345,6 +345,18 @@ def test_the_command_of_a_run_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPa
     assert shlex.split(reports.command_line("a.tasks", given)) == ["python", "-m", "a.tasks", *given]
 
 
+@pytest.mark.parametrize(("kept", "freed"), [(1 << 30, 0), (14 << 30, 1)])
+def test_a_process_keeps_little_of_a_gpu_for_its_next_test(
+    kept: int, freed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: kept)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
+    plugin.give_back_memory()
+    assert len(calls) == freed
+
+
 # 5. Order, seeds and the report.
 
 
