@@ -100,7 +100,7 @@ def _compile_for(architecture: str) -> dict[str, int]:
     compile_whole, compile_and_launch = triton.compiler.compile, JITFunction.run
 
     def compile_until_found(*arguments: Any, **named: Any) -> Found:
-        """What a kernel keeps of a variant, which is compiled once."""
+        """Compiles a variant of a kernel, and returns what the kernel keeps of it: the next call finds that."""
         try:
             compile_whole(*arguments, **named)
         except Found as result:

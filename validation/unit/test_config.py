@@ -1,4 +1,4 @@
-"""What a configuration says of its blocks, against sets written down here; test_errors.py has what it refuses."""
+"""The blocks that a configuration forces, against sets written down here; test_errors.py has what it refuses."""
 
 import subprocess
 import sys

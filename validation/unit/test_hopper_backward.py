@@ -1,10 +1,6 @@
 """The Hopper kernels of the backward pass of the compressed and of the window branch: how they compile, what they take,
 what they compute."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +23,7 @@ from validation.comparison import compare
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.stages import STAGES
+from validation.unit.compiled import compile_for_hopper
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -36,36 +33,18 @@ BRANCHES = {"compressed_attention": PositionMap.compressed, "sliding_window_atte
 each_branch = pytest.mark.parametrize("branch", BRANCHES)
 GRADIENTS = ("dq", "dk", "dv")
 
-COMPILED = """
-import json, re, subprocess, tempfile, torch, triton
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime.jit import JITFunction
-from nsa.config import NSAConfig
+LAUNCHES = """
 from nsa.kernels.bwd_preprocess import BackwardRows
-from nsa.kernels.flash_tiles import PositionMap
 from nsa.kernels.hopper import flash_dkdv, flash_dq
-from validation.offline import Absent
 
-triton.runtime.driver.set_active(Absent("sm90"))
-launch, found = JITFunction.run, []
-
-def compile_alone(kernel, *arguments, **named):
-    compiled = launch(kernel, *arguments, **{**named, "warmup": True})
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"].encode())
-        file.flush()
-        told = subprocess.run(
-            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
-            capture_output=True, text=True, check=True,
-        ).stderr
-    found.append({
-        "name": kernel.__name__,
-        "shared": compiled.metadata.shared,
+def look(compiled):
+    told = ask(compiled, "ptx", get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null")
+    return {
+        "name": compiled.metadata.name,
         "serialized": "serialized" in told,
         "spilled": int(re.search(r"(\\d+) bytes spill loads", told).group(1)),
-    })
+    }
 
-JITFunction.run = compile_alone
 for dim, group, branch in ((128, 16, PositionMap.sliding), (64, 4, PositionMap.compressed)):
     q = torch.zeros(1, 300, 2 * group, dim, dtype=torch.bfloat16)
     k = torch.zeros(1, 300, 2, dim, dtype=torch.bfloat16)
@@ -74,15 +53,11 @@ for dim, group, branch in ((128, 16, PositionMap.sliding), (64, 4, PositionMap.c
     given = (branch(NSAConfig(), 300), q, q, k, k)
     flash_dkdv.write_dkdv(*given, rows, lse, k[None].clone(), k[None].clone(), 300, 0.1)
     flash_dq.write_dq(*given, lse, rows, lse, q.clone(), True, 300, 0.1)
-print(json.dumps(found))
 """
 
 
 def test_they_compile_to_overlapping_products_and_fit() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = compile_for_hopper(LAUNCHES)
     assert len(found) == 4
     for kernel in found:
         assert not kernel["serialized"], kernel

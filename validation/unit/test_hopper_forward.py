@@ -1,9 +1,5 @@
 """The Hopper kernel of the compressed and of the window branch: how it compiles, what it takes, what it computes."""
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ from validation.comparison import compare
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.stages import STAGES
+from validation.unit.compiled import compile_for_hopper
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -30,40 +27,22 @@ TRITON = load("triton")
 BRANCHES = {"compressed_attention": PositionMap.compressed, "sliding_window_attention": PositionMap.sliding}
 each_branch = pytest.mark.parametrize("branch", BRANCHES)
 
-COMPILED = """
-import json, pathlib, re, subprocess, tempfile, torch, triton
-from triton.runtime.jit import JITFunction
-from nsa.config import NSAConfig
-from nsa.kernels.flash_tiles import PositionMap
+LAUNCHES = """
 from nsa.kernels.hopper import flash_forward
-from validation.offline import Absent
 
-triton.runtime.driver.set_active(Absent("sm90"))
-launch, tool = JITFunction.run, pathlib.Path(triton.__file__).with_name("backends") / "nvidia/bin/cuobjdump"
-found = []
+def look(compiled):
+    told = ask(compiled, "cubin", disassembler("cuobjdump"), "-res-usage")
+    return {"stack": int(re.search(r"STACK:(\\d+)", told).group(1))}
 
-def compile_alone(kernel, *arguments, **named):
-    compiled = launch(kernel, *arguments, **{**named, "warmup": True})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found.append({"shared": compiled.metadata.shared, "stack": int(re.search(r"STACK:(\\d+)", told).group(1))})
-
-JITFunction.run = compile_alone
 for group, branch in ((16, PositionMap.sliding), (4, PositionMap.compressed)):
     q = torch.zeros(1, 300, 2 * group, 128, dtype=torch.bfloat16)
     k = torch.zeros(1, 300, 2, 128, dtype=torch.bfloat16)
     flash_forward.forward(branch(NSAConfig(), 300), q, k, k, q.clone(), torch.zeros(1, 300, 2 * group), 300, 0.1)
-print(json.dumps(found))
 """
 
 
 def test_it_compiles_without_spilling_registers_and_fits() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = compile_for_hopper(LAUNCHES)
     assert len(found) == 2
     for kernel in found:
         assert kernel["stack"] == 0

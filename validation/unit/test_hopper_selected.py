@@ -1,9 +1,5 @@
 """The Hopper kernels of the selected branch: how they compile, what they take, what they compute."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -22,6 +18,7 @@ from validation.comparison import compare
 from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.stages import STAGES
+from validation.unit.compiled import compile_for_hopper
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -29,32 +26,18 @@ CONFIG = NSAConfig()
 TRITON = load("triton")
 KERNELS = ("selected_forward_hopper", "selected_bwd_dq_hopper")
 
-COMPILED = """
-import json, pathlib, re, subprocess, tempfile, torch, triton
-from triton.runtime.jit import JITFunction
+LAUNCHES = """
 from nsa.kernels.block_index import Packing
 from nsa.kernels.configs import HopperTileConfig
 from nsa.kernels.hopper import selected
-from validation.offline import Absent
 
-triton.runtime.driver.set_active(Absent("sm90"))
-launch, tools = JITFunction.run, pathlib.Path(triton.__file__).with_name("backends") / "nvidia/bin"
-found = []
-
-def compile_alone(kernel, *arguments, **named):
-    compiled = launch(kernel, *arguments, **{**named, "warmup": True})
-    if not kernel.is_gluon():
-        return
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+def look(compiled):
+    code = ask(compiled, "cubin", disassembler("nvdisasm"), "-c")
     products = [found.start() for found in re.finditer("HGMMA", code)]
     # The products of the first walk over the blocks are the first half.
     walk = code[products[0]:products[len(products) // 2 - 1]]
-    found.append({"shared": compiled.metadata.shared, "spilled": walk.count("STL"), "products": len(products)})
+    return {"spilled": walk.count("STL"), "products": len(products)}
 
-JITFunction.run = compile_alone
 for dim, group in ((128, 16), (64, 8)):
     q = torch.zeros(1, 300, 2 * group, dim, dtype=torch.bfloat16)
     k = torch.zeros(1, 300, 2, dim, dtype=torch.bfloat16)
@@ -65,16 +48,12 @@ for dim, group in ((128, 16), (64, 8)):
     config = HopperTileConfig(num_warps=4, num_stages=2, maxnreg=168, longest=300)
     gates = torch.zeros(1, 300, 2 * group, 3, dtype=torch.bfloat16)[..., 1]
     selected.bwd_dq(q, q, k, k, indices, lse, lse, gates, q, packing, constants, config, 0.1, True)
-print(json.dumps(found))
 """
 
 
 def test_they_compile_without_spills_in_their_loops_and_several_fit() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    # Of head dim 128 and of 64, the forward (two products a walk, made of some instructions each) and dq (three).
+    found = compile_for_hopper(LAUNCHES)
+    # Forward (two products a walk, made of some instructions each) and dq (three), of head dim 128, then of 64.
     assert [kernel["products"] for kernel in found] == [24, 40, 16, 24]
     for kernel, programs in zip(found, (4, 3, 4, 3), strict=True):
         assert kernel["spilled"] == 0
@@ -94,7 +73,7 @@ def applies(
     q, k = torch.empty(2, 40, 2 * group, dim, dtype=dtype), torch.empty(2, 40, 2, dim, dtype=dtype)
     constants = {"G": group, "BLOCK_SIZE": block_size, "PACKED": packed}
     config = HopperTileConfig(num_warps=4, num_stages=2, longest=longest)
-    return selected.applies(config, Heads.of(q, k, k), constants, num_keys, (q, k))
+    return selected.applies(config, Heads.of(q, k, k), constants, num_keys, (q, k, k))
 
 
 @pytest.mark.parametrize("group", [8, 16, 32])
