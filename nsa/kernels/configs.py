@@ -316,8 +316,8 @@ def override(kernel: str, **values: Any) -> Iterator[None]:
 
 def forget() -> None:
     """Forgets whatever was derived from configurations that are about to change."""
-    for forget in _FORGET:
-        forget()
+    for each in _FORGET:
+        each()
 
 
 def _check_fields(kernel: str, values: dict[str, Any]) -> None:

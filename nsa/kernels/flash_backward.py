@@ -61,13 +61,14 @@ _MOST_SPLITS = 32
 """Programs among which the queries of one key tile are split, at most: each writes a tile of partial sums."""
 
 _MOST_FLAGS = tl.constexpr(_MOST_SPLITS)
+"""Flags of a tile, of which each split has one."""
 
 _SUM_BLOCK = 1024
 """Elements of a program that adds partial sums up."""
 
 
 @triton.jit
-def flagged(flags, parts):
+def _flagged(flags, parts):
     """NaN where one of the `parts` of this program's tile has NaN for a flag, else 0."""
     part = tl.arange(0, _MOST_FLAGS)
     return tl.sum(tl.load(flags + tl.program_id(0) // parts * parts + part, mask=part < parts, other=0.0), 0)
@@ -86,7 +87,7 @@ def _bwd_dq_kernel(
     """`dq` of a tile of rows, added to what is there with ADD; with `flags`, of the tiles that have one."""
     poisoned = 1.0
     if flags is not None:
-        poisoned = flagged(flags, 1)
+        poisoned = _flagged(flags, 1)
     for CLEAN in tl.static_range(0 if flags is None else 1, 2):
         if poisoned != 0:
             head, batch, first, query_start, num_queries, shift, key_start, key_first, key_stop, count, a, b = row_tile(
@@ -175,7 +176,7 @@ def _bwd_dkdv_kernel(
     that of the split."""
     poisoned = 1.0
     if flags is not None:
-        poisoned = flagged(flags, num_splits)
+        poisoned = _flagged(flags, num_splits)
     for CLEAN in tl.static_range(0 if flags is None else 1, 2):
         if poisoned != 0:
             tile, head, batch = find_program(program_of(poisoned, CLEAN), num_tiles * num_splits, HEADS)

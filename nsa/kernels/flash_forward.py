@@ -32,6 +32,7 @@ from nsa.kernels.flash_tiles import (
     row_tile,
 )
 from nsa.kernels.hopper import available
+from nsa.kernels.hopper import flash_forward as hopper
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
@@ -229,18 +230,15 @@ def forward(
     strides = (q.stride()[:3], k.stride()[:3], v.stride()[:3], out.stride()[:3], lse.stride(0))
     lengths = (num_queries, num_tokens, num_keys, positions.window or 0)
     scale_log2 = scale * LOG2E.value
-    if available(q.device) and varlen is None:
-        from nsa.kernels.hopper import flash_forward as hopper  # which imports Gluon
-
-        if hopper.applies(q, k, v):
-            rows = num_queries * query_heads // heads
-            tiles, runs = cdiv(rows, _CLEAN_ROWS.value), cdiv(rows, _RUN.value)
-            with torch.cuda.device_of(q):
-                hopper.forward(positions, q, k, v, out, lse, num_tokens, scale_log2)
-                _clean_kernel[(runs * heads * batch, 1, 1)](
-                    q, k, v, out, lse, *strides, *lengths, tiles, runs, heads, scale_log2, **constants
-                )
-            return out, lse
+    if available(q.device) and varlen is None and hopper.applies(q, k, v):
+        rows = num_queries * query_heads // heads
+        tiles, runs = cdiv(rows, _CLEAN_ROWS.value), cdiv(rows, _RUN.value)
+        with torch.cuda.device_of(q):
+            hopper.forward(positions, q, k, v, out, lse, num_tokens, scale_log2)
+            _clean_kernel[(runs * heads * batch, 1, 1)](
+                q, k, v, out, lse, *strides, *lengths, tiles, runs, heads, scale_log2, **constants
+            )
+        return out, lse
     offsets = positions.offsets(varlen)
     tiles = count_tiles(num_queries, query_heads // heads, config.BLOCK_M, offsets)
     with torch.cuda.device_of(q):

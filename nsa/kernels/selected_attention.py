@@ -56,7 +56,8 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
 def _query_major(
     kernel: str, heads: Heads, constants: dict[str, Any], num_keys: int, *tensors: Tensor
 ) -> tuple[Any, KernelConfig]:
-    """The module whose launchers are taken, given the tensors `[B, T, H, D]`, and the configuration of theirs."""
+    """The module whose launchers are taken, given the tensors `[B, T, H, D]`, `q`, `k` and `v` first, and the
+    configuration of theirs."""
     device = tensors[0].device
     if available(device):
         on_hopper = heads.config(f"{kernel}_hopper", device)
@@ -152,7 +153,7 @@ def gradients(
     key_major = kernel.key_major
     with torch.cuda.device_of(q):
         if not key_major:
-            way, config_dq = _query_major("selected_bwd_dq", heads, constants, num_keys, dout, q, k, v, dq)
+            way, config_dq = _query_major("selected_bwd_dq", heads, constants, num_keys, q, k, v, dout, dq)
             way.bwd_dq(dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants, config_dq, scale, add)
         selected_by_block.bwd_dkdv(
             dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, kernel, scale,

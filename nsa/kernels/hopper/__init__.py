@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 import triton
@@ -44,12 +43,11 @@ def portable() -> Iterator[None]:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels of this package may run on a device: a Hopper GPU, with Gluon, outside `portable`."""
+    """Whether the kernels of this package may run on a device: a Hopper GPU, outside `portable`."""
     return not _portably and _runs(device)
 
 
 @cache
 def _runs(device: torch.device) -> bool:
-    if triton.knobs.runtime.interpret or device.type != "cuda" or find_spec("triton.experimental.gluon") is None:
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    compiled = device.type == "cuda" and not triton.knobs.runtime.interpret
+    return compiled and torch.cuda.get_device_capability(device) == (9, 0)

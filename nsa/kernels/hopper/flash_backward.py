@@ -20,12 +20,11 @@ launcher has the Triton kernel compute flagged tiles again.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.flash_tiles import PositionMap
-from nsa.kernels.primitives import describable
+from nsa.kernels.hopper.primitives import describable_heads
 from nsa.varlen import Varlen
 
 TILE = 64
@@ -40,20 +39,16 @@ def applies(
     positions: PositionMap, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: BackwardRows, varlen: Varlen | None
 ) -> bool:
     """Whether the kernels take these tensors, and are faster."""
-    group, dim, heads = q.shape[2] // k.shape[2], q.shape[3], q.shape[2]
-    least = LEAST_KEYS.get((dim, positions.window is not None))
+    least = LEAST_KEYS.get((q.shape[3], positions.window is not None))
     of_batch, of_token, of_head = rows.delta.stride()
     return (
         varlen is None
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and dim == v.shape[3]
         and least is not None
         and k.shape[1] >= least
-        and group in (1, 2, 4, 8, 16, 32, 64)
-        and describable(dout, q, k, v)
+        and describable_heads(q, k, v, dout)
         and of_token == 1
         and of_head % 4 == 0
-        and of_batch == of_head * heads
+        and of_batch == of_head * q.shape[2]
     )
 
 

@@ -24,7 +24,6 @@ has the Triton kernel compute such rows again.
 
 from typing import NamedTuple
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -39,9 +38,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.kernels.configs import multiprocessors
 from nsa.kernels.flash_tiles import LENGTHS, PositionMap, count_visible, row_tile
-from nsa.kernels.hopper.primitives import describe, load_tile, store_tile
+from nsa.kernels.hopper.primitives import describable_heads, describe, load_tile, store_tile
 from nsa.kernels.launches import recordable
-from nsa.kernels.primitives import LN2, cdiv, describable, online_softmax_update
+from nsa.kernels.primitives import LN2, cdiv, online_softmax_update
 
 _ROWS = tl.constexpr(64)
 """Rows of a consumer: those of one instruction of the matrix unit."""
@@ -254,7 +253,7 @@ def _forward_kernel(
     places = (q_place, k_ring, v_ring)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (num_tiles, HEADS, num_queries, num_tokens, num_keys, window)
-    # Of the registers of three warp groups, consumers get REGISTERS a thread and the producer the rest.
+    # A thread of a consumer gets REGISTERS registers, and one of the producer gets what is left.
     gl.warp_specialize(
         [
             (_consume, (
@@ -294,14 +293,7 @@ SHAPES = {
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes these tensors, of one sequence a batch row."""
-    group, dim = q.shape[2] // k.shape[2], q.shape[3]
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and dim == v.shape[3]
-        and (dim, True) in SHAPES
-        and group in (1, 2, 4, 8, 16, 32, 64)
-        and describable(q, k, v)
-    )
+    return (q.shape[3], True) in SHAPES and describable_heads(q, k, v)
 
 
 def forward(

@@ -13,9 +13,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa.kernels.primitives import describable
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # 3.9, 3.6
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global  # 3.9, 3.6
+
+
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+"""Query heads of a KV head, for which a tile of 64 rows has whole queries."""
+
+
+def describable_heads(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Whether tiles can be described of these tensors `[B, T, H, D]`, whose keys and values have the same width."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[3] == v.shape[3]
+        and q.shape[2] // k.shape[2] in GROUPS
+        and describable(q, k, v, *others)
+    )
 
 
 @lru_cache(maxsize=256)

@@ -26,7 +26,6 @@ more (CLEAN), leaves rows that are not finite out of the products, and gives NaN
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,9 +40,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.kernels.block_index import Packing
 from nsa.kernels.configs import HopperTileConfig
-from nsa.kernels.hopper.primitives import barrier, describe, load_tile, store_tile
+from nsa.kernels.hopper.primitives import barrier, describable_heads, describe, load_tile, store_tile
 from nsa.kernels.launches import recordable
-from nsa.kernels.primitives import LN2, LOG2E, Heads, describable, logit_factor
+from nsa.kernels.primitives import LN2, LOG2E, Heads, find_program, logit_factor
 from nsa.kernels.selected_by_tile import most_keys, schedule_tiles
 
 _ROWS = gl.constexpr(64)
@@ -59,8 +58,6 @@ _COLUMN = gl.constexpr(gl.SliceLayout(0, _LOGITS.value))
 
 _LOWEST = gl.constexpr(-3.4028234663852886e38)
 """Where maxima begin: the lowest of all numbers, because the difference of two infinities is NaN."""
-
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_queries", "shift", "num_tiles")
@@ -90,12 +87,6 @@ def _ask(tiles, buffer, full, batch, token, head, wanted):
 
 
 @gluon.jit
-def _find_program(program, num_tiles, HEADS):
-    """A program's tile, KV head and batch row."""
-    return program % num_tiles, program // num_tiles % HEADS, program // num_tiles // HEADS
-
-
-@gluon.jit
 def _again(program, poisoned):
     """The same number, as `poisoned` is 0 or NaN. The compiler does not know that, and so finds what is needed after a
     walk anew, instead of keeping it in registers throughout."""
@@ -107,7 +98,7 @@ def _find_rows(
     program, num_queries, num_tiles, HEADS, QUERIES: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """Rows of a tile: number among all rows, and which there are."""
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     row = gl.arange(0, _ROWS, layout=LAYOUT)
     query = tile * QUERIES + row // G
     place = ((batch.to(gl.int64) * num_queries + query) * HEADS + head) * G + row % G
@@ -167,7 +158,7 @@ def _walk_forward(
     row_sum = gl.zeros([_ROWS], gl.float32, layout=_ROW)
     acc = gl.zeros([_ROWS, D], gl.float32, layout=SUMS)
 
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     least = tile * QUERIES + shift
     count = gl.load(counts + program)
     loaded = count if CLEAN else 0
@@ -225,7 +216,7 @@ def _forward_kernel(
     q_full, k_full, v_full = _new_barriers()
 
     program = gl.program_id(0)
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     _ask(q_tiles, q_buffer, q_full, batch, tile * QUERIES, head * G, True)
     q_rows = q_buffer.reshape([_ROWS, D])
     out, row_lse = _walk_forward(
@@ -244,7 +235,7 @@ def _forward_kernel(
     gl.store(lse + place, row_lse, mask=inside)
     q_rows.store(out.to(q_tiles.dtype))
     fence_async_shared()
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     store_tile(out_tiles, [batch, tile * QUERIES, head * G, 0], q_buffer)
     tma.store_wait(0)
 
@@ -268,7 +259,7 @@ def _walk_dq(
     row_lse2 = gl.load(lse + place, mask=inside, other=0.0) * LOG2E
     row_delta = gl.load(delta + place, mask=inside, other=0.0)
 
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     least = tile * QUERIES + shift
     count = gl.load(counts + program)
     loaded = count if CLEAN else 0
@@ -322,7 +313,7 @@ def _bwd_dq_kernel(
     q_full, k_full, v_full = _new_barriers()
 
     program = gl.program_id(0)
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     mbarrier.expect(q_full, q_tiles.block_type.nbytes + do_tiles.block_type.nbytes)
     load_tile(q_tiles, [batch, tile * QUERIES, head * G, 0], q_full, q_buffer)
     load_tile(do_tiles, [batch, tile * QUERIES, head * G, 0], q_full, do_buffer)
@@ -340,7 +331,7 @@ def _bwd_dq_kernel(
             schedule, counts, num_queries, shift, num_tiles, factor, HEADS, NUM_SELECTED, QUERIES, G, NEGATIVE, True,
         )  # fmt: skip
 
-    tile, head, batch = _find_program(program, num_tiles, HEADS)
+    tile, head, batch = find_program(program, num_tiles, HEADS)
     ROWS: gl.constexpr = gl.SliceLayout(1, dq.type.layout)
     times = gl.full([_ROWS], 1.0, gl.float32, layout=ROWS) * scale
     if gate is not None:
@@ -369,17 +360,16 @@ def _queries_of(group: int) -> int:
 def applies(
     config: HopperTileConfig, heads: Heads, constants: dict[str, Any], num_keys: int, tensors: Sequence[Tensor]
 ) -> bool:
-    """Whether there are kernels for these heads, blocks and tensors, and the sequences are not too long for tiles."""
+    """Whether there are kernels for these heads, blocks and tensors, `q`, `k` and `v` first, and the sequences are not
+    too long for tiles."""
     return (
         num_keys <= config.longest
-        and heads.dtype in _DTYPES
-        and heads.dk == heads.dv
         and heads.dk in (64, 128)
         and heads.group in (8, 16, 32)
         and constants["BLOCK_SIZE"] == _BLOCK.value
         and not constants["PACKED"]
         and num_keys <= most_keys(_queries_of(heads.group))
-        and describable(*tensors)
+        and describable_heads(*tensors)
     )
 
 
