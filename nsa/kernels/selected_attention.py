@@ -16,7 +16,8 @@ There are two ways to bring queries and blocks together:
 
 `dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
 head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The
-field `key_major` of the configuration chooses.
+field `key_major` of the configuration chooses between Triton's kernels. On Hopper, tiles are taken up to the `longest`
+sequences for which they are faster than either.
 """
 
 from typing import Any, cast
@@ -54,15 +55,21 @@ def _constants(heads: Heads, num_selected: int, block_size: int, packed: bool) -
 
 
 def _query_major(
-    kernel: str, heads: Heads, constants: dict[str, Any], num_keys: int, *tensors: Tensor
-) -> tuple[Any, KernelConfig]:
-    """The module whose launchers are taken, given the tensors `[B, T, H, D]`, `q`, `k` and `v` first, and the
-    configuration of theirs."""
+    kernel: str, key_major: bool, heads: Heads, constants: dict[str, Any], num_keys: int, *tensors: Tensor
+) -> tuple[Any, KernelConfig] | None:
+    """The module whose query-major launchers are taken and the configuration of theirs, or None for the key-major ones.
+
+    Args:
+        key_major: whether these are faster than query-major kernels written in Triton.
+        tensors: `[B, T, H, D]`, `q`, `k` and `v` first.
+    """
     device = tensors[0].device
     if available(device):
         on_hopper = heads.config(f"{kernel}_hopper", device)
         if selected_on_hopper.applies(on_hopper, heads, constants, num_keys, tensors):
             return selected_on_hopper, on_hopper
+    if key_major:
+        return None
     tiles = heads.config(f"{kernel}_tiles", device)
     if selected_by_tile.applies(tiles, heads.group, num_keys):
         return selected_by_tile, tiles
@@ -88,11 +95,11 @@ def forward(
     packing = Packing.of(varlen, num_keys, config.select_block_size)
     heads = Heads.of(q, k, v)
     constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
-    way: Any
-    if heads.config("selected_forward", q.device).key_major:
-        way, kernel = selected_by_block, heads.config("selected_forward_key_major", q.device)
-    else:
-        way, kernel = _query_major("selected_forward", heads, constants, num_keys, q, k, v, out)
+    key_major = heads.config("selected_forward", q.device).key_major
+    way, kernel = _query_major("selected_forward", key_major, heads, constants, num_keys, q, k, v, out) or (
+        selected_by_block,
+        heads.config("selected_forward_key_major", q.device),
+    )
     with torch.cuda.device_of(q):
         way.forward(q, k, v, indices, out, lse, packing, constants, kernel, scale)
     return out, lse
@@ -150,13 +157,13 @@ def gradients(
     heads = Heads.of(q, k, v)
     constants = _constants(heads, indices.shape[3], config.select_block_size, varlen is not None)
     kernel = heads.config("selected_bwd_dkdv", q.device)
-    key_major = kernel.key_major
+    query_major = _query_major("selected_bwd_dq", kernel.key_major, heads, constants, num_keys, q, k, v, dout, dq)
     with torch.cuda.device_of(q):
-        if not key_major:
-            way, config_dq = _query_major("selected_bwd_dq", heads, constants, num_keys, q, k, v, dout, dq)
+        if query_major:
+            way, config_dq = query_major
             way.bwd_dq(dout, q, k, v, indices, lse, rows.delta, gate, dq, packing, constants, config_dq, scale, add)
         selected_by_block.bwd_dkdv(
-            dout, q, k, v, indices, rows, dk, dv, dq if key_major else None, packing, constants, kernel, scale,
+            dout, q, k, v, indices, rows, dk, dv, None if query_major else dq, packing, constants, kernel, scale,
             gate is not None, add,
         )  # fmt: skip
     return dq, dk, dv

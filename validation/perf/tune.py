@@ -111,9 +111,7 @@ def _selected_tiles(group: int) -> list[Launch]:
 
 
 def _selected_on_hopper(group: int) -> list[Launch]:
-    if group < 8:
-        return []
-    return _each(num_warps=[4], num_stages=[2], maxnreg=[128, 168], longest=[1 << 20])
+    return _each(num_warps=[4], num_stages=[2], maxnreg=[96, 128, 168], longest=[1 << 20])
 
 
 def _selected_bwd_dkdv(group: int) -> list[Launch]:
@@ -146,7 +144,7 @@ KERNELS = {
         "selected_attention",
         "forward",
         _selected_forward_key_major,
-        meanwhile={"selected_forward": {"key_major": True}},
+        meanwhile={"selected_forward": {"key_major": True}, "selected_forward_hopper": {"longest": 0}},
     ),
     "selected_forward": Kernel(
         "selected_attention",
@@ -160,9 +158,7 @@ KERNELS = {
         _selected_tiles,
         meanwhile={"selected_forward": {"key_major": False}, "selected_forward_hopper": {"longest": 0}},
     ),
-    "selected_forward_hopper": Kernel(
-        "selected_attention", "forward", _selected_on_hopper, meanwhile={"selected_forward": {"key_major": False}}
-    ),
+    "selected_forward_hopper": Kernel("selected_attention", "forward", _selected_on_hopper),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
     "selected_bwd_dq": Kernel(
         "selected_attention",
@@ -180,10 +176,10 @@ KERNELS = {
         _selected_tiles,
         meanwhile={"selected_bwd_dkdv": {"key_major": False}, "selected_bwd_dq_hopper": {"longest": 0}},
     ),
-    "selected_bwd_dq_hopper": Kernel(
-        "selected_attention", "backward", _selected_on_hopper, meanwhile={"selected_bwd_dkdv": {"key_major": False}}
+    "selected_bwd_dq_hopper": Kernel("selected_attention", "backward", _selected_on_hopper),
+    "selected_bwd_dkdv": Kernel(
+        "selected_attention", "backward", _selected_bwd_dkdv, meanwhile={"selected_bwd_dq_hopper": {"longest": 0}}
     ),
-    "selected_bwd_dkdv": Kernel("selected_attention", "backward", _selected_bwd_dkdv),
 }
 
 

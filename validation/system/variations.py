@@ -27,7 +27,10 @@ VARIATIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "triton": {},
     "triton-unsplit": {name: {"SPLIT": False} for name in CONTIGUOUS},
     "triton-shares": {name: {"num_programs": 64} for name in ("window_bwd_dkdv", "compressed_bwd_dkdv")},
-    "triton-byquery": {name: {"key_major": False} for name in ("selected_forward", "selected_bwd_dkdv")},
+    "triton-byquery": {
+        **{name: {"key_major": False} for name in ("selected_forward", "selected_bwd_dkdv")},
+        **{name: {"longest": 0} for name in ("selected_forward_hopper", "selected_bwd_dq_hopper")},
+    },
 }
 """Launch parameters that are replaced, by kernel: each variation adds the same numbers in another order."""
 

@@ -24,7 +24,7 @@ _QUERY_MAJOR = {"key_major": False, "CHUNK": 8, "BLOCK_N": 32, "longest": 0}
 WAYS = {
     "by_query": {**_QUERY_MAJOR, "most_keys": 0},
     "by_tile": {**_QUERY_MAJOR, "most_keys": 1 << 20, "BLOCK_M": 32},
-    "by_block": {"key_major": True, "CHUNK": 8},
+    "by_block": {"key_major": True, "CHUNK": 8, "longest": 0},
 }
 
 

@@ -365,7 +365,7 @@ def applies(
     return (
         num_keys <= config.longest
         and heads.dk in (64, 128)
-        and heads.group in (8, 16, 32)
+        and heads.group in (4, 8, 16, 32)
         and constants["BLOCK_SIZE"] == _BLOCK.value
         and not constants["PACKED"]
         and num_keys <= most_keys(_queries_of(heads.group))
