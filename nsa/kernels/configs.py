@@ -362,7 +362,7 @@ def _interpreted(kernel: str, group: int) -> KernelConfig:
     """Small blocks: they make small tests reach tile boundaries, and the interpreter's time is by operation."""
     return _made(
         kernel, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1, TMA=False, SPLIT=True, num_programs=8,
-        key_major=group < 8, CHUNK=8, most_keys=40, longest=0,
+        key_major=group < 8, CHUNK=8, most_keys=40, longest=40,
     )  # fmt: skip
 
 

@@ -52,6 +52,9 @@ from nsa.varlen import Varlen, tensors_of, varlen_of
 WORKSPACE_BYTES = 128 << 20
 """Importances held at a time: enough queries to fill a large GPU, little beside the queries themselves."""
 
+ALIGNED = tl.constexpr(4)
+"""Importances of a query take a multiple of this many places."""
+
 # Sizes that change from call to call and are no reason to compile again.
 _LENGTHS = ("num_sequences", "num_queries", "num_tokens", "num_blocks", "first_tile", "num_tiles", "width", "span")
 
@@ -145,10 +148,11 @@ def best_candidates(
     rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
     rank = tl.where(candidate, rank, -1)
 
-    # The largest rank that at least `wanted` candidates reach lies in [low, high).
+    # At least `wanted` candidates reach `low`, and at most as many reach `high`.
     wanted = tl.minimum(own + 1, WANTED)
-    low = tl.zeros([ROWS, 1], dtype=BITS)
-    high = tl.full([ROWS, 1], FORCED + 1, dtype=BITS)
+    free = candidate & (rank < FORCED)
+    low = tl.min(tl.where(free, rank, FORCED - 1), 1)[:, None]
+    high = tl.max(tl.where(free, rank, -1), 1)[:, None] + 1
     while tl.max(tl.max(high - low, 1), 0) > 1:
         middle = low + (high - low) // 2
         reached = tl.sum((rank >= middle).to(tl.int32), 1)[:, None]
@@ -156,10 +160,15 @@ def best_candidates(
         low = tl.where(reached >= wanted, middle, low)
 
     above = rank > low
-    equal = (rank == low).to(tl.int32)
+    equal = rank == low
     spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
-    chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
-    return chosen, tl.cumsum(chosen.to(tl.int32), 1) - 1
+    # Running counts of both kinds in one number.
+    ABOVE: tl.constexpr = 2 * score.shape[1]
+    tl.static_assert(WANTED * ABOVE < 2**31, "too many blocks to count")
+    running = tl.cumsum(tl.where(above, ABOVE, equal.to(tl.int32)), 1).to(tl.uint32)
+    equals = (running % ABOVE).to(tl.int32)
+    place = (running // ABOVE).to(tl.int32) + tl.minimum(equals, spare) - 1
+    return above | (equal & (equals <= spare)), place
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -183,6 +192,8 @@ def _best_kernel(
     own = tl.where(live, (query + tokens - queries + SIZE) // SIZE - 1, -1)[:, None]
     block = tl.arange(0, CANDIDATES)[None, :]
     candidate = block <= own
+    # Neighbouring candidates are one thread's then, and running counts of them need fewer exchanges between threads.
+    width = width // ALIGNED * ALIGNED
     scores += ((batch * HEADS + head) * num_tiles * QUERIES + local_row) * width
     score = tl.load(scores + row.to(tl.int64)[:, None] * width + block, mask=candidate, other=0.0)
     chosen, place = best_candidates(score, block, own, WANTED, INITIAL, LOCAL, ROWS, BITS)
@@ -239,17 +250,18 @@ def _choose_blocks(
         taken = min(step, count - first)
         # Unless sequences are packed, the last query of the part says how far importances can reach.
         reach = num_keys - num_queries + min((first + taken) * tile_queries, num_queries)
-        width = config.num_selectable(reach if varlen is None else num_keys)
+        reached = config.num_selectable(reach if varlen is None else num_keys)
+        width = cdiv(reached, ALIGNED.value) * ALIGNED.value
         scores = q.new_empty((batch, heads, taken * tile_queries, width), dtype=dtype)
         programs = batch * heads * taken
-        parts = max(1, min(kernel.num_programs // programs, width // (4 * constants["BLOCKS"])))
-        candidates = max(16, next_power_of_2(width))
+        parts = max(1, min(kernel.num_programs // programs, reached // (4 * constants["BLOCKS"])))
+        candidates = max(16, next_power_of_2(reached))
         rows = max(1, min(tile_queries, 256 // candidates))  # few a warp, so that many warps have room
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
             _importance_kernel[(programs, parts)](
                 q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
-                k_cmp.shape[1], first, taken, width, cdiv(width, parts), scale, heads, **constants,
+                k_cmp.shape[1], first, taken, width, cdiv(reached, parts), scale, heads, **constants,
                 QUERIES=tile_queries, PACKED=varlen is not None, **kernel.compiled,
             )  # fmt: skip
             _best_kernel[(programs * (tile_queries // rows),)](
