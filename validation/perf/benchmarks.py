@@ -438,7 +438,7 @@ def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[li
 
     Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
     FlexAttention's, which take the longest to compile, for every length. The layer has no kernels of its own, nor has
-    a dense twin. What has the most kernels comes first.
+    a dense twin. What has the most kernels comes first, and passes and lengths of the whole op each by itself.
     """
     kinds: dict[tuple[object, ...], list[Benchmark]] = {}
     for b in benchmarks:
@@ -446,13 +446,20 @@ def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[li
             kinds[b.workload, b.length, b.direction] = [b]
         elif b.stage != "layer" and not b.subject.startswith("dense"):
             kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
-    # The number of candidates is a constant of the selection's kernel, and grows with the length.
-    found = [
-        [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
-        for kind in kinds.values()
-        if not wanted or any(b.id in wanted for b in kind)
-    ]
-    return sorted(found, key=lambda job: job[0].stage not in (WHOLE, "training"))
+    found: list[list[Benchmark]] = []
+    for kind in kinds.values():
+        if not wanted or any(b.id in wanted for b in kind):
+            # The number of candidates is a constant of the selection's kernel, and grows with the length.
+            job = [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
+            found += [[b] for b in job] if job[0].stage == WHOLE else [job]
+    return sorted(found, key=_rank)
+
+
+def _rank(job: Sequence[Benchmark]) -> int:
+    """The place of a job among others: backward passes call the forward too."""
+    if job[0].stage not in (WHOLE, "training"):
+        return 2
+    return 1 if job[0].direction == "forward" else 0
 
 
 def _ends(kind: Sequence[Benchmark]) -> tuple[int, int]:
