@@ -93,7 +93,8 @@ class Workload:
         `1 - rho = 0.8 (1 - kept)^2 sqrt(8192 / T)`, found by trying on W: the more blocks there are, the smaller the
         change of a query that changes which of them are the best. Of WC `rho` is 0.8 at 8k. There the operator keeps
         0.49, and 2, 4, 8, 16 and 64 neighbours have 22.6, 32.9, 49.0, 72.1 and 117.2 blocks together (of W: 0.13, and
-        27.3, 46.2, 72.4, 99.9 and 123.6); at 4k, 16k and 32k it keeps 0.54, 0.49 and 0.52. Measured by
+        27.3, 46.2, 72.4, 99.9 and 123.6); at 4k, 16k, 32k and 64k it keeps 0.54, 0.49, 0.52 and
+        0.53. Measured by
 
             python -m validation.perf.neighbours --workloads W,WC --length 8192
         """
