@@ -5,7 +5,7 @@ always the same, so what changes from step to step is the model's doing. Shares 
 heads and NSA layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -25,24 +25,33 @@ def membership(indices: Tensor, num_blocks: int) -> Tensor:
     return chosen.scatter(3, indices.long().where(indices >= 0, num_blocks), True)[..., :num_blocks]
 
 
-def selection_metrics(indices: Tensor, config: NSAConfig, before: Tensor | None = None) -> dict[str, float]:
+def selection_metrics(
+    indices: Tensor,
+    config: NSAConfig,
+    before: Tensor | None = None,
+    *,
+    first: int = 0,
+    neighbours: Sequence[int] = NEIGHBOURS,
+) -> dict[str, float]:
     """Metrics of a selection.
 
     Args:
-        indices: int32 `[B, T, Hk, N]`, those of whole sequences, `T` of at least 8.
+        indices: int32 `[B, T, Hk, N]`, those of whole sequences or of their last tokens, `T` of at least `neighbours`.
         config: of the layer.
         before: the indices of the same tokens at an earlier step.
+        first: the position of the first of the tokens.
+        neighbours: how many neighbouring queries unions are of.
 
     Returns:
         `neighbour_change`, the share of a query's blocks that the query before it did not have; `step_change`, that of
         blocks it did not have at the earlier step, where there is one; `union_4` and `union_8`, the mean number of
-        different blocks of so many neighbours; `forced`, the share of blocks that every query must take; `entropy` of
+        different blocks of so many `neighbours`; `forced`, the share of blocks that every query must take; `entropy` of
         the free choices over blocks, as a part of the largest there can be; `never`, the share of blocks that no query
         chose freely. The last two are 0 where no query has a choice.
     """
     length = indices.shape[1]
-    block = torch.arange(config.num_selectable(length), device=indices.device)
-    own = torch.arange(length, device=indices.device)[:, None] // config.select_block_size
+    block = torch.arange(config.num_selectable(first + length), device=indices.device)
+    own = torch.arange(first, first + length, device=indices.device)[:, None] // config.select_block_size
     chosen = membership(indices, len(block))
     count = chosen.sum(-1).clamp(min=1).double()
     forced = config.forced(block, own)[None, :, None] & chosen
@@ -51,7 +60,7 @@ def selection_metrics(indices: Tensor, config: NSAConfig, before: Tensor | None 
     metrics["neighbour_change"] = changed.mean()
     if before is not None:
         metrics["step_change"] = ((chosen & ~membership(before, len(block))).sum(-1) / count).mean()
-    for number in NEIGHBOURS:
+    for number in neighbours:
         together = chosen[:, : length // number * number].unflatten(1, (-1, number)).any(2)
         metrics[f"union_{number}"] = together.sum(-1).double().mean()
     free = (chosen & ~forced).sum((0, 1)).double()  # [Hk, S]

@@ -139,6 +139,51 @@ def test_within_a_run_ours_is_compared_with_dense_and_the_best_peer() -> None:
     assert records.compare_within(run) == {"ours": {"over_dense": 1.5, "over_best_peer": 2.0}}
 
 
+def placed(workload: str, subject: str, direction: str, ms: float, length: int = 8192) -> Record:
+    role = "ours" if subject == "ours" else "rival"
+    where = {"workload": workload, "length": length, "stage": "nsa_attention", "direction": direction}
+    return record(f"{workload}-{subject}-{direction}-{length}", ms, 100, role, subject=subject, **where)
+
+
+def both_passes(workload: str, subject: str, ms: float, length: int = 8192) -> list[Record]:
+    return [placed(workload, subject, direction, ms, length) for direction in ("forward", "backward")]
+
+
+DENSE_OF_W = both_passes("W", "dense (cuDNN)", 3.0)
+ALIKE = both_passes("WC", "ours", 2.0)
+
+
+def test_a_workload_of_other_values_is_compared_with_dense_attention_on_the_first() -> None:
+    lent = records.lend([*DENSE_OF_W, *ALIKE])
+    assert [(r["workload"], r["subject"], r["median"]) for r in lent[len(DENSE_OF_W + ALIKE) :]] == [
+        ("WC", "dense (cuDNN)", 3.0)
+    ] * 2
+    assert records.compare_within(lent) == {r["fullname"]: {"over_dense": 1.5} for r in ALIKE}
+    promise = gates.Promise("times as fast as dense", "WC", 8192, promise=1.4)
+    assert gates.measured(lent, promise) == 1.5
+    assert [problem for _, problem in gates.promised(lent, [promise], partial=False)] == [None]
+    assert records.lend([record()]) == [record()]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [*DENSE_OF_W, *both_passes("WC", "ours", 2.0, 4096)],  # ours at another length
+        [*both_passes("W", "dense (cuDNN)", 3.0, 4096), *ALIKE],
+        [*both_passes("W4", "dense (cuDNN)", 3.0), *ALIKE],  # other shapes
+        [*both_passes("W", "FlexAttention", 3.0), *ALIKE],
+        [*DENSE_OF_W, *both_passes("WC", "dense (cuDNN)", 4.0), *ALIKE],  # its own is there
+    ],
+)
+def test_dense_attention_is_lent_to_nobody_else(others: list[Record]) -> None:
+    assert records.lend(others) == others
+
+
+def test_what_is_lent_is_compared_with_another_run_once() -> None:
+    run = records.lend([*DENSE_OF_W, *ALIKE])
+    assert len(gates.disagreements(run, run)) == len(DENSE_OF_W + ALIKE)
+
+
 # 2. Promises.
 
 

@@ -164,6 +164,24 @@ def test_speed_is_relative_to_the_fastest_dense_attention() -> None:
     assert figure.axes[0].get_ylabel() == "time of dense (flash) / time"
 
 
+def test_a_workload_of_other_values_has_a_panel_beside_dense_attention_on_the_first() -> None:
+    ours = [
+        {**r, "workload": "WC", "fullname": f"WC {r['fullname']}", "median": r["median"] / 2}
+        for r in SAVED["results"]
+        if (r["workload"], r["stage"], r["role"]) == ("W", "nsa_attention", "ours")
+    ]
+    figure = plots.speedup({**REPORT, "results": records.lend([*SAVED["results"], *ours])})
+    assert figure is not None
+    panels = {axes.get_title(): axes for axes in shown(figure)}
+    assert len(panels) == len(shown(figure)) == 4  # and none that is empty
+    first, alike = (
+        dict(points(next(line for line in panels[title].get_lines() if line.get_label() == "triton")))
+        for title in ("W: 64 query heads, 4 KV heads, dim 128", "WC: W with neighbouring queries alike")
+    )
+    assert alike == {length: pytest.approx(2 * ratio) for length, ratio in first.items()}
+    all_words_are_on(figure)
+
+
 def test_a_picture_that_cannot_be_drawn_keeps_no_other_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

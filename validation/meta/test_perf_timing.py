@@ -82,6 +82,12 @@ def test_the_plan_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                         assert (workload, length, stage, direction, "dense (cuDNN)") in there
         assert (workload, 32768, "sliding_window_attention", "backward", "FlexAttention") in there
     assert ("W", 32768, "nsa_attention", "forward", "dense (flash)") in there
+    # Where neighbouring queries are alike: what depends on it, and dense attention lent by a workload of equal shapes.
+    alike = {(b.stage, b.length) for b in found if b.workload == "WC"}
+    assert {stage for stage, _ in alike} == {"selected_attention", "nsa_attention"}
+    assert {n for stage, n in alike if stage == "selected_attention"} == {8192, 16384, 32768, 65536}
+    assert {n for stage, n in alike if stage == "nsa_attention"} == {4096, 8192, 16384, 32768, 65536}
+    assert {("W", n, "nsa_attention", "backward", "dense (cuDNN)") for _, n in alike} <= there
     for flavor, length in (("100m", 65536), ("1b", 32768)):
         assert (flavor, length, "training", "step", "triton") in there
         assert (flavor, length, "training", "step", "dense (twin)") in there

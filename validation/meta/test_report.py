@@ -5,7 +5,18 @@ from typing import Any
 import pytest
 
 from validation.perf import records
-from validation.perf.report import BEGIN, END, PASSES, TRAINED, newcomers, readme, render, results_page, training_of
+from validation.perf.report import (
+    BEGIN,
+    END,
+    PASSES,
+    TRAINED,
+    WHOLE,
+    newcomers,
+    readme,
+    render,
+    results_page,
+    training_of,
+)
 
 MACHINE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -83,6 +94,30 @@ def test_the_page_compares_with_the_fastest_dense_attention_of_each_length() -> 
     report = {"machine": MACHINE, "roofs": {"flops": 1e15, "bytes": 4e12}, "subject": "ours", "failures": []}
     page = render({"run.json": {**report, "results": results}})
     assert "| **the fastest dense attention / ours**, both passes | **2.00** | **0.50** |" in page
+
+
+def test_the_page_says_what_a_workload_of_other_values_is() -> None:
+    whole = [record(s, d, ms) for s, ms in (("ours", 4.0), ("dense (cuDNN)", 6.0)) for d in PASSES]
+    here = [
+        {**record("ours", d, 2.0, stage), "workload": "WC"} for stage in (WHOLE, "selected_attention") for d in PASSES
+    ]
+    roofs = {"flops": 1e15, "bytes": 4e12}
+    report: dict[str, Any] = {"machine": MACHINE, "roofs": roofs, "subject": "ours", "failures": []}
+
+    def page(results: list[dict]) -> str:
+        return render({"run.json": records.report({**report, "results": results})})
+
+    without, made = page(whole), page([*whole, *here])
+    assert "WC" not in without
+    _, _, part = made.partition("\n## WC\n")
+    assert "| **dense (cuDNN) / ours**, both passes | **3.00** |" in part
+    assert "| selected attention | backward | 8k | 2.000 |" in part
+    assert "WC is W with inputs of which a query keeps about 50% of the free blocks of the query before" in made
+    # What dense attention took is of the same run, or is not said.
+    runs = {name: records.report({**report, "results": found}) for name, found in (("a", whole), ("b", here))}
+    _, _, part = render(runs).partition("\n## WC\n")
+    assert "| ours, forward | 2.000 |" in part
+    assert "**dense (cuDNN) / ours**" not in part
 
 
 BASELINE = records.read(records.BASELINES / "nvidia-h200.json")

@@ -1,12 +1,16 @@
 """What measurements are made with: the inputs are legal, and costs are what counting one by one gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nsa.config import NSAConfig
 from validation import costs, oracle
 from validation.costs import Roofs
-from validation.perf.workloads import WORKLOADS, Workload
+from validation.perf.neighbours import of_workload
+from validation.perf.records import SAME_SHAPES
+from validation.perf.workloads import WORKLOADS, Workload, alike
 
 SMALL = Workload("small", 6, 2, 16, 32, NSAConfig(16, 8, 16, 4, window_size=20), torch.float32)
 LENGTH = 150
@@ -22,8 +26,9 @@ def test_inputs_are_those_of_the_stages() -> None:
     assert true.min() < drawn.min() <= drawn.max() < true.max()
 
 
-def test_drawn_indices_follow_the_rules_of_selection() -> None:
-    indices = SMALL.draw(LENGTH, "cpu")["indices"]
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_drawn_indices_follow_the_rules_of_selection(kept: float) -> None:
+    indices = replace(SMALL, kept=kept).draw(LENGTH, "cpu")["indices"]
     config, own = SMALL.config, torch.arange(LENGTH).view(1, -1, 1) // SMALL.config.select_block_size
     assert indices.shape == (1, LENGTH, SMALL.kv_heads, config.num_selected_blocks)
     assert torch.equal(
@@ -34,6 +39,42 @@ def test_drawn_indices_follow_the_rules_of_selection() -> None:
     assert ((ascending.diff() > 0) | (ascending[..., 1:] == LENGTH)).all()
     for forced in (own * 0, own, (own - 1).clamp(min=0)):
         assert (indices == forced.unsqueeze(-1)).any(-1).all()
+
+
+@pytest.mark.parametrize("kept", [0.25, 0.5])
+def test_a_free_block_is_kept_with_the_probability_asked_for(kept: float) -> None:
+    """Queries of one block, of which every one has one free block and many others to take in its place."""
+    config, length, behind = SMALL.config, 4096, 8
+    indices = replace(SMALL, kept=kept).draw(length, "cpu")["indices"][0]
+    own = torch.arange(length).view(-1, 1, 1) // config.select_block_size
+    free = indices.masked_fill(config.forced(indices, own), -1).amax(-1)
+    free = free.unflatten(0, (-1, config.select_block_size))[behind:]
+    assert (free > 0).all()
+    found = (free[:, 1:] == free[:, :-1]).double()
+    deviation = (kept * (1 - kept) / found.numel()) ** 0.5  # of so many independent draws
+    assert abs(found.mean().item() - kept) < 4 * deviation
+
+
+def test_a_token_resembles_the_one_before() -> None:
+    """The response to one token of the noise, which the correlation of a half leaves exact."""
+    noise, position = torch.zeros(1, 20, 9, 2), torch.arange(20)
+    noise[:, 0, 0], noise[:, 3, 8] = 1, 1
+    found = alike(noise, 0.5)
+    assert torch.equal(found[0, :, 0, 1], 0.5**position)
+    assert torch.equal(found[0, 3:, 8, 1], 0.75**0.5 * 0.5 ** position[:-3])
+    assert not found[0, :3, 8].any()
+    assert not found[0, :, 1:8].any()
+
+
+def test_half_of_the_free_blocks_are_kept_by_both_ways_of_making_neighbours_alike() -> None:
+    found = of_workload(WORKLOADS["WC"], 8192)
+    assert {what: round(values["kept"], 1) for what, values in found.items()} == {"indices": 0.5, "selection": 0.5}
+
+
+def test_a_workload_that_is_like_another_differs_in_values_alone() -> None:
+    for name, like in SAME_SHAPES.items():
+        assert replace(WORKLOADS[name], name=like, kept=0.0) == WORKLOADS[like]
+    assert {name for name, workload in WORKLOADS.items() if workload.kept} == {*SAME_SHAPES}
 
 
 def test_pairs_are_those_of_the_masks() -> None:

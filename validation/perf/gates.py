@@ -251,10 +251,8 @@ def changes(runs: Sequence[Mapping[str, Any]], kind: str) -> list[Change]:
 
 def disagreements(a: Sequence[Record], b: Sequence[Record], kind: str = "time") -> list[tuple[float, str]]:
     """By how much the figures that two runs have differ, the worst first: 0.03 is 3%."""
-    before = {record["fullname"]: record for record in a}
-    pairs = (
-        (r["fullname"], figure(r, kind), figure(before[r["fullname"]], kind)) for r in b if r["fullname"] in before
-    )
+    before, after = ({record["fullname"]: record for record in run} for run in (a, b))
+    pairs = ((name, figure(after[name], kind), figure(before[name], kind)) for name in after if name in before)
     return sorted(((max(x / y, y / x) - 1, name) for name, x, y in pairs if x and y), reverse=True)
 
 

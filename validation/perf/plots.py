@@ -103,6 +103,8 @@ def _panels(
         ha="right", va="bottom", fontsize=7, color="0.4",
     )  # fmt: skip
     figure.get_layout_engine().set(rect=(0, 0.16 / figure.get_figheight(), 1, 1 - 0.16 / figure.get_figheight()))  # type: ignore[union-attr,call-arg]
+    for unused in axes.flat[count:]:
+        unused.set_visible(False)
     return figure, list(axes.flat)
 
 
@@ -155,6 +157,8 @@ def time(report: Report) -> Figure | None:
 
 def _title(results: Results) -> str:
     w = results.workload
+    if w.kept:
+        return f"{w.name}: {records.SAME_SHAPES[w.name]} with neighbouring queries alike"
     dims = f"{w.key_dim}" if w.key_dim == w.value_dim else f"{w.key_dim}/{w.value_dim}"
     return f"{w.name}: {w.query_heads} query heads, {w.kv_heads} KV heads, dim {dims}"
 
@@ -368,8 +372,6 @@ def history(runs: Sequence[Report], kind: str = "time") -> Figure | None:
     if not stages:
         return None
     figure, panels = _panels(len(stages), f"Changes of {kind} over commits, against the first", runs[-1], 3.6)
-    for ax in panels[len(stages) :]:
-        ax.set_visible(False)
     bounds = gates.read_table().bounds_of(runs[0]["machine"]["name"])
     names = ["\n".join(filter(None, (run["commit"][:7], run["date"][:10], _reached(run)))) for run in runs]
     every = max(1, -(-len(runs) // 5))

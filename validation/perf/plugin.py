@@ -225,7 +225,8 @@ class Gatekeeper:
         found = [b for b in self.config._benchmarksession.benchmarks if not b.has_error]  # type: ignore[attr-defined]
         run = records.figures(b.as_dict(include_data=False) for b in found)
         table, name = gates.read_table(), machine()["name"]
-        within = records.compare_within(run)
+        lent = records.lend(run)
+        within = records.compare_within(lent)
         for benchmark in found:
             benchmark.extra_info.update(within.get(benchmark.fullname, {}))
         measured = {record["fullname"] for record in run}
@@ -255,7 +256,7 @@ class Gatekeeper:
                 f"{machine()['clock']}, may grow by {bounds.time - 1:.0%}, memory by {bounds.memory - 1:.0%}"
             )
         if run:
-            promises = list(gates.promised(run, table.promises_of(name), self.partial))
+            promises = list(gates.promised(lent, table.promises_of(name), self.partial))
             self.problems += [problem for _, problem in promises if problem]
             if promises:
                 self.notes.append(f"{len(promises)} promises of {gates.TABLE.name} looked at")

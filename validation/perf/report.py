@@ -75,7 +75,7 @@ decoding, and are in bfloat16:
 
 | workload | query heads | KV heads | head dims of keys, values | `l`, `d`, `l'` | `n` | `w` | compression |
 |---|---|---|---|---|---|---|---|
-{workloads}
+{workloads}{alike}
 
 In pictures, lines that go down to the right of others have won; the dotted one is the floor. Both axes are logarithmic:
 dense attention, whose time grows with the square of the length, is twice as steep as what grows with the length.
@@ -90,6 +90,9 @@ dense attention, whose time grows with the square of the length, is twice as ste
 
 ![Roofline: what each stage reaches of the machine's rates](img/perf-roofline.png)
 """
+ALIKE = """{name} is {like} with inputs of which a query keeps about {kept:.0%} of the free blocks of the query before \
+(`python -m validation.perf.neighbours`); in the others neighbouring queries choose independently. Its dense attention \
+is that of {like}: it takes the same time on any values."""
 HISTORY = """Every stage of which a gated figure changed between commits by more than its bound, with what changed
 marked and the most of it named. Two cards of a kind may differ: below each commit stands the rate that a large product
 reached."""
@@ -173,6 +176,11 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
             f"| {w.config.compress_block_size}, {w.config.compress_stride}, {w.config.select_block_size} "
             f"| {w.config.num_selected_blocks} | {w.config.window_size} | {w.config.compression} |"
             for w in workloads
+        ),
+        alike="".join(
+            "\n\n" + _wrapped(ALIKE.format(name=w.name, like=records.SAME_SHAPES[w.name], kept=w.kept))
+            for w in workloads
+            if w.kept
         ),
     )
     parts = [head, history(list(reports.values()))]

@@ -8,8 +8,10 @@ import torch
 
 from nsa import NSAConfig
 from nsa.titan.health import SelectionHealth, selection_metrics
+from nsa.titan.load import untrained_model
 from nsa.titan.metrics import Diverged, DivergenceWatch
 from nsa.titan.model import ModelArgs, Transformer
+from validation.perf.neighbours import likeness, of_model
 
 CONFIG = NSAConfig(2, 2, 2, 3, 1, 1, 4)
 """Blocks of 2 tokens: the first, the own one, and one that is free."""
@@ -43,6 +45,32 @@ def test_the_union_of_neighbours_has_each_block_once() -> None:
     found = selection_metrics(STEADY, CONFIG)
     assert found["union_4"] == pytest.approx((2 + 4 + 4 + 4) / 4)
     assert found["union_8"] == pytest.approx((4 + 6) / 2)
+
+
+def test_last_tokens_of_a_sequence_are_told_by_the_position_of_the_first() -> None:
+    # From token 8 on every query has the first block, its own one and the free one of three.
+    found = selection_metrics(STEADY[:, 8:], CONFIG, first=8, neighbours=(2, 8))
+    assert found["forced"] == pytest.approx(2 / 3)
+    assert found["union_2"] == 3
+    assert found["union_8"] == 6
+
+
+def test_what_the_next_query_keeps_is_a_share_of_the_free_blocks() -> None:
+    steady, alternating = (selection([-1] * 4 + free) for free in ([1] * 124, [1, 2] * 62))
+    found = [likeness(indices[:, 64:], CONFIG, 128) for indices in (steady, alternating)]
+    assert [each["kept"] for each in found] == [1, 0]
+    # Two neighbours share their own block, 64 have 32 of them.
+    assert [(each["2"], each["64"]) for each in found] == [(3, 34), (4, 35)]
+
+
+def test_a_models_selection_is_a_mean_over_its_layers() -> None:
+    """Without weights all blocks are worth the same: every query takes the first ones."""
+    model, _ = untrained_model("debug", device="cpu", room_for=lambda _: 1024)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = of_model(model, torch.zeros(1, 1024, dtype=torch.long))
+    assert found["kept"] == 1
 
 
 def test_entropy_and_blocks_never_chosen() -> None:
