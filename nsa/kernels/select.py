@@ -139,16 +139,19 @@ def best_candidates(
         own: `[ROWS, 1]`, the block of each query, its last candidate; -1 where there is no query.
         BITS: an integer as wide as a score.
     """
-    FORCED: tl.constexpr = 2 ** (BITS.primitive_bitwidth - 1) - 2
+    MOST: tl.constexpr = 2 ** (BITS.primitive_bitwidth - 1) - 3
+    COUNT: tl.constexpr = tl.int32 if block.shape[1] * (WANTED + 1) < 2**31 else tl.int64
     candidate = block <= own
-    rank = tl.minimum(tl.maximum(score.to(BITS, bitcast=True), 0), FORCED - 1)  # not even NaN is above
-    rank = tl.where((block < INITIAL) | (block > own - LOCAL), FORCED, rank)
+    forced = candidate & ((block < INITIAL) | (block > own - LOCAL))
+    rank = tl.minimum(tl.maximum(score.to(BITS, bitcast=True), 0), MOST)  # not even NaN is above
     rank = tl.where(candidate, rank, -1)
+    largest = tl.max(tl.where(forced, 0, rank), 1)[:, None]
+    rank = tl.where(forced, largest + 1, rank)
 
     # The largest rank that at least `wanted` candidates reach lies in [low, high).
     wanted = tl.minimum(own + 1, WANTED)
-    low = tl.zeros([ROWS, 1], dtype=BITS)
-    high = tl.full([ROWS, 1], FORCED + 1, dtype=BITS)
+    low = tl.min(tl.where(candidate, rank, MOST), 1)[:, None]
+    high = largest + 2
     while tl.max(tl.max(high - low, 1), 0) > 1:
         middle = low + (high - low) // 2
         reached = tl.sum((rank >= middle).to(tl.int32), 1)[:, None]
@@ -156,10 +159,13 @@ def best_candidates(
         low = tl.where(reached >= wanted, middle, low)
 
     above = rank > low
-    equal = (rank == low).to(tl.int32)
+    equal = candidate & (rank == low)
     spare = wanted - tl.sum(above.to(tl.int32), 1)[:, None]
-    chosen = above | ((equal > 0) & (tl.cumsum(equal, 1) <= spare))
-    return chosen, tl.cumsum(chosen.to(tl.int32), 1) - 1
+    # Fewer than `wanted` are above, so that both running counts are digits of one number.
+    counts = tl.cumsum(above.to(COUNT) + equal.to(COUNT) * (WANTED + 1), 1)
+    equals = (counts // (WANTED + 1)).to(tl.int32)
+    chosen = above | (equal & (equals <= spare))
+    return chosen, (counts % (WANTED + 1)).to(tl.int32) + tl.minimum(equals, spare) - 1
 
 
 @recordable(do_not_specialize=_LENGTHS)
