@@ -462,7 +462,7 @@ def decode_attention(
     of_blocks |= {"LENGTH": config.compress_block_size, "STRIDE": config.compress_stride}
     constants = {**heads.constants(), **of_group, **of_blocks}
     candidates = max(16, next_power_of_2(max(num_blocks, wanted)))
-    chooses = candidates <= _MOST_CANDIDATES
+    chooses = bool(wanted) and candidates <= _MOST_CANDIDATES
     tiles_at_once = max(1, _SUMS * share // (keys * of_group["ROWS"]))
     choosing = {"SPLITS": next_power_of_2(parts.compressed), "TILES": min(next_power_of_2(num_tiles), tiles_at_once)}
     choosing |= {"INITIAL": config.num_initial_blocks, "LOCAL": config.num_local_blocks, "CANDIDATES": candidates}
