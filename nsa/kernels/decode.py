@@ -480,7 +480,7 @@ def decode_attention(
             _select_kernel[(kv_heads * rows, 1, 1)](
                 shares, maxima, partial_lse2, lengths, scores, indices, num_tokens, capacity, parts.compressed,
                 num_parts, num_tiles, kv_heads, **of_group, **of_blocks, **choosing, ACC=constants["ACC"], **order,
-                num_warps=min(16, candidates // 512),
+                num_warps=16,
             )  # fmt: skip
             order = follow
         if parts.window + parts.selected:
