@@ -112,18 +112,20 @@ def _load_queries(
 
 @triton.jit
 def _store_part(
-    partial, partial_lse2, place, acc0, acc1, row_max, row_sum, G: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr,
+    partial, partial_lse2, of_head, part, num_parts, acc0, acc1, row_max, row_sum, G: tl.constexpr,
+    ROWS: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
 ):  # fmt: skip
-    """A part's output and log-sum-exp, base 2, of each query head, at `place + row`."""
+    """A part's output of each query head to `partial [B, Tq, Hk, num_parts, G, Dv]`, and its log-sum-exp, base 2, to
+    `partial_lse2 [B, Tq, Hk, G, num_parts]`."""
     row = tl.arange(0, ROWS)
     empty = row_sum == 0
     row_sum = tl.where(empty, 1.0, row_sum)
     lse2 = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum))
-    tl.store(partial_lse2 + place + row, lse2, mask=row < G)
+    tl.store(partial_lse2 + (of_head * G + row) * num_parts + part, lse2, mask=row < G)
     acc0 = acc0 / row_sum[:, None]
     acc1 = acc1 / row_sum[:, None]
-    store_chunks(partial, (place + row) * DV, row < G, acc0, acc1, DV, V0, V1)
+    place = (of_head * num_parts + part) * G + row
+    store_chunks(partial, place * DV, row < G, acc0, acc1, DV, V0, V1)
 
 
 @triton.jit
@@ -171,14 +173,13 @@ def _compressed_kernel(
     k += batch * k_strides[0] + head * k_strides[2]
     v += batch * v_strides[0] + head * v_strides[2]
     row = tl.arange(0, ROWS)
-    within = tl.arange(0, KEYS)
     share = tl.arange(0, SHARES)[None, :]
     row_max = tl.full([ROWS], float("-inf"), dtype=ACC)
     row_sum = tl.zeros([ROWS], dtype=ACC)
     acc0 = tl.zeros([ROWS, V0], dtype=ACC)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
     for start in range(begin, end, KEYS):
-        key = start + within
+        key = start + tl.arange(0, KEYS)
         seen = key < end
         k0, k1 = load_chunks(k, key.to(tl.int64) * k_strides[1], seen, DK, K0, K1)
         v0, v1 = load_chunks(v, key.to(tl.int64) * v_strides[1], seen, DV, V0, V1)
@@ -198,8 +199,7 @@ def _compressed_kernel(
                 into_next = tl.sum(tl.reshape(p * next_weight[None, :], [ROWS, SHARES, SHARE]), 2)
                 tl.store(place + SHARES * G, into_next, mask=inside)
             tl.store(maxima + tile * G + row, row_max, mask=row < G)
-    place = of_head * num_parts + part
-    _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
+    _store_part(partial, partial_lse2, of_head, part, num_parts, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
 
 
 @triton.jit
@@ -222,12 +222,12 @@ def _choose(
     num_shares = num_tiles * SHARES
     row = tl.arange(0, ROWS)
     part = tl.arange(0, SPLITS)
-    exists = (part < num_splits)[:, None] & (row < G)[None, :]
-    lse2 = partial_lse2 + of_head * num_parts * G + part[:, None] * G + row[None, :]
+    exists = (row < G)[:, None] & (part < num_splits)[None, :]
+    lse2 = partial_lse2 + (of_head * G + row[:, None]) * num_parts + part[None, :]
     lse2 = tl.load(lse2, mask=exists, other=float("-inf")).to(ACC)
-    largest = tl.max(lse2, 0)
+    largest = tl.max(lse2, 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp2(lse2 - largest[None, :]), 0)
+    total = tl.sum(tl.exp2(lse2 - largest[:, None]), 1)
     lse2 = tl.where(total > 0, largest + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
     shares += of_head * num_tiles * (2 * SHARES * G)
     maxima += of_head * num_tiles * G
@@ -336,7 +336,6 @@ def _token_kernel(
         v += batch * v_strides[0] + head * v_strides[2]
         k_row = tl.cast(k_strides[1], tl.int64)
         v_row = tl.cast(v_strides[1], tl.int64)
-    indices += of_head * WANTED
     within = tl.arange(0, KEYS)
     row_max = tl.full([ROWS], float("-inf"), dtype=ACC)
     row_sum = tl.zeros([ROWS], dtype=ACC)
@@ -347,7 +346,7 @@ def _token_kernel(
             first = oldest + step * KEYS
             slot = oldest_slot + step * KEYS
         else:
-            block = tl.load(indices + step // PIECES)
+            block = tl.load(indices + of_head * WANTED + step // PIECES)
             first = tl.where(block < 0, position + 1, block * SIZE + step % PIECES * KEYS)
             slot = first
         seen = first + within <= position
@@ -360,8 +359,8 @@ def _token_kernel(
         )
     wait_for_previous(EARLY)
     start_next(EARLY)
-    place = of_head * num_parts + num_splits + part
-    _store_part(partial, partial_lse2, place * G, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
+    part += num_splits
+    _store_part(partial, partial_lse2, of_head, part, num_parts, acc0, acc1, row_max, row_sum, G, ROWS, DV, V0, V1)
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -381,8 +380,9 @@ def _merge_kernel(
     weight = tl.load(gates + branch * gate_strides[3]).to(ACC)
     wait_for_previous(EARLY)
     exists = part < num_parts
+    lse2 = partial_lse2 + (of_head * G + member) * num_parts + part
+    lse2 = tl.load(lse2, mask=exists, other=float("-inf")).to(ACC)
     place = (of_head * num_parts + part) * G + member
-    lse2 = tl.load(partial_lse2 + place, mask=exists, other=float("-inf")).to(ACC)
     inside = exists[:, None] & (column < DV)[None, :]
     outs = tl.load(partial + place[:, None] * DV + column[None, :], mask=inside, other=0.0).to(ACC)
     for c in tl.static_range(3):
