@@ -197,6 +197,20 @@ def find_program(program, num_tiles, HEADS):
 
 
 @triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """With EARLY this kernel may have started before the one before has ended: waits for that."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next(EARLY: tl.constexpr):
+    """With EARLY lets the next kernel start, once all programs of this one have come here: starting takes its time."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def find_sequence(offsets, num_sequences, slot, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
     """The packed sequence that has slot number `slot`, and the number of that slot within the sequence.
 

@@ -148,6 +148,18 @@ def test_no_queries_give_nothing(backend: Any, batch: int, queries: int) -> None
     assert (out.shape, indices.shape) == ((batch, queries, 8, 32), (batch, queries, 2, 6))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_may_have_no_room_for_a_compressed_block(name: str) -> None:
+    settings, lengths = CONFIGS[name], (1, 7, 10)
+    keys = make_keys(settings, lengths, 10)
+    q, gates = make_queries(keys)
+    out, indices = decode_attention(q, keys, gates, settings, backend="triton")
+    wide = with_stores(keys, Tensor.double)
+    expected, chosen = decode_attention(q.double(), wide, gates.double(), settings, backend="eager")
+    assert_equal(indices, chosen, what="selected blocks")
+    assert_matches(out, expected, what="output", reduction=max(lengths))
+
+
 def test_stores_may_have_any_strides() -> None:
     keys = make_keys(PLAIN, (90, 41), 96)
     q, gates = make_queries(keys)
@@ -156,13 +168,17 @@ def test_stores_may_have_any_strides() -> None:
     assert_equal(found, expected, what="output")
 
 
-def test_a_long_context_is_shared_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compressed branch in several parts, as on a GPU with many multiprocessors."""
+@pytest.mark.parametrize("candidates", [2048, 16], ids=["long", "very_long"])
+def test_a_long_context_is_shared_among_programs(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+    """The compressed branch in several parts, as on a GPU with many multiprocessors, and its sums a few at a time. From
+    some length on the selection has a launch of its own."""
     from nsa.kernels import decode
 
     keys = make_keys(PLAIN, (2000, 700), 2048, heads=1)
     q, gates = make_queries(keys)
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 5)
+    monkeypatch.setattr(decode, "_SUMS", 512)
+    monkeypatch.setattr(decode, "_MOST_CANDIDATES", candidates)
     out, indices = decode_attention(q, keys, gates, PLAIN, backend="triton")
     wide = with_stores(keys, Tensor.double)
     expected, chosen = decode_attention(q.double(), wide, gates.double(), PLAIN, backend="eager")
