@@ -343,13 +343,14 @@ def check_rope_length(rope: Tensor, num_positions: int) -> None:
         raise ValueError(f"rope must have a row for each of the {num_positions} positions, got {rope.shape[0]}")
 
 
-def check_positions(positions: Tensor, q: Tensor) -> int:
-    """The number of rows that positions ask of a table; 0 where to look at them would mean to wait for a device."""
-    check_tensor("positions", positions, "[T]", like=q, shape=(q.shape[1],), dtype=(torch.int32, torch.int64))
+def check_positions(name: str, positions: Tensor, x: Tensor, layout: str) -> int:
+    """The number of rows that positions of `x [B, T, H, D]` ask of a table; 0 where to look at them would mean to wait
+    for a device."""
+    check_tensor(name, positions, layout, like=x, shape=(x.shape[1],), dtype=(torch.int32, torch.int64))
     if not _has_values(positions) or positions.device.type != "cpu" or not positions.numel():
         return 0
     if int(positions.min()) < 0:
-        raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
+        raise ValueError(f"{name} must be at least 0, got {int(positions.min())}")
     return int(positions.max()) + 1
 
 

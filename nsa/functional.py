@@ -163,6 +163,7 @@ def apply_rope(
     config: NSAConfig,
     *,
     positions: Tensor | None = None,
+    block_positions: Tensor | None = None,
     cu_seqlens: Tensor | PackedSequences | None = None,
     interleaved: bool = True,
     backend: BackendName = "auto",
@@ -180,6 +181,7 @@ def apply_rope(
         config: block sizes and counts.
         positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
             must be below `L`, which is checked on a CPU; rows of others come out as NaN.
+        block_positions: the same of the blocks, `[C]`; `i d` unless given.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
         interleaved: pairs are dimensions `2 i` and `2 i + 1`; else `i` and `i + D / 2`, as in `transformers`.
         backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
@@ -201,15 +203,18 @@ def apply_rope(
     num_blocks = k_cmp.shape[1] if cu_seqlens is None else config.num_compressed(num_tokens)
     check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", shape=(batch, num_blocks, k_slc.shape[2], dim))
     check_rope(rope, q)
-    block_positions, packed = None, pack_tokens(q, cu_seqlens, config)
+    packed = pack_tokens(q, cu_seqlens, config)
     if packed is not None:
-        if positions is not None:
-            raise ValueError("positions must be None where cu_seqlens says what they are, got a tensor")
+        for name, given in (("positions", positions), ("block_positions", block_positions)):
+            if given is not None:
+                raise ValueError(f"{name} must be None where cu_seqlens says what they are, got a tensor")
         check_rope_length(rope, packed.longest)
         positions, block_positions = packed.positions, packed.blocks.positions
     else:
-        check_rope_length(rope, num_tokens if positions is None else check_positions(positions, q))
-        check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
+        places = num_tokens, (num_blocks - 1) * config.compress_stride + 1
+        given_places = ("positions", positions, q, "[T]"), ("block_positions", block_positions, k_cmp, "[C]")
+        for length, (name, given, x, layout) in zip(places, given_places, strict=True):
+            check_rope_length(rope, length if given is None else check_positions(name, given, x, layout))
     implementation = load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
     return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions, interleaved)
