@@ -37,11 +37,13 @@ from nsa.checks import (
     check_derivatives,
     check_indices,
     check_no_block_twice,
+    check_no_positions,
     check_packing,
     check_params,
     check_positions,
     check_rope,
     check_rope_length,
+    check_rotated,
     check_scale,
     check_tensor,
     pack_tokens,
@@ -179,9 +181,9 @@ def apply_rope(
         k_slc, k_win: `[B, T, Hk, D]`.
         rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
         config: block sizes and counts.
-        positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
-            must be below `L`, which is checked on a CPU; rows of others come out as NaN.
-        block_positions: the same of the blocks, `[C]`; `i d` unless given.
+        positions, block_positions: int32 or int64 `[T]` and `[C]`, those of the tokens and blocks of a part of a
+            sequence; `0` to `T - 1` and `i d` unless given. All must be below `L`, which is checked on a CPU; rows of
+            others come out as NaN.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
         interleaved: pairs are dimensions `2 i` and `2 i + 1`; else `i` and `i + D / 2`, as in `transformers`.
         backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
@@ -194,27 +196,21 @@ def apply_rope(
         ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
-    check_tensor("q", q, "[B, T, Hq, D]")
+    check_rotated(q, k_slc, k_win)
     batch, num_tokens, _, dim = q.shape
-    for name, x in (("k_slc", k_slc), ("k_win", k_win)):
-        check_tensor(name, x, "[B, T, Hk, D]", like=q, dtype=q.dtype)
-        check_tensor(name, x, "[B, T, Hk, D]", shape=(batch, num_tokens, k_slc.shape[2], dim))
     check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", like=q, dtype=q.dtype)
     num_blocks = k_cmp.shape[1] if cu_seqlens is None else config.num_compressed(num_tokens)
     check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", shape=(batch, num_blocks, k_slc.shape[2], dim))
     check_rope(rope, q)
     packed = pack_tokens(q, cu_seqlens, config)
     if packed is not None:
-        for name, given in (("positions", positions), ("block_positions", block_positions)):
-            if given is not None:
-                raise ValueError(f"{name} must be None where cu_seqlens says what they are, got a tensor")
+        check_no_positions(positions=positions, block_positions=block_positions)
         check_rope_length(rope, packed.longest)
         positions, block_positions = packed.positions, packed.blocks.positions
     else:
-        places = num_tokens, (num_blocks - 1) * config.compress_stride + 1
-        given_places = ("positions", positions, q, "[T]"), ("block_positions", block_positions, k_cmp, "[C]")
-        for length, (name, given, x, layout) in zip(places, given_places, strict=True):
-            check_rope_length(rope, length if given is None else check_positions(name, given, x, layout))
+        check_positions("positions", positions, q, "[T]", rope, num_tokens)
+        last = (num_blocks - 1) * config.compress_stride
+        check_positions("block_positions", block_positions, k_cmp, "[C]", rope, last + 1)
     implementation = load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
     return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions, interleaved)
