@@ -343,14 +343,36 @@ def check_rope_length(rope: Tensor, num_positions: int) -> None:
         raise ValueError(f"rope must have a row for each of the {num_positions} positions, got {rope.shape[0]}")
 
 
-def check_positions(positions: Tensor, q: Tensor) -> int:
-    """The number of rows that positions ask of a table; 0 where to look at them would mean to wait for a device."""
-    check_tensor("positions", positions, "[T]", like=q, shape=(q.shape[1],), dtype=(torch.int32, torch.int64))
+def check_rotated(q: Tensor, k_slc: Tensor, k_win: Tensor) -> None:
+    """Refuses keys that are not `[B, T, Hk, D]` for queries `[B, T, Hq, D]`."""
+    check_tensor("q", q, "[B, T, Hq, D]")
+    batch, num_tokens, _, dim = q.shape
+    for name, x in (("k_slc", k_slc), ("k_win", k_win)):
+        check_tensor(name, x, "[B, T, Hk, D]", like=q, dtype=q.dtype)
+        check_tensor(name, x, "[B, T, Hk, D]", shape=(batch, num_tokens, k_slc.shape[2], dim))
+
+
+def check_positions(name: str, positions: Tensor | None, x: Tensor, layout: str, rope: Tensor, length: int) -> None:
+    """Refuses positions of `x [B, T, H, D]` that do not fit it, or that the table has no rows for.
+
+    There are `length` without any. Those on a device other than a CPU are not looked at, which would mean to wait.
+    """
+    if positions is None:
+        check_rope_length(rope, length)
+        return
+    check_tensor(name, positions, layout, like=x, shape=(x.shape[1],), dtype=(torch.int32, torch.int64))
     if not _has_values(positions) or positions.device.type != "cpu" or not positions.numel():
-        return 0
+        return
     if int(positions.min()) < 0:
-        raise ValueError(f"positions must be at least 0, got {int(positions.min())}")
-    return int(positions.max()) + 1
+        raise ValueError(f"{name} must be at least 0, got {int(positions.min())}")
+    check_rope_length(rope, int(positions.max()) + 1)
+
+
+def check_no_positions(**positions: Tensor | None) -> None:
+    """Refuses positions of packed sequences."""
+    for name, given in positions.items():
+        if given is not None:
+            raise ValueError(f"{name} must be None where cu_seqlens says what they are, got a tensor")
 
 
 def check_params(params: CompressionParams | None, x: Tensor, config: NSAConfig) -> None:

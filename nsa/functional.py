@@ -37,11 +37,13 @@ from nsa.checks import (
     check_derivatives,
     check_indices,
     check_no_block_twice,
+    check_no_positions,
     check_packing,
     check_params,
     check_positions,
     check_rope,
     check_rope_length,
+    check_rotated,
     check_scale,
     check_tensor,
     pack_tokens,
@@ -163,6 +165,7 @@ def apply_rope(
     config: NSAConfig,
     *,
     positions: Tensor | None = None,
+    block_positions: Tensor | None = None,
     cu_seqlens: Tensor | PackedSequences | None = None,
     interleaved: bool = True,
     backend: BackendName = "auto",
@@ -178,8 +181,9 @@ def apply_rope(
         k_slc, k_win: `[B, T, Hk, D]`.
         rope: `[L, D / 2, 2]`, cosine and sine of every position and pair, from `rope_table`; no gradient comes of it.
         config: block sizes and counts.
-        positions: int32 or int64 `[T]`, those of the tokens of a part of a sequence; `0` to `T - 1` unless given. All
-            must be below `L`, which is checked on a CPU; rows of others come out as NaN.
+        positions, block_positions: int32 or int64 `[T]` and `[C]`, those of the tokens and blocks of a part of a
+            sequence; `0` to `T - 1` and `i d` unless given. All must be below `L`, which is checked on a CPU; rows of
+            others come out as NaN.
         cu_seqlens: int32 `[N + 1]`, token offsets of packed sequences, in each of which positions start anew.
         interleaved: pairs are dimensions `2 i` and `2 i + 1`; else `i` and `i + D / 2`, as in `transformers`.
         backend: `"auto"` takes `"triton"` on a GPU where its kernels support the arguments, else `"eager"`.
@@ -192,24 +196,21 @@ def apply_rope(
         ValueError: a shape, size, device, value or derivative that is not supported, by `backend="triton"` for one.
     """
     check_config(config)
-    check_tensor("q", q, "[B, T, Hq, D]")
+    check_rotated(q, k_slc, k_win)
     batch, num_tokens, _, dim = q.shape
-    for name, x in (("k_slc", k_slc), ("k_win", k_win)):
-        check_tensor(name, x, "[B, T, Hk, D]", like=q, dtype=q.dtype)
-        check_tensor(name, x, "[B, T, Hk, D]", shape=(batch, num_tokens, k_slc.shape[2], dim))
     check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", like=q, dtype=q.dtype)
     num_blocks = k_cmp.shape[1] if cu_seqlens is None else config.num_compressed(num_tokens)
     check_tensor("k_cmp", k_cmp, "[B, C, Hk, D]", shape=(batch, num_blocks, k_slc.shape[2], dim))
     check_rope(rope, q)
-    block_positions, packed = None, pack_tokens(q, cu_seqlens, config)
+    packed = pack_tokens(q, cu_seqlens, config)
     if packed is not None:
-        if positions is not None:
-            raise ValueError("positions must be None where cu_seqlens says what they are, got a tensor")
+        check_no_positions(positions=positions, block_positions=block_positions)
         check_rope_length(rope, packed.longest)
         positions, block_positions = packed.positions, packed.blocks.positions
     else:
-        check_rope_length(rope, num_tokens if positions is None else check_positions(positions, q))
-        check_rope_length(rope, (num_blocks - 1) * config.compress_stride + 1)
+        check_positions("positions", positions, q, "[T]", rope, num_tokens)
+        last = (num_blocks - 1) * config.compress_stride
+        check_positions("block_positions", block_positions, k_cmp, "[C]", rope, last + 1)
     implementation = load_backend(backend, config, q)
     check_derivatives(q=q, k_cmp=k_cmp, k_slc=k_slc, k_win=k_win)
     return implementation.apply_rope(q, k_cmp, k_slc, k_win, rope, config, positions, block_positions, interleaved)

@@ -306,11 +306,17 @@ class NativeSparseAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Queries, keys and values of the three branches, and gates of `x`."""
-        q, gates = _split(self.wq(x), self.head_dim), _split(self.wg(x), 3)
+        return self.by_head(self.wq(x), self.wk(x), self.wv(x), self.wg(x))
+
+    def by_head(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """What `project` gives, of what the four layers give."""
+        q, gates = _split(q, self.head_dim), _split(gates, 3)
         gates = gates.sigmoid() if self.gate_activation == "sigmoid" else gates.softmax(-1).to(gates.dtype)
         if gates.shape[2] != q.shape[2]:
             gates = gates.expand(-1, -1, q.shape[2], -1)
-        return q, self._branches(self.wk(x)), self._branches(self.wv(x)), gates
+        return q, self._branches(k), self._branches(v), gates
 
     def attend(
         self,

@@ -4,9 +4,10 @@ Queries stay where they are, keys and values come from everywhere. A process hol
 where the head-tail balancer pairs an early chunk, whose queries see little, with a late one. Its queries are then the
 last of the first keys, chunk by chunk, which is what every stage takes: no kernel knows of it.
 
-Compressed keys are made where their blocks begin. Blocks that reach into the next chunk need its first `l - d` tokens,
-which are all that is exchanged of uncompressed keys of that branch. Keys and values of the other branches are gathered
-for a few heads at a time. What is gathered at one time is one exchange: each costs the host more than the GPU.
+Compressed keys are made, and rotated, where their blocks begin. Blocks that reach into the next chunk need its first
+`l - d` tokens, which are all that is exchanged of uncompressed keys of that branch. Blocks, and keys and values of the
+other branches, are gathered for a few heads at a time. What is gathered at one time is one exchange, and one node of
+the graph: each costs the host more than the GPU.
 
 Gathering sums the gradients of all processes, so keys and compressors get the same gradients as in one process.
 
@@ -15,6 +16,7 @@ Legend: `B` batch, `T` tokens of the whole sequence, `t` tokens of a process, `n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -32,24 +34,62 @@ GATHERED_BYTES = 1 << 30
 """Of the keys and values gathered at a time; heads wait for their turn beyond that."""
 
 
-class _AllGather(torch.autograd.Function):
-    """The tensors of all processes one behind another; the gradient is the sum of what all processes have for it.
+class _Gather(torch.autograd.Function):
+    """Spans of whole sequences, made of what all processes have; gradients are the sums over all processes.
 
-    The operators are those behind `torch.distributed`'s functional collectives, whose names differ between releases;
+    The collectives are the operators behind `torch.distributed`'s functional ones, whose names differ between releases;
     compilers know them.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        collectives = torch.ops._c10d_functional
-        return collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), size, group))
+    def forward(
+        ctx: Any, group: str, chunks: tuple[tuple[int, ...], ...], spans: tuple[tuple[int, int], ...], *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The rows `spans` of every one of `parts [B, t, ...]`, span by span, where `chunks` has those of each rank.
+
+        Rows beyond the end of a sequence are 0.
+        """
+        ctx.group, ctx.chunks, ctx.spans, ctx.count = group, chunks, spans, len(parts)
+        collectives, size = torch.ops._c10d_functional, len(chunks)
+        widths = [prod(part.shape[2:]) for part in parts]
+        mine = torch.cat([part.flatten(2) for part in parts], 2)
+        ctx.length = length = size * mine.shape[1]
+        ranks = collectives.wait_tensor(collectives.all_gather_into_tensor(mine, size, group)).chunk(size)
+        pieces = [piece for rank in ranks for piece in rank.chunk(len(chunks[0]), 1)]
+        held = [chunk for of_rank in chunks for chunk in of_rank]
+        ordered = [pieces[held.index(chunk)] for chunk in range(len(held))]
+        beyond = max(stop for _, stop in spans) - length
+        if beyond > 0:
+            ordered.append(mine.new_zeros(mine.shape[0], beyond, mine.shape[2]))
+        columns = zip(torch.cat(ordered, 1).split(widths, 2), parts, strict=True)
+        wholes = [x.unflatten(2, part.shape[2:]) for x, part in columns]
+        return tuple(x[:, start:stop] for start, stop in spans for x in wholes)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
-        collectives = torch.ops._c10d_functional
-        scattered = collectives.reduce_scatter_tensor(dout.contiguous(), "sum", ctx.size, ctx.group)
-        return collectives.wait_tensor(scattered), None, None
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
+        collectives, size = torch.ops._c10d_functional, len(ctx.chunks)
+        of_spans = [douts[i : i + ctx.count] for i in range(0, len(douts), ctx.count)]
+        # The longest span first, to which others are added.
+        by_length = sorted(zip(ctx.spans, of_spans, strict=True), key=lambda x: x[0][0] - x[0][1])
+        whole = None
+        for (start, stop), gradients in by_length:
+            rows = torch.cat([x.flatten(2) for x in gradients], 2)
+            if stop > ctx.length:
+                stop = max(start, ctx.length)
+                rows = rows[:, : stop - start]
+            if whole is None:
+                ends = (start, ctx.length - stop)
+                whole = F.pad(rows, (0, 0, *ends)) if any(ends) else rows
+            elif start < stop:
+                whole[:, start:stop] += rows
+        assert whole is not None
+        pieces = whole.chunk(sum(map(len, ctx.chunks)), 1)
+        ordered = torch.cat([pieces[chunk] for of_rank in ctx.chunks for chunk in of_rank], 1)
+        ranks = ordered.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+        summed = collectives.wait_tensor(collectives.reduce_scatter_tensor(ranks, "sum", size, ctx.group))
+        parts = summed.split([prod(x.shape[2:]) for x in of_spans[0]], 2)
+        shapes = [x.shape[2:] for x in of_spans[0]]
+        return None, None, None, *(x.unflatten(2, shape) for x, shape in zip(parts, shapes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -75,82 +115,87 @@ class ContextParallel:
 
     def positions(self, x: Tensor) -> Tensor:
         """Positions `[t]` of the tokens `x [B, t, ...]` of this process in their sequence."""
-        mine = self.chunks(self.mesh.get_local_rank())
+        mine = self.mine
         length = x.shape[1] // len(mine)
         return torch.cat([torch.arange(length, device=x.device) + chunk * length for chunk in mine])
 
-    def gather(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Whole sequences `[B, T, ...]` of one dtype from the parts `[B, t, ...]` of all processes, in one exchange.
+    @property
+    def mine(self) -> tuple[int, ...]:
+        """Numbers of the chunks of this process."""
+        return self.chunks(self.mesh.get_local_rank())
 
-        Gradients are summed.
+    def gather(self, spans: Sequence[tuple[int, int]], *parts: Tensor) -> list[tuple[Tensor, ...]]:
+        """Rows `[start, stop)` of whole sequences `[B, T, ...]` of one dtype, for every span, in one exchange.
+
+        Rows beyond `T` are 0. Gradients of spans and processes are summed.
+
+        Args:
+            spans: none of them empty.
+            parts: `[B, t, ...]` of this process.
+
+        Returns:
+            For each span the rows of every one of `parts`.
         """
-        rows = [part.flatten(2) for part in parts]
-        size = self.mesh.size()
-        ranks = _AllGather.apply(torch.cat(rows, 2), size, self.mesh.get_group().group_name).chunk(size)
-        held = [chunk for rank in range(size) for chunk in self.chunks(rank)]
-        pieces = [piece for rank in ranks for piece in rank.chunk(len(held) // size, 1)]
-        whole = torch.cat([pieces[held.index(chunk)] for chunk in range(self.num_chunks)], 1)
-        widths = [row.shape[2] for row in rows]
-        shapes = [part.shape[2:] for part in parts]
-        return tuple(x.unflatten(2, shape) for x, shape in zip(whole.split(widths, 2), shapes, strict=True))
+        ranks = tuple(self.chunks(rank) for rank in range(self.mesh.size()))
+        found = _Gather.apply(self.mesh.get_group().group_name, ranks, tuple(spans), *parts)
+        return [found[i : i + len(parts)] for i in range(0, len(found), len(parts))]
 
     def compress(
         self, compressor: Callable[[Tensor, Tensor], tuple[Tensor, ...]], k: Tensor, v: Tensor, config: NSAConfig
     ) -> tuple[Tensor, ...]:
-        """Compressed blocks `[B, C, H, D]` of whole sequences, from the parts `[B, t, H, D]` of this process.
+        """Compressed blocks `[B, t / d, H, D]` that begin in the parts `k` and `v [B, t, H, D]` of this process.
 
-        Chunks must be multiples of `d` and no shorter than `l - d`; `check_layout` asks for more.
+        Chunks must be multiples of `d` and no shorter than `l - d`; `check_layout` asks for more. Blocks that reach
+        beyond the end of a sequence are none; they come last of it, for who gathers to leave out.
         """
-        mine = self.chunks(self.mesh.get_local_rank())
-        both = [torch.stack(x.chunk(len(mine), 1)) for x in (k, v)]  # [chunks of this process, B, n, H, D]
+        chunks = len(self.mine)
+        both = [x.unflatten(1, (chunks, -1)) for x in (k, v)]
         reach = config.compress_block_size - config.compress_stride
         if reach:
-            starts = self.gather(*(chunks[:, :, :reach].transpose(0, 1).flatten(1, 2) for chunks in both))
-            both = [torch.cat((x, self._following(y, reach)), 2) for x, y in zip(both, starts, strict=True)]
-        blocks = compressor(*(chunks.flatten(0, 1) for chunks in both))
-        whole = self.gather(*(x.unflatten(0, (len(mine), -1)).transpose(0, 1).flatten(1, 2) for x in blocks))
-        count = config.num_compressed(k.shape[1] * self.mesh.size())
-        return tuple(x[:, :count] for x in whole)
-
-    def _following(self, starts: Tensor, reach: int) -> Tensor:
-        """First tokens of the chunks behind those of this process, from those `[B, chunks * reach, H, D]` of all."""
-        # Nothing follows the last chunk: blocks that reach beyond it are none, and are cut off afterwards.
-        starts = F.pad(starts.unflatten(1, (self.num_chunks, reach)), (0, 0, 0, 0, 0, 0, 0, 1))
-        return torch.stack([starts[:, chunk + 1] for chunk in self.chunks(self.mesh.get_local_rank())])
+            starts = [x[:, :, :reach].flatten(1, 2) for x in both]
+            spans = [((chunk + 1) * reach, (chunk + 2) * reach) for chunk in self.mine]
+            following = zip(*self.gather(spans, *starts), strict=True)
+            both = [torch.cat((x, torch.stack(after, 1)), 2) for x, after in zip(both, following, strict=True)]
+        blocks = compressor(*(x.flatten(0, 1) for x in both))
+        return tuple(x.unflatten(0, (-1, chunks)).flatten(1, 2) for x in blocks)
 
     def attend(
         self,
         attention: Callable[..., Tensor],
         queries: Sequence[Tensor],
         keys: Sequence[Tensor],
-        compressed: Sequence[Tensor] = (),
+        blocks: Sequence[Tensor] = (),
+        count: Callable[[int], int] = lambda tokens: tokens,
     ) -> Tensor:
         """Attention of this process's tokens over whole sequences.
 
         Args:
-            attention: called with chunks `[B, n, Hq, ...]` of `queries`, with `compressed` as it is and with the first
-                `Tk` tokens of the gathered `keys`, of which the last are those of the chunk; returns `[B, n, Hq, D]`.
+            attention: called with chunks `[B, n, Hq, ...]` of `queries`, with the first `count(Tk)` of the gathered
+                `blocks` and with the first `Tk` tokens of the gathered `keys`, of which the last are those of the
+                chunk; returns `[B, n, Hq, D]`.
             queries: `[B, t, Hq, ...]`, parts of this process.
             keys: `[B, t, Hk, ...]`, parts of this process.
-            compressed: `[B, C, Hk, D]`, of whole sequences.
+            blocks: `[B, t / d, Hk, ...]`, likewise.
+            count: blocks of the first tokens of a sequence.
 
         Returns:
             `[B, t, Hq, D]`, the part of this process.
         """
-        mine, heads = self.chunks(self.mesh.get_local_rank()), keys[0].shape[2]
+        mine, heads = self.mine, keys[0].shape[2]
         total = sum(x.numel() * x.element_size() for x in keys) * self.mesh.size()
         turns = next((n for n in range(1, heads) if heads % n == 0 and total <= n * GATHERED_BYTES), heads)
+        ends = [(chunk + 1) * (keys[0].shape[1] // len(mine)) for chunk in mine]
         outs = []
         for turn in range(turns):
-            few_queries, few_keys, blocks = (
-                [x.chunk(turns, 2)[turn] for x in xs] for xs in (queries, keys, compressed)
+            few_queries, few_keys, few_blocks = (
+                [x.chunk(turns, 2)[turn] for x in xs] if turns > 1 else xs for xs in (queries, keys, blocks)
             )
-            whole = self.gather(*few_keys)
             parts = zip(*(x.chunk(len(mine), 1) for x in few_queries), strict=True)
-            ends = [(chunk + 1) * (whole[0].shape[1] // self.num_chunks) for chunk in mine]
-            seen = ([x[:, :end] for x in whole] for end in ends)
-            outs.append(torch.cat([attention(*part, *blocks, *ks) for part, ks in zip(parts, seen, strict=True)], 1))
-        return torch.cat(outs, 2)
+            seen = self.gather([(0, end) for end in ends], *few_keys)
+            seen_blocks = self.gather([(0, count(end)) for end in ends], *few_blocks) if blocks else [()] * len(ends)
+            each = zip(parts, seen_blocks, seen, strict=True)
+            outs.append(torch.cat([attention(*part, *bs, *ks) for part, bs, ks in each], 1))
+        return torch.cat(outs, 2) if turns > 1 else outs[0]
 
 
 def nsa_attention_over(
@@ -167,17 +212,15 @@ def nsa_attention_over(
     *,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """`nsa_attention` where `k_cmp` and `v_cmp` are of whole sequences, all else parts of this process."""
+    """`nsa_attention` of parts of this process; `k_cmp` and `v_cmp` are blocks that begin in them."""
 
     def attention(q: Tensor, gates: Tensor, k_cmp: Tensor, v_cmp: Tensor, *keys: Tensor) -> Tensor:
-        count = config.num_compressed(keys[0].shape[1])
         k_slc, v_slc, k_win, v_win = keys
-        k_cmp, v_cmp = k_cmp[:, :count], v_cmp[:, :count]
         out = nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, backend=backend)
         assert isinstance(out, Tensor)  # no indices were asked for
         return out
 
-    return context.attend(attention, (q, gates), (k_slc, v_slc, k_win, v_win), (k_cmp, v_cmp))
+    return context.attend(attention, (q, gates), (k_slc, v_slc, k_win, v_win), (k_cmp, v_cmp), config.num_compressed)
 
 
 def attend_over(
@@ -186,9 +229,19 @@ def attend_over(
     """`layer.attend` of the tokens `x [B, t, dim]` at `positions [t]` over the whole sequences they are part of."""
     q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = layer.project(x)
     k_cmp, v_cmp = context.compress(layer.compress, k_cmp, v_cmp, layer.config)
-    kind: dict[str, Any] = {"interleaved": layer.rope_interleaved, "backend": layer.backend}
-    tensors = (q, k_cmp, k_slc, k_win)
-    q, k_cmp, k_slc, k_win = apply_rope(*tensors, rope, layer.config, positions=positions, **kind)
+    q, k_cmp, k_slc, k_win = apply_rope(
+        q,
+        k_cmp,
+        k_slc,
+        k_win,
+        rope,
+        layer.config,
+        positions=positions,
+        # A block begins at every `d`-th token.
+        block_positions=positions[:: layer.config.compress_stride].contiguous(),
+        interleaved=layer.rope_interleaved,
+        backend=layer.backend,
+    )
     inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     return nsa_attention_over(context, *inputs, layer.config, backend=layer.backend).flatten(2)
 

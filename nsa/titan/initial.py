@@ -34,8 +34,9 @@ def gate_logits(gates: str) -> tuple[float, ...]:
 
 def complete_gradient(parameter: Tensor) -> None:
     """Sums a gradient that tensor parallelism left in parts: torch 2.11 clips by the norm of a part."""
-    if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
-        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 DRAWN = 1 << 18

@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torchtitan.components.tokenizer import BaseTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.attention import VarlenMetadata
@@ -172,6 +173,16 @@ class NSAAttention(NativeSparseAttention):
             # Tensor parallelism splits the tokens of the batch as it was, so that is how `wo` must see them.
             out, used = (y.view(*x.shape[:2], *y.shape[2:]) for y in (out, used))
         return (self.wo(out), used) if return_indices else self.wo(out)
+
+    def project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        layers = (self.wq, self.wk, self.wv, self.wg)
+        if not isinstance(x, DTensor) or any(type(layer) is not nn.Linear for layer in layers):
+            return super().project(x)
+        # Tensor parallelism gives the same tokens to every process and each layer's rows of some heads. Products of
+        # plain tensors are the same, and take the host a fraction of the time.
+        tokens = x.to_local(grad_placements=[Partial()] * x.device_mesh.ndim)
+        rows: Any = [layer.parameters() for layer in layers]
+        return self.by_head(*(F.linear(tokens, *(p.to_local() for p in of_layer)) for of_layer in rows))
 
 
 class Block(LlamaBlock):

@@ -44,9 +44,12 @@ def expected_positions(kind: str) -> tuple[dict[str, Any], Tensor, Tensor]:
     blocks = CONFIG.compress_stride * torch.arange(CONFIG.num_compressed(TOKENS))
     if kind == "whole":
         return {}, torch.arange(TOKENS), blocks
-    if kind == "part":
+    if kind in ("part", "blocks_of_part"):
         positions = torch.cat((torch.arange(30, 60), torch.arange(7, 22)))
-        return {"positions": positions}, positions, blocks
+        if kind == "part":
+            return {"positions": positions}, positions, blocks
+        blocks = positions[blocks]
+        return {"positions": positions, "block_positions": blocks}, positions, blocks
     offsets = cumulative(LENGTHS)
     starts = [CONFIG.compress_stride * i for length in LENGTHS for i in range(CONFIG.num_compressed(length))]
     unused = [0] * (CONFIG.num_compressed(TOKENS) - len(starts))
@@ -70,7 +73,7 @@ def check(actual: Any, tensors: dict[str, Tensor], rope: Tensor, at: tuple[Tenso
 
 
 @each_backend
-@pytest.mark.parametrize("kind", ["whole", "part", "packed"])
+@pytest.mark.parametrize("kind", ["whole", "part", "blocks_of_part", "packed"])
 @pytest.mark.parametrize("dim", [16, 24])
 def test_pairs_of_two_halves_are_neighbours_elsewhere(backend: BackendName, kind: str, dim: int) -> None:
     """Rotating the halves is rotating neighbours in another order of the dimensions, to the bit, gradients too."""
@@ -104,7 +107,7 @@ def test_pairs_of_two_halves_are_those_of_transformers(backend: BackendName) -> 
 
 
 @each_backend
-@pytest.mark.parametrize("kind", ["whole", "part", "packed"])
+@pytest.mark.parametrize("kind", ["whole", "part", "blocks_of_part", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [16, 24])
 def test_matches_its_definition(
@@ -270,6 +273,21 @@ REFUSED = {
         ValueError,
         "positions must be None where cu_seqlens says what they are, got a tensor",
     ),
+    "far_blocks": (
+        {"block_positions": lambda x: x + 40},
+        ValueError,
+        "rope must have a row for each of the 65 positions, got 60",
+    ),
+    "positions_of_other_blocks": (
+        {"block_positions": lambda x: x[1:]},
+        ValueError,
+        "block_positions must have shape [C] = (4,), got (3,)",
+    ),
+    "positions_of_packed_blocks": (
+        {"block_positions": lambda x: x, "cu_seqlens": LENGTHS},
+        ValueError,
+        "block_positions must be None where cu_seqlens says what they are, got a tensor",
+    ),
     "blocks_of_packed": (
         {"k_cmp": lambda x: x[:, 1:], "cu_seqlens": LENGTHS},
         ValueError,
@@ -284,11 +302,10 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], error: type[Excep
     dim = changes.pop("dim", 8)
     with torch.device("cpu"):  # elsewhere, to look at positions would mean to wait for them
         inputs: dict[str, Any] = {**draw(dim, torch.float32), "rope": rope_table(60, dim + dim % 2), "config": CONFIG}
-        inputs["positions"] = torch.arange(TOKENS)
+        inputs |= {"positions": torch.arange(TOKENS), "block_positions": 8 * torch.arange(4)}
         if lengths := changes.pop("cu_seqlens", None):
             inputs["cu_seqlens"] = cumulative(lengths)
     inputs |= {name: change(inputs[name]) for name, change in changes.items()}
-    if "positions" not in changes:
-        del inputs["positions"]
+    inputs = {name: x for name, x in inputs.items() if "positions" not in name or name in changes}
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         apply_rope(**inputs)
