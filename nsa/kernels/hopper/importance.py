@@ -13,11 +13,13 @@ keys of a block, which the matrix unit's layout gives to one thread. Shifting `f
 threads, is left to the end of a tile, when the heads are summed. Every sum has one order, whatever the tile and however
 many programs share a row, so equal inputs give equal bits.
 
-A program has a warp group that copies (TMA) and some that compute, each with 64 queries of its own, and as many
-programs as the GPU has processors take one walk after another: a tile of queries and a run of tiles of keys. A walk
-that does not begin at the first tile of keys goes over the one before it as well, for its last `far`. Rows of keys
-beyond the last come as 0, and none is visible. Keys at the edge are hidden after the exponential: what a query does not
-see may have any logit.
+A program has a warp group that copies (TMA) and two that compute, each with 64 queries of its own, and as many programs
+as the GPU has processors take one walk after another: a tile of queries and a run of tiles of keys. A walk that does
+not begin at the first tile of keys goes over the one before it as well, for its last `far`. A consumer starts the
+products of two heads at a time, so that the matrix unit multiplies for the second while it exponentiates the first.
+Rows of keys beyond the last come as 0, and none is visible. Keys at the edge are hidden after the exponential: what a
+query does not see may have any logit. A visible probability that is no number makes the importance none, which for who
+chooses is above all numbers.
 
 Barriers. Loads of queries and of keys are numbered through all walks; load `g` goes to slot `g % n` of its ring of `n`
 and is that slot's use number `g // n`. `full` of a slot completes when a load has arrived, `empty` when all consumers
@@ -25,7 +27,7 @@ have read it. Who waits for use `u` to arrive waits for parity `u % 2`, and the 
 `u`, for parity `(u - 1) % 2`, which on a new barrier counts as complete. All waits end: consumers read in the order in
 which the producer fills, each reads all of it, and an empty walk loads nothing and waits for nothing. With KEPT there
 is a slot for every head, whose queries stay for a whole walk: the producer fills them at its first tile, consumers
-release them at its last, and a wait for what has long arrived ends at once.
+release them at its last, and a wait for what has long arrived ends at once. Two heads at a time want two slots.
 """
 
 from typing import NamedTuple
@@ -149,13 +151,41 @@ def _shift(x, before):
 
 
 @gluon.jit
+def _multiply(
+    places, q_full, load, k_slot, CHUNKS: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """Starts the product of this consumer's queries of a head and the keys of a tile: `CHUNKS` things to wait for."""
+    q_ring, k_ring = places
+    slot = load % SLOTS
+    mbarrier.wait(q_full.index(slot), load // SLOTS & 1)
+    s = gl.zeros([_ROWS, _KEYS], gl.float32, layout=_LOGITS)
+    for c in gl.static_range(CHUNKS):
+        q = q_ring.index((slot * CONSUMERS + CONSUMER) * CHUNKS + c).reshape([_ROWS, _WIDTH])
+        k = k_ring.index(k_slot * CHUNKS + c).reshape([_KEYS, _WIDTH])
+        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add(s, near, far, log_sum, factor, keys, num_visible, MASKED: gl.constexpr):
+    """`near` and `far` with a head's probabilities added."""
+    # Of a query that sees nothing every probability is 0.
+    base = gl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2E)
+    p = gl.exp2(gl.fma(s, gl.full_like(s, factor), base[:, None] + gl.zeros_like(s)))
+    if MASKED:
+        p = gl.where(keys[None, :] < num_visible[:, None], p, 0.0)
+    first, second, third, fourth = _by_key(p)
+    return near + (first + second + third), far + fourth
+
+
+@gluon.jit
 def _consume(
     lse, scores, places, barriers, sizes, factor, SIZE: gl.constexpr, LAST: gl.constexpr, G: gl.constexpr,
     D: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    PRODUCTS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Importances for this consumer's queries of this program's walks."""
-    q_ring, k_ring = places
     q_full, q_empty, k_full, k_empty = barriers
     _, HEADS, num_queries, _, num_keys, _, num_tiles, _, _, width = sizes
     CHUNKS: gl.constexpr = D // _WIDTH
@@ -165,7 +195,6 @@ def _consume(
     row = gl.arange(0, _ROWS, layout=OF_ROW)
     column = gl.arange(0, _KEYS, layout=gl.SliceLayout(0, _LOGITS))
     block = gl.arange(0, _BLOCKS, layout=gl.SliceLayout(0, _SUMS))
-    nothing = gl.zeros([_ROWS, _KEYS], gl.float32, layout=_LOGITS)
     none = gl.zeros([_ROWS, _BLOCKS], gl.float32, layout=_SUMS)
     key = column % _BLOCKS * _RATIO + column // _BLOCKS
     q_load = 0
@@ -192,27 +221,24 @@ def _consume(
                 mbarrier.wait(k_full.index(k_slot), k_load // STAGES & 1)
                 near = none
                 far = none
-                for member in range(G):
-                    # Of a query that sees nothing every probability is 0.
-                    base = gl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2E)
-                    log_sum = gl.load(of_row + (member + 1) % G, mask=live, other=float("inf"))
+                for member in range(0, G, PRODUCTS):
                     load = q_load + member
-                    slot = load % SLOTS
-                    mbarrier.wait(q_full.index(slot), load // SLOTS & 1)
-                    s = nothing
-                    for c in gl.static_range(CHUNKS):
-                        q = q_ring.index((slot * CONSUMERS + CONSUMER) * CHUNKS + c).reshape([_ROWS, _WIDTH])
-                        k = k_ring.index(k_slot * CHUNKS + c).reshape([_KEYS, _WIDTH])
-                        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
-                    s = warpgroup_mma_wait(0, deps=(s,))
+                    s = _multiply(places, q_full, load, k_slot, CHUNKS, CONSUMERS, SLOTS, CONSUMER)
+                    if PRODUCTS == 2:
+                        next_s = _multiply(places, q_full, load + 1, k_slot, CHUNKS, CONSUMERS, SLOTS, CONSUMER)
+                    next_log_sum = gl.load(of_row + (member + 1) % G, mask=live, other=float("inf"))
+                    s = warpgroup_mma_wait((PRODUCTS - 1) * CHUNKS, deps=(s,))
                     if not KEPT or tile == stop - 1:
-                        mbarrier.arrive(q_empty.index(slot), count=1)
-                    p = gl.exp2(gl.fma(s, gl.full_like(s, factor), base[:, None] + gl.zeros_like(s)))
-                    if MASKED:
-                        p = gl.where((tile * _KEYS + key)[None, :] < num_visible[:, None], p, 0.0)
-                    first_key, second_key, third_key, fourth_key = _by_key(p)
-                    near += first_key + second_key + third_key
-                    far += fourth_key
+                        mbarrier.arrive(q_empty.index(load % SLOTS), count=1)
+                    near, far = _add(s, near, far, log_sum, factor, tile * _KEYS + key, num_visible, MASKED)
+                    log_sum = next_log_sum
+                    if PRODUCTS == 2:
+                        next_log_sum = gl.load(of_row + (member + 2) % G, mask=live, other=float("inf"))
+                        next_s = warpgroup_mma_wait(0, deps=(next_s,))
+                        if not KEPT or tile == stop - 1:
+                            mbarrier.arrive(q_empty.index((load + 1) % SLOTS), count=1)
+                        near, far = _add(next_s, near, far, log_sum, factor, tile * _KEYS + key, num_visible, MASKED)
+                        log_sum = next_log_sum
                 mbarrier.arrive(k_empty.index(k_slot), count=1)
                 k_load += 1
                 if not KEPT:
@@ -233,7 +259,7 @@ def _importance_kernel(
     q_tiles, k_tiles_0, k_tiles_1, k_tiles_2, k_tiles_3, lse, scores, total, HEADS, num_queries, num_tokens, num_keys,
     first_tile, num_tiles, num_parts, span, width, factor, SIZE: gl.constexpr, LAST: gl.constexpr, G: gl.constexpr,
     D: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr, KEPT: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    PRODUCTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_tiles.dtype
     CHUNKS: gl.constexpr = D // _WIDTH
@@ -258,11 +284,11 @@ def _importance_kernel(
         [
             (_consume, (
                 lse, scores, places, barriers, sizes, factor, SIZE, LAST, G, D, CONSUMERS, SLOTS, KEPT, STAGES,
-                0,
+                PRODUCTS, 0,
             )),
             (_consume, (
                 lse, scores, places, barriers, sizes, factor, SIZE, LAST, G, D, CONSUMERS, SLOTS, KEPT, STAGES,
-                1,
+                PRODUCTS, 1,
             )),
             (_produce, (
                 q_tiles, k_tiles, places, barriers, sizes, SIZE, G, D, CONSUMERS, SLOTS, KEPT, STAGES,
@@ -279,13 +305,15 @@ class Shape(NamedTuple):
         SLOTS: heads whose queries have room.
         KEPT: whether these are all heads.
         STAGES: tiles of keys that have room.
+        PRODUCTS: that a consumer has in flight at most, 1 or 2.
         REGISTERS: of a thread that computes.
     """
 
     SLOTS: int
     KEPT: bool
-    STAGES: int
-    REGISTERS: int
+    STAGES: int = 2
+    PRODUCTS: int = 2
+    REGISTERS: int = 240
 
 
 CONSUMERS = 2
@@ -300,7 +328,7 @@ def shape_of(dim: int, group: int) -> Shape:
     """Queries stay where 128 KiB hold those of all heads."""
     most = (128 << 10) // (2 * QUERIES * dim)
     kept = group <= most
-    return Shape(group if kept else 3, kept, 2, 232)
+    return Shape(group if kept else 4, kept)
 
 
 def applies(q: Tensor, k: Tensor, config: NSAConfig) -> bool:
