@@ -14,7 +14,8 @@ next one. With `r = l' / d` compressed blocks starting in each:
 Scores are computed transposed, keys down and columns `(head, query)` across: on the matrix units' layout the sum over
 the heads of a KV head then stays within a thread. Probabilities never reach memory. Importances do, for as many
 queries at a time as fit into a workspace of fixed size; a second kernel takes each query's best from there, so memory
-does not grow with the square of the length, and no sorting stands between two products.
+does not grow with the square of the length, and no sorting stands between two products. On Hopper
+`nsa.kernels.hopper.importance` takes the place of the first kernel where it can.
 
 The best `n` need no sort: the `n`-th largest importance is found by bisection on its bits (numbers that are not
 negative are ordered like their bits), and running counts of the blocks above it, and of as many equal to it as are
@@ -33,6 +34,8 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.configs import chunks, kernel_config
 from nsa.kernels.flash_tiles import PositionMap
+from nsa.kernels.hopper import available
+from nsa.kernels.hopper import importance as hopper
 from nsa.kernels.launches import recordable, recorded
 from nsa.kernels.primitives import (
     LOG2E,
@@ -227,6 +230,9 @@ def _choose_blocks(
     tile_queries = max(tile_queries, 16 // padded_group, 1)
 
     varlen = varlen_of(cu_seqlens_q, cu_seqlens_k, cu_blocks, queries)
+    on_hopper = available(q.device) and varlen is None and hopper.applies(q, k_cmp, config)
+    if on_hopper:
+        tile_queries = hopper.QUERIES
     offsets = PositionMap.compressed(config, num_keys).offsets(varlen)
     count = count_tiles(num_queries, 1, tile_queries, offsets)
     first_chunk, second_chunk = chunks(dim)
@@ -259,11 +265,14 @@ def _choose_blocks(
         rows = max(1, min(tile_queries, 256 // candidates))  # few a warp, so that many warps have room
         bits = 8 * dtype.itemsize
         with torch.cuda.device_of(q):
-            _importance_kernel[(programs, parts)](
-                q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
-                k_cmp.shape[1], first, taken, width, cdiv(reached, parts), scale, heads, **constants,
-                QUERIES=tile_queries, PACKED=varlen is not None, **kernel.compiled,
-            )  # fmt: skip
+            if on_hopper:
+                hopper.importance(q, k_cmp, lse, scores, config, num_keys, first, scale)
+            else:
+                _importance_kernel[(programs, parts)](
+                    q, k_cmp, lse, scores, *offsets, q.stride()[:3], k_cmp.stride()[:3], num_queries, num_keys,
+                    k_cmp.shape[1], first, taken, width, cdiv(reached, parts), scale, heads, **constants,
+                    QUERIES=tile_queries, PACKED=varlen is not None, **kernel.compiled,
+                )  # fmt: skip
             _best_kernel[(programs * (tile_queries // rows),)](
                 scores, indices, *offsets[:2], offsets[3], num_queries, num_keys, first, taken, width, heads,
                 WANTED=config.num_selected_blocks, INITIAL=config.num_initial_blocks, LOCAL=config.num_local_blocks,

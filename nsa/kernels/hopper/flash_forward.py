@@ -38,7 +38,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa.kernels.configs import multiprocessors
 from nsa.kernels.flash_tiles import LENGTHS, PositionMap, count_visible, row_tile
-from nsa.kernels.hopper.primitives import describable_heads, describe, load_tile, store_tile
+from nsa.kernels.hopper.primitives import (
+    count_turns,
+    describable_heads,
+    describe,
+    load_tile,
+    store_tile,
+    turn_place,
+)
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import LN2, cdiv, online_softmax_update
 
@@ -50,29 +57,15 @@ _CONSUMERS = tl.constexpr(2)
 
 
 @gluon.jit
-def _count_turns(total):
-    """Number of tiles that this program takes."""
-    programs = gl.num_programs(0)
-    whole = total // programs
-    place = gl.where(whole % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
-    return whole + (place < total % programs).to(gl.int32)
-
-
-@gluon.jit
 def _find_tile(
     turn, sizes, STRIDE: gl.constexpr, LAST: gl.constexpr, WINDOWED: gl.constexpr, G: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The tile of rows that this program takes in a turn: its KV head, batch row and first row; the position of the
-    first query; the first key, the number of tiles of keys, and which of them, `[a, b)`, need no mask.
-
-    Tiles get lighter from turn to turn, and from program to program of one turn, so every other turn goes backwards.
-    """
+    first query; the first key, the number of tiles of keys, and which of them, `[a, b)`, need no mask."""
     num_tiles, HEADS, num_queries, num_tokens, num_keys, window = sizes
-    programs = gl.num_programs(0)
-    place = gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
     head, batch, first, _, _, shift, _, key_first, _, count, a, b = row_tile(
-        turn * programs + place, num_tiles, HEADS, None, None, None, 0, num_queries, num_tokens, num_keys, window,
+        turn_place(turn), num_tiles, HEADS, None, None, None, 0, num_queries, num_tokens, num_keys, window,
         STRIDE, LAST, WINDOWED, G, False, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     return head, batch, first, shift, key_first, count, a, b
@@ -103,7 +96,7 @@ def _produce(
     q_place, k_ring, v_ring = places
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     load = 0
-    for turn in range(_count_turns(total)):
+    for turn in range(count_turns(total)):
         head, batch, first, _, key_first, count, a, b = _find_tile(
             turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * _CONSUMERS, BLOCK_N
         )
@@ -151,7 +144,7 @@ def _consume(
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LOGITS))
     nothing = gl.zeros([_ROWS, BLOCK_N], gl.float32, layout=LOGITS)
     load = 0
-    for turn in range(_count_turns(total)):
+    for turn in range(count_turns(total)):
         head, batch, first, shift, key_first, count, a, b = _find_tile(
             turn, sizes, STRIDE, LAST, WINDOWED, G, _ROWS * _CONSUMERS, BLOCK_N
         )

@@ -69,3 +69,18 @@ def store_rows(out, offsets, inside, x, D: gl.constexpr, ADD: gl.constexpr = Fal
     if ADD:
         x += gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
     gl.store(pointers, x.to(out.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def count_turns(total):
+    """Number of `total` places that this program takes, one a turn."""
+    programs = gl.num_programs(0)
+    return total // programs + (turn_place(total // programs) < total).to(gl.int32)
+
+
+@gluon.jit
+def turn_place(turn):
+    """The place that this program takes in a turn. Where places get lighter from first to last, so do turns, and
+    programs within a turn: every other turn goes backwards."""
+    programs = gl.num_programs(0)
+    return turn * programs + gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
