@@ -30,6 +30,7 @@ from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import configs
 from nsa.kernels.configs import Entry
+from nsa.kernels.hopper import portable
 
 from ..adapters.triton import triton
 from ..stages import TIMED
@@ -123,13 +124,18 @@ def _selected_bwd_dkdv(group: int) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of the table: the operation that launches it, what to try, and what holds of others meanwhile."""
+    """One kernel of the table: the operation that launches it, what to try, and what holds of others meanwhile.
+
+    Attributes:
+        portable: whether kernels for Hopper alone, which would take its place, are left out.
+    """
 
     stage: str
     direction: str
     candidates: Callable[[int], list[Launch]]
     meanwhile: dict[str, Launch] = field(default_factory=dict)
     any_group: bool = False
+    portable: bool = False
 
 
 KERNELS = {
@@ -139,7 +145,7 @@ KERNELS = {
     "window_forward": Kernel("sliding_window_attention", "forward", _forward, any_group=True),
     "window_bwd_dq": Kernel("sliding_window_attention", "backward", _bwd_dq, any_group=True),
     "window_bwd_dkdv": Kernel("sliding_window_attention", "backward", _bwd_dkdv([132]), any_group=True),
-    "importance": Kernel("select_blocks", "forward", _importance),
+    "importance": Kernel("select_blocks", "forward", _importance, portable=True),
     "selected_forward_key_major": Kernel(
         "selected_attention",
         "forward",
@@ -202,6 +208,8 @@ class Subject:
     def using(self, candidate: Launch) -> Iterator[None]:
         """Launches the kernel with these parameters inside the context."""
         with ExitStack() as stack:
+            if self.kernel.portable:
+                stack.enter_context(portable())
             for name, launch in {**self.kernel.meanwhile, self.name: candidate}.items():
                 stack.enter_context(configs.override(name, **launch))
             yield
