@@ -8,7 +8,7 @@ the `G` query heads of a KV head, which share their keys, and a part of these:
 2. `_token_kernel`: the window and the selected blocks, in parts of their own. Those of the window read while the first
    kernel ends. Each part of the selected branch chooses the blocks itself, as in `nsa.kernels.select`, from the sums
    and the log-sum-exps of all parts: it is little to read, and nobody waits for another program. All write the same.
-   Of very long contexts it is too much, and `_select_kernel` does it once, before;
+   Of long contexts it is too much, and `_select_kernel` does it once, before;
 3. `_merge_kernel`: the parts of each branch by their log-sum-exps, and the gated sum of the branches.
 
 On GPUs where a kernel can start before the one before has ended, every program waits for that end before it reads what
@@ -53,7 +53,7 @@ _KEYS = 64
 _MOST_PARTS = 32
 """Largest number of parts of a branch: those of all branches are merged as one tile."""
 
-_PROGRAMS, _LEAST_PARTS = 2, 3
+_PROGRAMS, _LEAST_PARTS = 3, 3
 """Programs a multiprocessor of each of the kernels that read keys, and parts of a branch at least, as long programs end
 at different times."""
 
@@ -61,13 +61,12 @@ _STAGES = 3
 """Tiles of keys in shared memory."""
 
 _FEW = 32
-"""Pairs of a query and a KV head up to which programs of the last kernel start as soon as they can. Where there are
-more, they start when those of the kernel before have read everything, and so spread evenly."""
+"""Pairs of a query and a KV head up to which programs of the last kernel start at once; of more, after what is read."""
 
 _SUMS = 4096
 """Sums over compressed blocks that a program has at a time when it chooses."""
 
-_MOST_CANDIDATES = 2048
+_MOST_CANDIDATES = 512
 """Selection blocks among which every part of the selected branch chooses for itself."""
 
 # Sizes that change from cache to cache and are no reason to compile again.
@@ -342,13 +341,14 @@ def _token_kernel(
     acc0 = tl.zeros([ROWS, V0], dtype=ACC)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 else 16], dtype=ACC)
     for step in range(begin, tl.minimum(begin + span, count)):
-        if in_window:
-            first = oldest + step * KEYS
-            slot = oldest_slot + step * KEYS
-        else:
-            block = tl.load(indices + of_head * WANTED + step // PIECES)
-            first = tl.where(block < 0, position + 1, block * SIZE + step % PIECES * KEYS)
-            slot = first
+        first = oldest + step * KEYS
+        slot = oldest_slot + step * KEYS
+        if WANTED > 0:
+            # Masked rather than in a branch: a pipelined loop takes the other branch for steps beyond the last.
+            block = tl.load(indices + of_head * WANTED + step // PIECES, mask=part >= num_window, other=0)
+            token = tl.where(block < 0, position + 1, block * SIZE + step % PIECES * KEYS)
+            first = tl.where(in_window, first, token)
+            slot = tl.where(in_window, slot, token)
         seen = first + within <= position
         slot += within
         slot = tl.where(slot < room, slot, slot - room)

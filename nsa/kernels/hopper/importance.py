@@ -15,8 +15,9 @@ many programs share a row, so equal inputs give equal bits.
 
 A program has a warp group that copies (TMA) and two that compute, each with 64 queries of its own, and as many programs
 as the GPU has processors take one walk after another: a tile of queries and a run of tiles of keys. A walk that does
-not begin at the first tile of keys goes over the one before it as well, for its last `far`. A consumer starts the
-products of two heads at a time, so that the matrix unit multiplies for the second while it exponentiates the first.
+not begin at the first tile of keys goes over the one before it as well, for its last `far`. Of heads
+of 64 columns a consumer starts the products of two at a time, so that the matrix unit multiplies for the second while
+it exponentiates the first.
 Rows of keys beyond the last come as 0, and none is visible. Keys at the edge are hidden after the exponential: what a
 query does not see may have any logit. A visible probability that is no number makes the importance none, which for who
 chooses is above all numbers.
@@ -328,7 +329,9 @@ def shape_of(dim: int, group: int) -> Shape:
     """Queries stay where 128 KiB hold those of all heads."""
     most = (128 << 10) // (2 * QUERIES * dim)
     kept = group <= most
-    return Shape(group if kept else 4, kept)
+    # Wide heads keep the matrix units busy with one product at a time.
+    products, registers = (1, 232) if dim == 128 else (2, 240)
+    return Shape(group if kept else 4, kept, PRODUCTS=products, REGISTERS=registers)
 
 
 def applies(q: Tensor, k: Tensor, config: NSAConfig) -> bool:
