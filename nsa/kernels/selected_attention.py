@@ -14,9 +14,10 @@ There are two ways to bring queries and blocks together:
   and reads the blocks of all (`nsa.kernels.selected_by_tile`, on Hopper `nsa.kernels.hopper.selected`);
 - key-major (`nsa.kernels.selected_by_block`): a program has a block and reads the queries that selected it.
 
-`dk` and `dv` are always made key-major. For the output and `dq` the faster way depends on `G`, the query heads of a KV
-head: query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The
-field `key_major` of the configuration chooses between Triton's kernels. On Hopper, tiles are taken up to the `longest`
+`dk` and `dv` are always made key-major, and where this does not make `dq` as well, on Hopper by
+`nsa.kernels.hopper.selected_dkdv`. For the output and `dq` the faster way depends on `G`, the query heads of a KV head:
+query-major reads the keys of a block once for `G` rows, key-major writes partial results for each row. The field
+`key_major` of the configuration chooses between Triton's kernels. On Hopper, tiles are taken up to the `longest`
 sequences for which they are faster than either.
 """
 

@@ -6,7 +6,8 @@ dv are always made: the sum over queries lies within a program,
 
     p = 2^(s - lse2),    ds = p (dout.v - delta),    dk = scale sum ds q,    dv = sum p dout,
 
-but for a list of several pieces, whose float32 partial sums `_reduce_kernel` adds up in order.
+but for a list of several pieces, whose float32 partial sums `_reduce_kernel` adds up in order. On Hopper, where `dq` is
+made elsewhere, `nsa.kernels.hopper.selected_dkdv` makes them.
 
 The forward and dq sum over the blocks of a query instead. Each pair (query, slot) leaves a partial result for every
 part of its block: for the forward, the softmax over these keys alone and its log-sum-exp, which `_merge_kernel` weights
@@ -38,6 +39,7 @@ from nsa.kernels.block_index import (
 )
 from nsa.kernels.bwd_preprocess import BackwardRows
 from nsa.kernels.configs import KeyMajorConfig, multiprocessors, plan
+from nsa.kernels.hopper import available, selected_dkdv
 from nsa.kernels.launches import recordable
 from nsa.kernels.primitives import (
     LN2,
@@ -408,17 +410,9 @@ def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packing: Packing,
-    constants: dict[str, Any],
-    config: KeyMajorConfig,
-    scale: float,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, out: Tensor, lse: Tensor, packing: Packing,
+    constants: dict[str, Any], config: KeyMajorConfig, scale: float,
+) -> None:  # fmt: skip
     """Writes `out` and `lse`."""
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v))
@@ -444,22 +438,10 @@ def forward(
 
 
 def bwd_dkdv(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    rows: BackwardRows,
-    dk: Tensor,
-    dv: Tensor,
-    dq: Tensor | None,
-    packing: Packing,
-    constants: dict[str, Any],
-    config: KeyMajorConfig,
-    scale: float,
-    weighted: bool,
-    add: bool,
-) -> None:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, rows: BackwardRows, dk: Tensor, dv: Tensor,
+    dq: Tensor | None, packing: Packing, constants: dict[str, Any], config: KeyMajorConfig, scale: float,
+    weighted: bool, add: bool,
+) -> None:  # fmt: skip
     """Writes `dk` and `dv`, and, if `dq` is given, writes it or adds to it."""
     batch, num_queries, heads, num_selected = indices.shape
     num_keys, group, strides = k.shape[1], constants["G"], tuple(x.stride()[:3] for x in (q, k, v, dout))
@@ -476,8 +458,14 @@ def bwd_dkdv(
     partial_dq = q.new_empty(runs[0][1], summands, k.shape[3])
     merged = _merged_rows(constants["K0"] + constants["K1"])
     again = indices.new_empty(runs[0][1] * index.pieces_per_head * parts, dtype=torch.int8)
+    on_hopper = dq is None and available(q.device) and selected_dkdv.applies(constants, q, k, v, dout)
     for first, count in runs:
-        for clean in (False, True):
+        if on_hopper:
+            selected_dkdv.write_dkdv(
+                dout, q, k, v, rows, index, dk, dv, partial_dk, partial_dv, again, first, count, packing.num_blocks,
+                num_selected, config.CHUNK, scale, weighted,
+            )  # fmt: skip
+        for clean in (True,) if on_hopper else (False, True):
             _bwd_dkdv_kernel[(count * index.pieces_per_head, parts)](
                 q, k, v, dout, rows.lse2, rows.delta, index.members, index.offsets, index.pieces, index.partials, dk,
                 dv, partial_dk, partial_dv, partial_dq, again, packing.query_table, packing.cu_keys,

@@ -45,14 +45,14 @@ def describe(x: Tensor, *box: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def new_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Barriers of what is kept, of arrivals in the ring and of its releases."""
+def new_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """Barriers of what is kept, of arrivals in the ring, so many an entry, and of its releases."""
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(free.index(stage), count=CONSUMERS)
     fence_async_shared()
     return ready, full, free
