@@ -227,7 +227,6 @@ def test_what_is_said_between_the_tables_of_training_is_from_its_runs() -> None:
         f"{SUMMARY['validation_loss_ratio']:.3f}",
         f"{math.ceil(1e3 * apart) / 1e3}",
         f"{spread:.2f}",
-        f"{saved('16k-100m-eager')[LOSS][30]:.3f}",
         *(f"{statistics.median(saved(name).speeds):,.0f} tokens/s" for name in ("100m-eager", *PLAIN)),
     }
     steps = [1e3 * TOKENS_A_STEP / statistics.median(saved(f"{length}-100m").speeds) for length in ("4k", "16k")]
