@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from validation.perf import gates, plugin, records
+from validation.perf import gates, parts, plugin, records
 from validation.perf.records import Record
 
 ROOT = Path(__file__).parents[2]
@@ -456,6 +456,43 @@ def test_a_run_that_fails_or_is_partial_is_no_baseline(perf: Any, pytester: pyte
     failed(perf("--perf-baseline", files={"a": skipped}), "no benchmark was measured")
     refused(perf("--perf-baseline", "-k", "a"), "--perf-baseline needs a whole run")
     assert not (pytester.path / "baselines").exists()
+
+
+@pytest.fixture
+def part(perf: Any, pytester: pytest.Pytester) -> Any:
+    """What a run of the benchmarks that an expression chooses saves."""
+
+    def make(chosen: str) -> dict[str, Any]:
+        file = pytester.path / "part.json"
+        assert perf("-k", chosen, f"--benchmark-json={file}").ret == 0
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+
+    return make
+
+
+def test_runs_that_together_have_everything_are_a_baseline(part: Any, perf: Any, pytester: pytest.Pytester) -> None:
+    run = parts.merge([part("not test_a"), part("test_a")])
+    assert [b["fullname"] for b in run["benchmarks"]] == ["test_bench.py::test_a", "test_bench.py::test_b"]
+    assert not run["partial"]
+    file = pytester.path / "baselines" / f"{MACHINE['name']}.json"
+    records.write(run, file)
+    perf("--benchmark-compare").stdout.fnmatch_lines([f"2 benchmarks of 2 in {file} compared: *"])
+
+
+def test_parts_that_do_not_belong_together_are_no_baseline(part: Any) -> None:
+    a, b = part("test_a"), part("not test_a")
+    with pytest.raises(ValueError, match=r"1 benchmarks are in none of the parts, test_bench.py::test_b the first"):
+        parts.merge([a])
+    assert len(parts.merge([{**a, "skipped": {"test_bench.py::test_b": "tired"}}])["benchmarks"]) == 1
+    for different, message in (
+        ({"measured": {**b["measured"], "torch": "3"}}, "part 2 is of torch 3, the first of 2"),
+        ({"commit_info": {"id": "0123"}}, "part 2 is of commit 0123"),
+        ({"problems": ["test_b: failed"]}, "part 2: test_b: failed"),
+        ({"planned": ["test_bench.py::test_b"]}, "part 2 was not chosen from the same benchmarks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parts.merge([a, {**b, **different}])
 
 
 def test_runs_by_another_clock_are_not_compared(perf: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,10 @@ def _asked_for(config: pytest.Config) -> bool:
     return any(FOLDER in (p, *p.parents) or p in FOLDER.parents for p in places) and FOLDER not in ignored
 
 
+def _is_benchmark(item: pytest.Item) -> bool:
+    return "benchmark" in getattr(item, "fixturenames", ())
+
+
 class Gatekeeper:
     """Follows a run and judges it at the end."""
 
@@ -78,6 +82,7 @@ class Gatekeeper:
         self.baseline: Path | None = None
         self.notes: list[str] = []
         self.problems: list[str] = []
+        self.planned: list[str] = []
         self.collected: list[str] = []
         self.passed: set[str] = set()
         self.failed: set[str] = set()
@@ -86,7 +91,10 @@ class Gatekeeper:
         self.deselected = False
         chosen = any(getattr(config.option, name, None) for name in ("keyword", "markexpr", "deselect", "lf"))
         if config.getoption("perf_baseline") and (chosen or self.partial):
-            raise pytest.UsageError("--perf-baseline needs a whole run: leave out -k, -m, --deselect and single tests")
+            raise pytest.UsageError(
+                "--perf-baseline needs a whole run: leave out -k, -m, --deselect and single tests, or make a baseline "
+                "of several runs (python -m validation.perf.parts)"
+            )
         if config.getoption("perf_baseline"):
             config.option.benchmark_autosave = config.option.benchmark_autosave or "baseline"
 
@@ -94,6 +102,10 @@ class Gatekeeper:
     def partial(self) -> bool:
         """Whether the user left out some of the benchmarks. Nothing else excuses one that is missing."""
         return self.deselected or any("::" in argument for argument in self.config.args)
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        if _is_benchmark(item):
+            self.planned.append(item.nodeid)
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.deselected = self.deselected or bool(items)
@@ -176,7 +188,7 @@ class Gatekeeper:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        self.collected = [item.nodeid for item in items if "benchmark" in getattr(item, "fixturenames", ())]
+        self.collected = [item.nodeid for item in items if _is_benchmark(item)]
         session: Any = getattr(config, "_benchmarksession", None)
         if self.collected and session.disabled:
             why = "--benchmark-disable" if config.getoption("benchmark_disable") else "tests run in parallel (xdist)"
@@ -273,6 +285,8 @@ class Gatekeeper:
         output_json["failures"] = config.stash.get(FAILURES, [])
         output_json["problems"] = self.problems
         output_json["partial"] = self.partial
+        if self.partial:  # for `validation.perf.parts`
+            output_json |= {"planned": self.planned, "skipped": self.skipped}
         for benchmark in output_json["benchmarks"]:
             for name in ("options", "param", "params", "name"):
                 benchmark.pop(name, None)
