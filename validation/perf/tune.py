@@ -124,18 +124,13 @@ def _selected_bwd_dkdv(group: int) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of the table: the operation that launches it, what to try, and what holds of others meanwhile.
-
-    Attributes:
-        portable: whether kernels for Hopper alone, which would take its place, are left out.
-    """
+    """One kernel of the table: the operation that launches it, what to try, and what holds of others meanwhile."""
 
     stage: str
     direction: str
     candidates: Callable[[int], list[Launch]]
     meanwhile: dict[str, Launch] = field(default_factory=dict)
     any_group: bool = False
-    portable: bool = False
 
 
 KERNELS = {
@@ -145,24 +140,24 @@ KERNELS = {
     "window_forward": Kernel("sliding_window_attention", "forward", _forward, any_group=True),
     "window_bwd_dq": Kernel("sliding_window_attention", "backward", _bwd_dq, any_group=True),
     "window_bwd_dkdv": Kernel("sliding_window_attention", "backward", _bwd_dkdv([132]), any_group=True),
-    "importance": Kernel("select_blocks", "forward", _importance, portable=True),
+    "importance": Kernel("select_blocks", "forward", _importance),
     "selected_forward_key_major": Kernel(
         "selected_attention",
         "forward",
         _selected_forward_key_major,
-        meanwhile={"selected_forward": {"key_major": True}, "selected_forward_hopper": {"longest": 0}},
+        meanwhile={"selected_forward": {"key_major": True}},
     ),
     "selected_forward": Kernel(
         "selected_attention",
         "forward",
         _selected_forward,
-        meanwhile={"selected_forward_tiles": {"most_keys": 0}, "selected_forward_hopper": {"longest": 0}},
+        meanwhile={"selected_forward_tiles": {"most_keys": 0}},
     ),
     "selected_forward_tiles": Kernel(
         "selected_attention",
         "forward",
         _selected_tiles,
-        meanwhile={"selected_forward": {"key_major": False}, "selected_forward_hopper": {"longest": 0}},
+        meanwhile={"selected_forward": {"key_major": False}},
     ),
     "selected_forward_hopper": Kernel("selected_attention", "forward", _selected_on_hopper),
     # Where gradients are made by block, those of queries are too, and this kernel is not launched.
@@ -173,19 +168,16 @@ KERNELS = {
         meanwhile={
             "selected_bwd_dkdv": {"key_major": False},
             "selected_bwd_dq_tiles": {"most_keys": 0},
-            "selected_bwd_dq_hopper": {"longest": 0},
         },
     ),
     "selected_bwd_dq_tiles": Kernel(
         "selected_attention",
         "backward",
         _selected_tiles,
-        meanwhile={"selected_bwd_dkdv": {"key_major": False}, "selected_bwd_dq_hopper": {"longest": 0}},
+        meanwhile={"selected_bwd_dkdv": {"key_major": False}},
     ),
     "selected_bwd_dq_hopper": Kernel("selected_attention", "backward", _selected_on_hopper),
-    "selected_bwd_dkdv": Kernel(
-        "selected_attention", "backward", _selected_bwd_dkdv, meanwhile={"selected_bwd_dq_hopper": {"longest": 0}}
-    ),
+    "selected_bwd_dkdv": Kernel("selected_attention", "backward", _selected_bwd_dkdv),
 }
 
 
@@ -208,7 +200,7 @@ class Subject:
     def using(self, candidate: Launch) -> Iterator[None]:
         """Launches the kernel with these parameters inside the context."""
         with ExitStack() as stack:
-            if self.kernel.portable:
+            if not self.name.endswith("_hopper"):  # those would run in its place
                 stack.enter_context(portable())
             for name, launch in {**self.kernel.meanwhile, self.name: candidate}.items():
                 stack.enter_context(configs.override(name, **launch))
