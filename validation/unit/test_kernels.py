@@ -4,6 +4,8 @@ What they share with every implementation is tested in test_stages.py and its ne
 interpreter shows that the algebra is right, and compiled kernels are held to the policy in their own dtypes.
 """
 
+from importlib import import_module
+from pkgutil import walk_packages
 from typing import Any
 
 import pytest
@@ -12,17 +14,7 @@ import triton
 
 from nsa import NativeSparseAttention, kernels, rope_table
 from nsa.config import NSAConfig
-from nsa.kernels import (
-    attention,
-    block_index,
-    bwd_preprocess,
-    flash_backward,
-    flash_forward,
-    primitives,
-    select,
-    selected_by_block,
-    selected_by_query,
-)
+from nsa.kernels import primitives
 from nsa.varlen import tensors_of
 from validation.cases import BY_ID, DIFFERENTIATED, Case, config, draw, draw_inputs, fitted, whole
 from validation.comparison import check_gradients, compare
@@ -188,21 +180,18 @@ def test_launches_by_block_fit_a_grid() -> None:
 
 
 @pytest.mark.needs_gpu
-def test_another_length_is_no_reason_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", [4, 16])
+def test_another_length_is_no_reason_to_compile(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither that it is no multiple of 16 nor how many blocks it has."""
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
-    modules = (
-        attention, block_index, bwd_preprocess, flash_forward, flash_backward, select, selected_by_block,
-        selected_by_query,
-    )  # fmt: skip
-    for module in modules:
-        for kernel in vars(module).values():
+    for found in walk_packages(kernels.__path__, "nsa.kernels."):
+        for kernel in vars(import_module(found.name)).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()  # what other tests have compiled
 
     def kernels_of(tokens: int) -> list[str]:
-        case = Case("lengths", whole(tokens), NSAConfig(), kv_heads=4, group=4, key_dim=128, value_dim=128)
+        case = Case("lengths", whole(tokens), NSAConfig(), kv_heads=4, group=group, key_dim=128, value_dim=128)
         x = {**draw_inputs(case, torch.bfloat16), "indices": None}
         dict(STAGES["nsa_attention"].results(TRITON, case, x))
         found = compiled.copy()
