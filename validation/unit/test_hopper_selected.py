@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa.config import NSAConfig
 from nsa.kernels import configs
 from nsa.kernels.configs import HopperTileConfig
 from nsa.kernels.hopper import available, portable, selected
@@ -19,10 +18,10 @@ from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.stages import STAGES
 from validation.unit.compiled import compile_for_hopper
+from validation.unit.hopper_cases import CASES, CONFIG, GROUP_4, shaped
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-CONFIG = NSAConfig()
 TRITON = load("triton")
 KERNELS = ("selected_forward_hopper", "selected_bwd_dq_hopper")
 
@@ -125,29 +124,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield calls
 
 
-def shaped(id: str, lengths: tuple[tuple[int, int], ...], group: int, dim: int, **rest: Any) -> Case:
-    return Case(id, lengths, rest.pop("config", CONFIG), group=group, key_dim=dim, value_dim=dim, **rest)
-
-
-CASES = [
-    shaped("one_query", whole(1), 16, 128, kv_heads=1),
-    shaped("one_tile", whole(3), 16, 128, kv_heads=1),
-    shaped("tiles", whole(1100), 16, 128, kv_heads=2),
-    shaped("batch", whole(701), 16, 64, kv_heads=2, batch=3),
-    shaped("group_4", whole(1003), 4, 64, kv_heads=2, batch=2),
-    shaped("group_4_wide", whole(2050), 4, 128, kv_heads=1),
-    shaped("group_8", whole(1003), 8, 128, kv_heads=2),
-    shaped("group_32", whole(805), 32, 64, kv_heads=2),
-    shaped("last_queries", ((130, 2333),), 16, 128, kv_heads=1),
-    shaped("few_blocks", whole(900), 16, 128, kv_heads=1, config=NSAConfig(num_selected_blocks=5)),
-    shaped("negative_scale", whole(400), 16, 128, kv_heads=1, scale=-0.1),
-]
-
-
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stage", ["selected_attention", "nsa_attention"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*CASES, *GROUP_4], ids=lambda case: case.id)
 def test_they_are_as_near_to_the_oracle_as_plain_torch(
     case: Case, stage: str, dtype: torch.dtype, taken: list[str]
 ) -> None:

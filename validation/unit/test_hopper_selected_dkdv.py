@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa.config import NSAConfig
 from nsa.kernels import configs
 from nsa.kernels.configs import forget
 from nsa.kernels.hopper import available, portable, selected_dkdv
@@ -17,10 +16,10 @@ from validation.implementations import load
 from validation.numerics import assert_equal, assert_matches
 from validation.stages import STAGES
 from validation.unit.compiled import compile_for_hopper
+from validation.unit.hopper_cases import CASES, CONFIG, SEVERAL_BLOCKS, shaped
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-CONFIG = NSAConfig()
 TRITON = load("triton")
 
 LAUNCHES = """
@@ -130,25 +129,6 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return watched(monkeypatch, Tensor.clone)
 
 
-def shaped(id: str, lengths: tuple[tuple[int, int], ...], group: int, dim: int, **rest: Any) -> Case:
-    return Case(id, lengths, rest.pop("config", CONFIG), group=group, key_dim=dim, value_dim=dim, **rest)
-
-
-CASES = [
-    shaped("one_query", whole(1), 16, 128, kv_heads=1),
-    shaped("part_of_a_block", whole(47), 8, 64, kv_heads=2),
-    shaped("blocks", whole(1100), 16, 128, kv_heads=2),
-    shaped("batch", whole(701), 16, 64, kv_heads=2, batch=3),
-    shaped("group_8", whole(1003), 8, 128, kv_heads=2),
-    shaped("group_8_narrow", whole(530), 8, 64, kv_heads=1, batch=2),
-    shaped("group_32", whole(805), 32, 64, kv_heads=2),
-    shaped("group_32_wide", whole(330), 32, 128, kv_heads=1),
-    shaped("last_queries", ((130, 2333),), 16, 128, kv_heads=1),
-    shaped("few_blocks", whole(900), 16, 128, kv_heads=1, config=NSAConfig(num_selected_blocks=5)),
-    shaped("negative_scale", whole(400), 16, 128, kv_heads=1, scale=-0.1),
-]
-
-
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stage", ["selected_attention", "nsa_attention"])
@@ -163,7 +143,7 @@ def test_it_is_as_near_to_the_oracle_as_plain_torch(
 
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("chunk", [32, 80, 256])
-@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[7]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", SEVERAL_BLOCKS, ids=lambda case: case.id)
 def test_pieces_of_a_list_add_up(case: Case, chunk: int, taken: list[Any]) -> None:
     with configs.override("selected_bwd_dkdv", CHUNK=chunk):
         compare(TRITON, STAGES["selected_attention"], case, draw(case, torch.bfloat16), torch.bfloat16)
