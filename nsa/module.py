@@ -311,7 +311,7 @@ class NativeSparseAttention(nn.Module):
     def by_head(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """What `project` gives, of what the four layers give."""
+        """The result of `project`, from the outputs of its four layers."""
         q, gates = _split(q, self.head_dim), _split(gates, 3)
         gates = gates.sigmoid() if self.gate_activation == "sigmoid" else gates.softmax(-1).to(gates.dtype)
         if gates.shape[2] != q.shape[2]:

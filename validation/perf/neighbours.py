@@ -41,7 +41,7 @@ def likeness(indices: Tensor, config: NSAConfig, length: int) -> dict[str, float
 
 
 def selection(workload: Workload, x: Inputs, length: int) -> Tensor:
-    """What the operator selects for the last queries of a workload's inputs, in float32 on the CPU."""
+    """Blocks that the operator selects for the last queries of a workload's inputs, in float32 on the CPU."""
     q, k_cmp = x["q"][:, -LAST:].float(), x["k_cmp"].float()
     return select_blocks(q, k_cmp, x["lse"][:, -LAST:], workload.config, num_keys=length, backend="eager")
 

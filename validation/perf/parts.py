@@ -18,7 +18,7 @@ from typing import Any
 from . import gates, records
 
 ALIKE = ("name", "device", "driver", "torch", "triton", "python")
-"""What of the machine must be the same in all parts."""
+"""Fields of the machine that must be the same in all parts."""
 
 
 def merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

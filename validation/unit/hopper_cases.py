@@ -34,4 +34,4 @@ CASES = [
     shaped("few_blocks", whole(900), 16, 128, kv_heads=1, config=NSAConfig(num_selected_blocks=5)),
     shaped("negative_scale", whole(400), 16, 128, kv_heads=1, scale=-0.1),
 ]
-"""Of groups of 8 and more."""
+"""Cases of groups of 8 and more."""

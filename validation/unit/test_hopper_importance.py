@@ -17,10 +17,10 @@ from validation.comparison import compare_selection
 from validation.implementations import load
 from validation.numerics import assert_equal
 from validation.unit.compiled import compile_for_hopper
+from validation.unit.hopper_cases import CONFIG, shaped
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-CONFIG = NSAConfig()
 TRITON = load("triton")
 
 LAUNCHES = """
@@ -100,10 +100,6 @@ def test_it_takes_blocks_of_other_lengths_in_the_same_proportion() -> None:
 )
 def test_what_it_leaves_to_triton(given: dict[str, Any]) -> None:
     assert not applies(**given)
-
-
-def shaped(id: str, lengths: tuple[tuple[int, int], ...], group: int, dim: int, **rest: Any) -> Case:
-    return Case(id, lengths, rest.pop("config", CONFIG), group=group, key_dim=dim, value_dim=dim, **rest)
 
 
 def by_torch(

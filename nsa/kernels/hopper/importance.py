@@ -171,7 +171,7 @@ def _multiply(
 @gluon.jit
 def _add(s, near, far, log_sum, factor, keys, num_visible, MASKED: gl.constexpr):
     """`near` and `far` with a head's probabilities added."""
-    # Of a query that sees nothing every probability is 0.
+    # A query that sees nothing has probabilities of 0.
     base = gl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2E)
     p = gl.exp2(gl.fma(s, gl.full_like(s, factor), base[:, None] + gl.zeros_like(s)))
     if MASKED:
