@@ -143,7 +143,7 @@ def run(
 
     def one(name: str, seed: int) -> Metrics:
         arguments = (*tier.options, *options[name], f"--debug.seed={seed}")
-        return train(arguments, folder / f"{name}-{seed}", timeout=tier.limit)
+        return train(arguments, folder / f"{name}-{seed}", at_once=processes, timeout=tier.limit)
 
     with ThreadPoolExecutor(processes) as pool:
         jobs = {pool.submit(one, name, seed): (name, seed) for seed, name in product(tier.seeds, options)}

@@ -54,7 +54,7 @@ def three_seeds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A tier of three seeds, whose second run of dense and third of NSA fail; the runs, in their order."""
     begun: list[str] = []
 
-    def train(arguments: Any, folder: Path, timeout: float) -> Metrics:
+    def train(arguments: Any, folder: Path, at_once: int, timeout: float) -> Metrics:
         begun.append(folder.name)
         if folder.name == "dense-1":
             raise RuntimeError("a command exited with 1: out of memory")
