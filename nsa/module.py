@@ -328,6 +328,9 @@ class NativeSparseAttention(nn.Module):
         """`forward` without its last projection: the outputs of all heads, `[B, T, Hq * D]`, and the indices used."""
         packed = pack_tokens(x, cu_seqlens, self.config)
         q, (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win), gates = self.project(x)
+        if rope is not None:
+            # The backward keeps what was compressed, and with a view all keys, whose rotated copies it keeps as well.
+            k_cmp = k_cmp.contiguous()
         k_cmp, v_cmp = self.compress(k_cmp, v_cmp, packed)
         if rope is not None:
             if self.head_dim % 2:

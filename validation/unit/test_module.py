@@ -377,6 +377,24 @@ def test_memory_of_long_sequences_is_bounded() -> None:
     assert int(done.stdout) <= PEAK_MEMORY_BYTES, f"peak of {int(done.stdout) / 2**30:.2f} GiB"
 
 
+@pytest.mark.parametrize("compression", ["mlp", "linear"])
+def test_the_backward_keeps_the_keys_of_no_branch_that_it_does_not_read(compression: Any) -> None:
+    config = NSAConfig(32, 16, 64, 4, window_size=32, compression=compression)
+    layer = make(config, torch.float32, head_dim=16, backend="triton")
+    kept: dict[int, tuple[int, set[tuple[Any, int]]]] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept.setdefault(storage.data_ptr(), (storage.nbytes(), set()))[1].add((x.storage_offset(), x.nbytes))
+        return x
+
+    x = torch.randn(1, 256, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        layer(x, rope_table(256, 16))
+    of_branch = 256 * 2 * 16 * 4  # bytes
+    assert max(whole - sum(size for _, size in read) for whole, read in kept.values()) < of_branch
+
+
 def test_indices_can_be_returned_and_given() -> None:
     q, keys, blocks = torch.randn(1, 50, 2, 8), torch.randn(1, 50, 1, 8), torch.randn(1, 11, 1, 8)
     inputs = (q, blocks, blocks, keys, keys, keys, keys, torch.rand(1, 50, 2, 3), SMALL)
