@@ -118,16 +118,16 @@ OURS = "triton" if torch.cuda.is_available() else "eager"
 """The implementation that the ladder is about unless another is named."""
 
 RUNGS: Mapping[str, Rung] = {
-    "unit": Rung("is each stage right?", _unit, _of_verdict, True, 150),
+    "unit": Rung("is each stage right?", _unit, _of_verdict, True, 15),
     "integration": Rung(
         "do the parts work together, over processes?",
         _pytest("integration", "validation/integration", "-m", "smoke"),
         _of_junit("integration"),
         False,
-        180,
+        90,
     ),
-    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 400),
-    "perf": Rung("how long does each stage take?", _perf, _of_stages, True, 30),
+    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 230),
+    "perf": Rung("how long does each stage take?", _perf, _of_stages, True, 40),
 }
 
 
@@ -255,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = given.layers.split(",")
     if unknown := set(names) - set(RUNGS):
         parser.error(f"--layers must be of {', '.join(RUNGS)}, got {', '.join(sorted(unknown))}")
+    theirs = [name for name, rung in RUNGS.items() if rung.theirs]
+    if given.impl != OURS and not set(names) & set(theirs):
+        parser.error(f"--layers must have one of {', '.join(theirs)} beside --impl, got {given.layers}")
     if reason := TIERS[given.tier].missing():
         parser.error(f"--tier {given.tier} cannot be run here: it {reason}")
     try:

@@ -67,6 +67,13 @@ def test_a_verdict_is_saved_after_each_layer_and_unfinished_before_the_last(
     assert verdict["verdict"] == json.loads((tmp_path / "verdict.json").read_text())["verdict"] == "passed"
 
 
+def test_layers_that_are_about_ours_alone_are_refused_for_another(tmp_path: Path) -> None:
+    status, output, verdict = climb(tmp_path, "--layers=integration", "--impl=validation.oracle")
+    assert status == 2, output
+    assert "--layers must have one of unit, system, perf beside --impl" in output
+    assert not verdict
+
+
 def test_a_ladder_that_tests_nothing_fails(tmp_path: Path) -> None:
     status, output, verdict = climb(tmp_path, "--layers=system", "-k", "no_such_test")
     assert status == 1, output
