@@ -126,7 +126,7 @@ RUNGS: Mapping[str, Rung] = {
         False,
         90,
     ),
-    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 230),
+    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 375),
     "perf": Rung("how long does each stage take?", _perf, _of_stages, True, 40),
 }
 

@@ -86,11 +86,11 @@ TIERS: Mapping[str, Tier] = {
     "cpu": Tier(
         "debug",
         (
-            "--training.seq_len=256", "--training.local_batch_size=2", "--training.steps=80",
-            "--validation.seq_len=256", "--validation.local_batch_size=8", "--validation.freq=80",
+            "--training.seq_len=256", "--training.local_batch_size=2", "--training.steps=240",
+            "--validation.seq_len=256", "--validation.local_batch_size=8", "--validation.freq=240",
             "--validation.steps=4", "--metrics.log_freq=2", "--checkpoint.no-enable", "--nsa.selection_metrics",
         ),
-        (0, 1, 2),
+        (0, 1, 2, 3, 4),
         # The flavor's sizes leave nothing out of so short a sequence.
         sparse=("--nsa.select_block_size=16", "--nsa.num_selected_blocks=6", "--nsa.window_size=32"),
     ),
