@@ -37,6 +37,7 @@ from ..stages import BY_NAME, TIMED
 from ..stages import WHOLE as WHOLE_OP
 from . import stages
 from .precompile import OPTION, take_jobs
+from .records import SAME_SHAPES
 from .rivals import decoders, dense, flash, flex
 from .workloads import CHOICES, PACKED, WORKLOADS, Inputs, Workload, chosen
 
@@ -444,28 +445,30 @@ def jobs(benchmarks: Sequence[Benchmark], wanted: Sequence[str] = ()) -> list[li
 
     Kernels are compiled for sizes of heads and blocks, and for whether the work of a short sequence is shared out; but
     FlexAttention's, which take the longest to compile, for every length. The layer has no kernels of its own, nor has
-    a dense twin. What has the most kernels comes first, and passes and lengths of the whole op each by itself.
+    a dense twin. What has the most kernels comes first, and passes and lengths of the whole op each by itself, the
+    forward last: jobs that run at the same time each compile what they have in common.
     """
     kinds: dict[tuple[object, ...], list[Benchmark]] = {}
     for b in benchmarks:
         if b.subject == "FlexAttention":
             kinds[b.workload, b.length, b.direction] = [b]
         elif b.stage != "layer" and not b.subject.startswith("dense"):
-            kinds.setdefault((b.workload, b.stage, b.subject), []).append(b)
+            kinds.setdefault((SAME_SHAPES.get(b.workload, b.workload), b.stage, b.subject), []).append(b)
     found: list[list[Benchmark]] = []
     for kind in kinds.values():
         if not wanted or any(b.id in wanted for b in kind):
             # The number of candidates is a constant of the selection's kernel, and grows with the length.
             job = [b for b in kind if b.stage == "select_blocks" or b.length in _ends(kind)]
-            found += [[b] for b in job] if job[0].stage == WHOLE else [job]
+            each = {(b.length, b.direction): b for b in reversed(job)}.values()
+            found += [[b] for b in each] if job[0].stage == WHOLE else [job]
     return sorted(found, key=_rank)
 
 
 def _rank(job: Sequence[Benchmark]) -> int:
-    """The place of a job among others: backward passes call the forward too."""
+    """The place of a job among others: the backward of the whole op calls its forward, and most of the stages'."""
     if job[0].stage not in (WHOLE, "training"):
-        return 2
-    return 1 if job[0].direction == "forward" else 0
+        return 1
+    return 2 if job[0].direction == "forward" else 0
 
 
 def _ends(kind: Sequence[Benchmark]) -> tuple[int, int]:
