@@ -313,4 +313,4 @@ def build_block_index(indices: Tensor, shift: int, packing: Packing, block_size:
         )
     whole = num_queries * num_selected // chunk
     # All pieces of a list but the last are whole: with several pieces, at least half of them.
-    return BlockIndex(members, offsets, pieces, partials, num_blocks + whole, 2 * whole)
+    return BlockIndex(members, offsets, pieces, partials, num_blocks + whole, whole + min(whole, num_blocks))
