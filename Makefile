@@ -10,7 +10,7 @@ TIER ?=
 FRESH ?=
 OUT ?= out
 # The first that has a figure is believed.
-RUNS ?= validation/perf/baselines/nvidia-h200.json docs/runs/again_h200.json docs/runs/stages_h200.json
+RUNS ?= docs/runs/h200.json validation/perf/baselines/nvidia-h200.json docs/runs/again_h200.json docs/runs/stages_h200.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

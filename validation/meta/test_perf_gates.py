@@ -485,6 +485,8 @@ def test_parts_that_do_not_belong_together_are_no_baseline(part: Any) -> None:
     with pytest.raises(ValueError, match=r"1 benchmarks are in none of the parts, test_bench.py::test_b the first"):
         parts.merge([a])
     assert len(parts.merge([{**a, "skipped": {"test_bench.py::test_b": "tired"}}])["benchmarks"]) == 1
+    for_pages = parts.merge([{**a, "problems": ["slow"]}], whole=False)
+    assert (len(for_pages["benchmarks"]), for_pages["partial"]) == (1, True)
     for different, message in (
         ({"measured": {**b["measured"], "torch": "3"}}, "part 2 is of torch 3, the first of 2"),
         ({"commit_info": {"id": "0123"}}, "part 2 is of commit 0123"),
