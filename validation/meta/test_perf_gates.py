@@ -22,7 +22,10 @@ from validation.perf import gates, parts, plugin, records
 from validation.perf.records import Record
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"name": "cpu-test", "device": "a CPU", "driver": None, "torch": "2", "triton": "3", "clock": records.WALL}
+MACHINE = {
+    "name": "cpu-test", "device": "a CPU", "driver": None, "torch": "2", "triton": "3", "clock": records.WALL,
+    "command": ["pytest"],
+}  # fmt: skip
 BOUNDS = gates.Bounds(time=1.10, memory=1.02)
 
 
@@ -475,6 +478,7 @@ def test_runs_that_together_have_everything_are_a_baseline(part: Any, perf: Any,
     run = parts.merge([part("not test_a"), part("test_a")])
     assert [b["fullname"] for b in run["benchmarks"]] == ["test_bench.py::test_a", "test_bench.py::test_b"]
     assert not run["partial"]
+    assert len(run["measured"]["commands"]) == 2
     file = pytester.path / "baselines" / f"{MACHINE['name']}.json"
     records.write(run, file)
     perf("--benchmark-compare").stdout.fnmatch_lines([f"2 benchmarks of 2 in {file} compared: *"])

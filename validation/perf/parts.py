@@ -47,6 +47,7 @@ def merge(parts: Sequence[dict[str, Any]], *, whole: bool = True) -> dict[str, A
     if whole and lacking:
         raise ValueError(f"{len(lacking)} benchmarks are in none of the parts, {lacking[0]} the first of them")
     run = {name: value for name, value in first.items() if name not in ("planned", "skipped")}
+    run["measured"] = {**first["measured"], "commands": [part["measured"]["command"] for part in parts]}
     failures = {records.which(failure): failure for part in parts for failure in part["failures"]}
     measured = [found[name] for name in first["planned"] if name in found]
     return {**run, "benchmarks": measured, "failures": list(failures.values()), "partial": bool(lacking)}

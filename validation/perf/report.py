@@ -167,7 +167,7 @@ def render(reports: Mapping[str, dict[str, Any]]) -> str:
         paths=" ".join(reports),
         **{key: machine[key] for key in ("device", "driver", "torch", "triton", "python", "date")},
         clocks=f" ({clocks})" if clocks else "",
-        commands="\n".join(shlex.join(each["machine"]["command"]) for each in reports.values()),
+        commands="\n".join(_commands(each["machine"]) for each in reports.values()),
         clock=records.clock({"measured": machine}),
         flops=roofs.flops / 1e12,
         bytes=roofs.bytes / 1e12,
@@ -263,7 +263,7 @@ def beside(report: Mapping[str, Any], first: Mapping[str, Any], number: int) -> 
         return ""
     machine = report["machine"]
     listed = " and ".join(filter(None, (", ".join(peers[:-1]), peers[-1])))
-    head = BESIDE.format(peers=listed, date=machine["date"], command=shlex.join(machine["command"]))
+    head = BESIDE.format(peers=listed, date=machine["date"], command=_commands(machine))
     if pictured(report, first):
         head += f"\n\n![Time of forward and backward pass against length, in that run](img/perf-beside-{number}.png)"
     return f"{head}\n\n{table(('workload', 'stage', 'pass', 'tokens', *names), rows)}"
@@ -418,7 +418,12 @@ def results_page(reports: Sequence[dict[str, Any]], text: str) -> str:
     machine = measured["machine"]
     of_run = f"One {machine['device']}, PyTorch {machine['torch']}, Triton {machine['triton']}, {machine['date'][:10]}:"
     made = generating(measured)
-    return _between_marks(text, f"{made}\n\n{of_run}\n\n```sh\n{shlex.join(machine['command'])}\n```")
+    return _between_marks(text, f"{made}\n\n{of_run}\n\n```sh\n{_commands(machine)}\n```")
+
+
+def _commands(machine: Mapping[str, Any]) -> str:
+    """The commands of a run, one a line: it may be made of several."""
+    return "\n".join(map(shlex.join, machine.get("commands") or [machine["command"]]))
 
 
 def _between_marks(text: str, made: str) -> str:
