@@ -6,9 +6,8 @@ compressed block yet. The latter two are kept in rings, which do not grow with t
 position `p` in slot `p % size`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -119,8 +118,8 @@ class KVCache(Stores):
         self.config, self.spare = config, spare
         with torch.inference_mode(False):
             self._arrived = torch.zeros(self.batch, dtype=torch.int32, device=device)
-        self._held_from = [{"window": 0, "tail": 0} for _ in range(self.batch)]
-        """The first position that each ring still holds."""
+        self._most = [0] * self.batch
+        """The most tokens that each sequence has had since it was empty, before the last `truncate`."""
 
     @torch.no_grad()
     def append(self, rows: slice, k: Sequence[Tensor], v: Sequence[Tensor], compress: Compress) -> CachedKeys:
@@ -210,19 +209,6 @@ class KVCache(Stores):
         window = self._pairs["selected" if self.config.shared_kv else "window"]
         return query, StepKeys(*self._pairs["compressed"], *self._pairs["selected"], *window, lengths)
 
-    def count_step(self) -> None:
-        super().count_step()
-        for length, held in zip(self._lengths, self._held_from, strict=True):
-            for ring, first in held.items():
-                held[ring] = max(first, length - self._pairs[ring][0].shape[1])
-
-    def counted(self) -> Any:
-        return super().counted(), copy.deepcopy(self._held_from)
-
-    def count_again(self, counted: Any) -> None:
-        lengths, self._held_from = counted
-        super().count_again(lengths)
-
     def _read(self, ring: str, rows: slice, first: int, stop: int) -> Pair:
         """Keys and values at positions `first` to `stop`, in order."""
         keys, values = self._pairs[ring]
@@ -236,31 +222,29 @@ class KVCache(Stores):
         slots = torch.arange(begin, stop, device=new[0].device) % max(size, 1)
         for store, x in zip(self._pairs[ring], new, strict=True):
             store[rows].index_copy_(1, slots, x[:, begin - first :])
-        for row in range(self.batch)[rows]:
-            self._held_from[row][ring] = max(self._held_from[row][ring], stop - size)
 
     def _shortest(self, row: int) -> int:
-        config, held = self.config, self._held_from[row]
-        shortest = 1
-        if held["window"] and self._pairs["window"][0].shape[1]:  # the next query sees `w - 1` tokens before it
-            shortest = max(shortest, held["window"] + config.window_size - 1)
-        if held["tail"]:  # the next block to be completed begins with a token that is held
-            blocks = -(-held["tail"] // config.compress_stride)
+        config, shortest = self.config, 1
+        window, tail = (self._pairs[ring][0].shape[1] for ring in ("window", "tail"))
+        most = max(self._most[row], self._lengths[row])
+        if 0 < window < most:  # the next query sees `w - 1` tokens before it
+            shortest = most - window + config.window_size - 1
+        if tail < most:  # the next block to be completed begins with a token that is held
+            blocks = -(-(most - tail) // config.compress_stride)
             shortest = max(shortest, (blocks - 1) * config.compress_stride + config.compress_block_size)
         return shortest
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
+        most = [*map(max, self._most, self._lengths)]
         super().truncate(lengths)
-        for row, length in enumerate(self._lengths):
-            if length == 0:
-                self._held_from[row] = {"window": 0, "tail": 0}
+        self._most = [number if length else 0 for number, length in zip(most, self._lengths, strict=True)]
 
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
         chosen = [*range(self.batch)] if sequences is None else list(sequences)
         new = super().fork(chosen)
         with torch.inference_mode(False):
             new._arrived = torch.zeros(new.batch, dtype=torch.int32, device=self.keys.device)
-        new._held_from = [dict(self._held_from[i]) for i in chosen]
+        new._most = [self._most[i] for i in chosen]
         return new
 
 

@@ -151,7 +151,10 @@ class Compressor(nn.Module):
         return compress(x, self.params(), self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def _params(compressor: Compressor | BlockFunction) -> CompressionParams | BlockFunction | None:
+_Params = CompressionParams | BlockFunction | None
+
+
+def _params(compressor: Compressor | BlockFunction) -> _Params:
     """Gives what `compress` takes of a compressor or a function."""
     return compressor.params() if isinstance(compressor, Compressor) else compressor
 
@@ -373,8 +376,12 @@ class NativeSparseAttention(nn.Module):
 
     def compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
         """Blocks `[B, C, Hk, D]` of keys and of values `[B, T, Hk, D]`, each as one vector."""
-        params = _params(self.compress_k), _params(self.compress_v)
+        params = self._compression()
         return compress_keys_and_values(k, v, *params, self.config, cu_seqlens=packed, backend=self.backend)
+
+    def _compression(self) -> tuple[_Params, _Params]:
+        """What `compress` takes for keys and for values."""
+        return _params(self.compress_k), _params(self.compress_v)
 
     def make_cache(
         self,
@@ -412,8 +419,7 @@ class NativeSparseAttention(nn.Module):
 
         kind: dict[str, Any] = {"interleaved": self.rope_interleaved, "backend": self.backend}
         if packed is None and x.shape[1] == 1:
-            params = _params(self.compress_k), _params(self.compress_v)
-            query, stores = cache.step(q, keys, values, params, rope, **kind)
+            query, stores = cache.step(q, keys, values, self._compression(), rope, **kind)
             out, used = decode_attention(query, stores, gates, self.config, backend=self.backend)
             return out.flatten(2), used
 
@@ -443,8 +449,8 @@ class NativeSparseAttention(nn.Module):
             query, _, k_slc, k_win = rotated(q[here], k_slc[:, :0], k_slc, k_win, first)
             cached = cache.append(rows, (k_raw, k_slc, k_win), [v[here] for v in values], compressed)
             parts.append(cached_attention(query, cached, gates[here], self.config, backend=self.backend))
-        out, used = (torch.cat(x, 0 if packed is None else 1) for x in zip(*parts, strict=True))
-        return out.flatten(2), used
+        whole = [x[0] if len(x) == 1 else torch.cat(x, 0 if packed is None else 1) for x in zip(*parts, strict=True)]
+        return whole[0].flatten(2), whole[1]
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""

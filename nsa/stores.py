@@ -94,9 +94,10 @@ class Stores:
         """
         if batch != self.batch:
             raise ValueError(f"cache must be for a batch of {batch}, got one for {self.batch}")
-        each = [tokens] * batch if isinstance(tokens, int) else tokens
-        length, count = max(zip(self._lengths, each, strict=True), key=sum)
-        self._check_capacity(length, count, most)
+        if isinstance(tokens, int):
+            self._check_capacity(max(self._lengths), tokens, most)
+        else:
+            self._check_capacity(*max(zip(self._lengths, tokens, strict=True), key=sum), most)
 
     def check_like(self, x: Tensor) -> None:
         """Refuses a cache of another dtype or device than `x`.

@@ -198,7 +198,8 @@ def take_in(
     tensors: list[tuple[Tensor, ...]] = []
     sizes: dict[str, int] = {}
     for kind, dim, of_x in zip("KV", (dk, dv), learned, strict=True):
-        tensors.append(() if of_x is None else tuple(x.contiguous() for x in of_x if x is not None))
+        # The mean has none, of which a tuple stands for something that nobody reads.
+        tensors.append((q,) if of_x is None else tuple(x.contiguous() for x in of_x if x is not None))
         hidden = dim if of_x is None else of_x.weight.shape[2]
         width, tall = next_power_of_2(hidden), config.compress_block_size * (1 if of_x is None else dim)
         rows = min(next_power_of_2(tall), max(16, _ELEMENTS // width))

@@ -204,8 +204,8 @@ _MODULE = [
         "values-compressed-like-keys",
         "values go through the compression of keys",
         "module.py",
-        "params = _params(self.compress_k), _params(self.compress_v)",
-        "params = _params(self.compress_k), _params(self.compress_k)",
+        "return _params(self.compress_k), _params(self.compress_v)",
+        "return _params(self.compress_k), _params(self.compress_k)",
         ("test_module.py::test_matches_the_oracle_with_all_gradients[whole-mlp]",),
     ),
 ]
@@ -2161,8 +2161,8 @@ _CACHE = [
         "rings-forget-what-they-dropped",
         "a sequence can be cut to where a ring holds none of it any more",
         "cache.py",
-        "max(self._held_from[row][ring], stop - size)",
-        "self._held_from[row][ring]",
+        "most = max(self._most[row], self._lengths[row])",
+        "most = self._lengths[row]",
         ("test_cache.py::test_all_that_the_rings_hold_can_be_taken_back",),
     ),
     Fault(

@@ -384,6 +384,7 @@ def test_all_that_the_rings_hold_can_be_taken_back() -> None:
             cache = layer.make_cache(1, TOKENS, spare=spare)
             feed(layer, cache, x[:, :total], total)
             try:
+                cache.truncate(min(length + 1, total))  # what the rings have lost is lost, however it is asked for
                 cache.truncate(length)
             except ValueError:
                 found.append(length)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.cache import get_cache_manager
 
-from nsa import NativeSparseAttention, NSAConfig, kernels, nsa_attention, rope_table
+from nsa import KVCache, NativeSparseAttention, NSAConfig, kernels, nsa_attention, rope_table
 from nsa.kernels import cache, configs, selected_by_block
 from nsa.kernels.configs import Entry, KeyMajorConfig, kernel_config, make_config, read_table, write_table
 from nsa.kernels.selected_by_block import shortened
@@ -253,6 +253,10 @@ def launch_combine(q: Tensor, k: Tensor, lse: Tensor, indices: Tensor, config: N
     import_module("nsa.kernels.attention").combine((q, q, q), torch.zeros(*q.shape[:3], 3))
 
 
+def launch_step(q: Tensor, k: Tensor, lse: Tensor, indices: Tensor, config: NSAConfig) -> None:
+    KVCache(config, q.shape[0], 1, 1, 16).step(q, [q] * 3, [q] * 3, [None, None], backend="triton")
+
+
 @pytest.mark.parametrize(
     "launches",
     [
@@ -263,6 +267,7 @@ def launch_combine(q: Tensor, k: Tensor, lse: Tensor, indices: Tensor, config: N
         launch_compress,
         launch_combine,
         launch_rope,
+        launch_step,
     ],
     ids=lambda function: function.__name__.removeprefix("launch_"),
 )
