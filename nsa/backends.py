@@ -4,12 +4,12 @@
 is `None` where nothing is packed. Shapes are those of the legend of `nsa.functional`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from nsa.blocks import BlockStarts, CompressionParams
+from nsa.blocks import BlockFunction, BlockStarts, CompressionParams
 from nsa.config import NSAConfig
 from nsa.varlen import Varlen
 
@@ -154,6 +154,33 @@ class Backend(Protocol):
             k_slc, v_slc, k_win, v_win: `[B, Tk, Hk, Dk]` or `[B, Tk, Hk, Dv]`.
             gates: `[B, Tq, Hq, 3]`.
             indices: int32 `[B, Tq, Hk, N]`, or `None` to select them.
+        """
+
+    def take_in(
+        self,
+        q: Tensor,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        rope: Tensor | None,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        lengths: Tensor,
+        arrived: Tensor,
+        params: Sequence[CompressionParams | BlockFunction | None],
+        config: NSAConfig,
+        interleaved: bool,
+    ) -> Tensor:
+        """Queries `[B, 1, Hq, Dk]`, rotated; takes a token of every sequence into the stores of a cache.
+
+        Args:
+            q: `[B, 1, Hq, Dk]`, not rotated.
+            k, v: of the compressed, the selected and the window branch, `[B, 1, Hk, Dk]` and `[B, 1, Hk, Dv]`.
+            rope: `[L, Dk / 2, 2]`, contiguous, or `None`.
+            pairs: keys and values `"compressed"`, `"selected"`, `"window"` and `"tail"`, contiguous; rings but for the
+                first two. Of the tail, which is not rotated, compressed blocks are made.
+            lengths: int64 `[B]`, on the device; counts the token.
+            arrived: int32 `[B]`, zeros, which programs count with; zeros again afterwards.
+            params: those of keys and of values, as `compress` takes them; `nsa.eager` takes functions too.
+            interleaved: as `apply_rope` takes it.
         """
 
     def decode_attention(

@@ -83,3 +83,15 @@ def compress_by(function: BlockFunction, x: Tensor, starts: BlockStarts, config:
         expected = f"[B, C, Hk, D] = ({', '.join(map(str, blocks.shape[:3]))}, D)"
         raise ValueError(f"params must be a function to shape {expected}, got one to {tuple(out.shape)}")
     return out if starts.filled is None else torch.where(starts.filled[:, None, None], out, 0)
+
+
+def check_vectors(new: tuple[Tensor, Tensor], stores: tuple[Tensor, Tensor], sizes: tuple[int, int]) -> None:
+    """Refuses compressed keys and values that do not have their `sizes`, rows and blocks, or the heads of the stores.
+
+    Raises:
+        ValueError: another shape.
+    """
+    for name, x, store in zip(("k_cmp", "v_cmp"), new, stores, strict=True):
+        expected = (*sizes, *store.shape[2:])
+        if x.shape != expected:
+            raise ValueError(f"{name} must have shape [b, c, Hk, D] = {expected}, got {tuple(x.shape)}")

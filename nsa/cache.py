@@ -6,23 +6,22 @@ compressed block yet. The latter two are kept in rings, which do not grow with t
 position `p` in slot `p % size`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from nsa.backends import BackendName
+from nsa.blocks import BlockFunction, CompressionParams, check_vectors
+from nsa.checks import check_params, check_rope, check_rope_length, check_tensor
 from nsa.config import NSAConfig, integer
-from nsa.stores import Pair, Stores
+from nsa.functional import load_backend
+from nsa.stores import Pair, Stores, put_next
 
 Compress = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From keys and values `[b, t, Hk, D]`, not rotated, and the number of the block that starts at the first of them, to
 the compressed blocks `[b, c, Hk, D]` that lie in these tokens, keys rotated."""
-
-CompressAt = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From keys and values `[B, l, Hk, D]`, not rotated, of one block a sequence and the position of its first token, int64
-`[B]`, to the compressed blocks `[B, 1, Hk, D]`, keys rotated."""
 
 
 class StepKeys(NamedTuple):
@@ -117,8 +116,10 @@ class KVCache(Stores):
         }
         super().__init__(batch, capacity, num_kv_heads, head_dim, value_dim, dtype, device, lengths)
         self.config, self.spare = config, spare
-        self._held_from = [{"window": 0, "tail": 0} for _ in range(self.batch)]
-        """The first position that each ring still holds."""
+        with torch.inference_mode(False):
+            self._arrived = torch.zeros(self.batch, dtype=torch.int32, device=device)
+        self._most = [0] * self.batch
+        """The most tokens that each sequence has had since it was empty, before the last `truncate`."""
 
     @torch.no_grad()
     def append(self, rows: slice, k: Sequence[Tensor], v: Sequence[Tensor], compress: Compress) -> CachedKeys:
@@ -141,7 +142,7 @@ class KVCache(Stores):
             waiting = self._read("tail", rows, blocks * config.compress_stride, length)
             raw = _joined(waiting, (k[0], v[0]))
             new = compress(*raw, blocks)
-            self._check_blocks(new, (len(raw[0]), after - blocks))
+            check_vectors(new, self._pairs["compressed"], (len(raw[0]), after - blocks))
             self._put("compressed", rows, blocks, *new)
         k_cmp, v_cmp = (x[rows, :after] for x in self._pairs["compressed"])
         k_slc, v_slc = self._put("selected", rows, length, k[1], v[1])
@@ -157,69 +158,56 @@ class KVCache(Stores):
         return CachedKeys(k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, stop)
 
     @torch.no_grad()
-    def step(self, k: Sequence[Tensor], v: Sequence[Tensor], compress: CompressAt) -> StepKeys:
-        """Takes in one new token of every sequence, whatever their lengths.
+    def step(
+        self,
+        q: Tensor,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        params: Sequence[CompressionParams | BlockFunction | None],
+        rope: Tensor | None = None,
+        *,
+        interleaved: bool = True,
+        backend: BackendName = "auto",
+    ) -> tuple[Tensor, StepKeys]:
+        """Takes in one new token of every sequence, whatever their lengths: rotates, stores and compresses.
 
-        Nothing waits for the device. What is started there depends on one thing only, `completes_block`; so two CUDA
-        graphs are enough for all steps of a cache. Before one is replayed, `count_step` counts the step.
+        Nothing waits for the device, and what is started there is the same at every step. So one CUDA graph is enough
+        for all steps of a cache. Before it is replayed, `count_step` counts the step.
 
         Args:
-            k: of the compressed branch, not rotated, of the selected and of the window branch, `[B, 1, Hk, Dk]` each.
+            q: `[B, 1, Hq, Dk]`, not rotated.
+            k: of the compressed, the selected and the window branch, `[B, 1, Hk, Dk]` each, not rotated.
             v: likewise, `[B, 1, Hk, Dv]`.
-            compress: makes the block of the last `l` tokens of every sequence, for those that complete one.
+            params: those of keys and those of values, as `compress` takes them.
+            rope: `[L, Dk / 2, 2]` from `rope_table`; no rotation unless given.
+            interleaved: as `apply_rope` takes it.
+            backend: `"auto"`, `"eager"` or `"triton"`; functions among `params` are always called by the first.
 
         Raises:
-            ValueError: tensors of other sizes than the cache, another device, no room; the cache stays as it was.
+            ValueError: tensors of other sizes than the cache, another device, no room, a table that is too short, an
+                unsupported backend; the cache stays as it was.
             TypeError: another dtype.
 
         Returns:
-            The stores and the lengths themselves, which the next step changes.
+            Queries, rotated, and the stores and lengths themselves, which the next step changes.
         """
         self._check_step(k, v)
-        config, lengths = self.config, self.lengths_on_device()
-        rows = torch.arange(self.batch, device=lengths.device)
-        first, new = lengths + 1 - config.compress_block_size, None
-        if self.completes_block():
-            of_block = torch.arange(config.compress_block_size - 1, device=lengths.device)
-            slots = (first[:, None] + of_block) % self._pairs["tail"][0].shape[1]
-            keys, values = self._pairs["tail"]
-            new = compress(*_joined((keys[rows[:, None], slots], values[rows[:, None], slots]), (k[0], v[0])), first)
-            self._check_blocks(new, (self.batch, 1))
-        for name, i in (("tail", 0), ("selected", 1), ("window", 2)):
-            self._put_next(name, k[i], v[i])
-        if new is not None:
-            place = (first // config.compress_stride).clamp(min=0)
-            complete = ((first >= 0) & (first % config.compress_stride == 0))[:, None, None]
-            for store, x in zip(self._pairs["compressed"], new, strict=True):
-                store.index_put_((rows, place), torch.where(complete, x[:, 0], store[rows, place]))
-        lengths += 1
+        check_tensor("q", q, "[B, 1, Hq, Dk]", like=k[0], shape=(self.batch, 1, q.shape[-2], self._widths[0]))
+        for x, of_x in zip((k[0], v[0]), params, strict=True):
+            if not callable(of_x):
+                check_params(of_x, x, self.config)
+        if rope is not None:
+            check_rope(rope, q)
+            check_rope_length(rope, max(self._lengths) + 1)
+            rope = rope.contiguous()
+        name: BackendName = "eager" if any(map(callable, params)) else backend
+        implementation = load_backend(name, self.config, q, v[0])
+        lengths = self.lengths_on_device()
+        counters = lengths, self._arrived
+        query = implementation.take_in(q, k, v, rope, self._pairs, *counters, params, self.config, interleaved)
         self.count_step()
-        window = self._pairs["selected" if config.shared_kv else "window"]
-        return StepKeys(*self._pairs["compressed"], *self._pairs["selected"], *window, lengths)
-
-    def completes_block(self) -> bool:
-        config = self.config
-        return any(config.num_compressed(n + 1) > config.num_compressed(n) for n in self._lengths)
-
-    def count_step(self) -> None:
-        super().count_step()
-        for length, held in zip(self._lengths, self._held_from, strict=True):
-            for ring, first in held.items():
-                held[ring] = max(first, length - self._pairs[ring][0].shape[1])
-
-    def counted(self) -> Any:
-        return super().counted(), copy.deepcopy(self._held_from)
-
-    def count_again(self, counted: Any) -> None:
-        lengths, self._held_from = counted
-        super().count_again(lengths)
-
-    def _check_blocks(self, new: Pair, sizes: tuple[int, int]) -> None:
-        """Refuses compressed blocks that do not have their `sizes`, rows and blocks, or those of heads of the cache."""
-        for name, x, store in zip(("k_cmp", "v_cmp"), new, self._pairs["compressed"], strict=True):
-            if x.shape != (*sizes, *store.shape[2:]):
-                expected = (*sizes, *store.shape[2:])
-                raise ValueError(f"{name} must have shape [b, c, Hk, D] = {expected}, got {tuple(x.shape)}")
+        window = self._pairs["selected" if self.config.shared_kv else "window"]
+        return query, StepKeys(*self._pairs["compressed"], *self._pairs["selected"], *window, lengths)
 
     def _read(self, ring: str, rows: slice, first: int, stop: int) -> Pair:
         """Keys and values at positions `first` to `stop`, in order."""
@@ -234,29 +222,29 @@ class KVCache(Stores):
         slots = torch.arange(begin, stop, device=new[0].device) % max(size, 1)
         for store, x in zip(self._pairs[ring], new, strict=True):
             store[rows].index_copy_(1, slots, x[:, begin - first :])
-        for row in range(self.batch)[rows]:
-            self._held_from[row][ring] = max(self._held_from[row][ring], stop - size)
 
     def _shortest(self, row: int) -> int:
-        config, held = self.config, self._held_from[row]
-        shortest = 1
-        if held["window"] and self._pairs["window"][0].shape[1]:  # the next query sees `w - 1` tokens before it
-            shortest = max(shortest, held["window"] + config.window_size - 1)
-        if held["tail"]:  # the next block to be completed begins with a token that is held
-            blocks = -(-held["tail"] // config.compress_stride)
+        config, shortest = self.config, 1
+        window, tail = (self._pairs[ring][0].shape[1] for ring in ("window", "tail"))
+        most = max(self._most[row], self._lengths[row])
+        if 0 < window < most:  # the next query sees `w - 1` tokens before it
+            shortest = most - window + config.window_size - 1
+        if tail < most:  # the next block to be completed begins with a token that is held
+            blocks = -(-(most - tail) // config.compress_stride)
             shortest = max(shortest, (blocks - 1) * config.compress_stride + config.compress_block_size)
         return shortest
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
+        most = [*map(max, self._most, self._lengths)]
         super().truncate(lengths)
-        for row, length in enumerate(self._lengths):
-            if length == 0:
-                self._held_from[row] = {"window": 0, "tail": 0}
+        self._most = [number if length else 0 for number, length in zip(most, self._lengths, strict=True)]
 
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
         chosen = [*range(self.batch)] if sequences is None else list(sequences)
         new = super().fork(chosen)
-        new._held_from = [dict(self._held_from[i]) for i in chosen]
+        with torch.inference_mode(False):
+            new._arrived = torch.zeros(new.batch, dtype=torch.int32, device=self.keys.device)
+        new._most = [self._most[i] for i in chosen]
         return new
 
 
@@ -304,7 +292,7 @@ class DenseCache(Stores):
         """
         self._check_step([k], [v])
         lengths = self.lengths_on_device()
-        self._put_next("all", k, v)
+        put_next(self._pairs["all"], lengths, k, v)
         lengths += 1
         self.count_step()
         return *self._pairs["all"], lengths

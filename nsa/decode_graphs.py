@@ -13,15 +13,14 @@ from nsa.decode import window_of
 from nsa.module import NativeSparseAttention
 
 _WARM_UP = 2
-"""Steps of each kind that run as usual first, while kernels are compiled and libraries get their workspaces."""
+"""Steps that run as usual first, while kernels are compiled and libraries get their workspaces."""
 
 
 class DecodeGraphs:
     """Steps of a model, one token of every sequence each, captured and replayed where that is possible.
 
-    Some steps complete compressed blocks and others do not (`KVCache.step`), so there is a graph for each kind, and for
-    each state of autocast. What replays give is what calls give, to the bit. Where a step cannot be captured, a warning
-    says why, and calls go on.
+    There is a graph for each state of autocast. What replays give is what calls give, to the bit. Where a step cannot
+    be captured, a warning says why, and calls go on.
 
     Args:
         model: called as `model(tokens, cache=cache, at=at)` for logits `[B, V]`, as `nsa.generate.generate` calls it.
@@ -49,7 +48,7 @@ class DecodeGraphs:
         if not self._captures:
             return self._run()
         caches: list[KVCache | DenseCache] = list(self._cache.values())
-        kind = (*_autocast(self._at.device.type), *(one.completes_block() for one in caches))
+        kind = _autocast(self._at.device.type)
         if kind not in self._graphs:
             self._calls[kind] = self._calls.get(kind, 0) + 1
             if self._calls[kind] <= _WARM_UP or not self._capture(kind):

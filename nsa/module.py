@@ -1,7 +1,7 @@
 """Native Sparse Attention as a layer: projections, compression, rotary embedding, gates (paper, 3.2 and 3.3)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,6 @@ from nsa.cache import KVCache
 from nsa.checks import check_backend, check_config, check_rope, check_rope_length, check_tensor, pack_tokens
 from nsa.config import NSAConfig, integer
 from nsa.decode import cached_attention, decode_attention
-from nsa.eager.rope import rotate
 from nsa.functional import (
     apply_rope,
     compress,
@@ -22,6 +21,7 @@ from nsa.functional import (
     load_backend,
     nsa_attention,
 )
+from nsa.joined import Joined
 from nsa.stores import computed_dtype
 from nsa.varlen import PackedSequences
 
@@ -151,7 +151,10 @@ class Compressor(nn.Module):
         return compress(x, self.params(), self.config, cu_seqlens=cu_seqlens, backend=backend)
 
 
-def _params(compressor: Compressor | BlockFunction) -> CompressionParams | BlockFunction | None:
+_Params = CompressionParams | BlockFunction | None
+
+
+def _params(compressor: Compressor | BlockFunction) -> _Params:
     """Gives what `compress` takes of a compressor or a function."""
     return compressor.params() if isinstance(compressor, Compressor) else compressor
 
@@ -183,6 +186,8 @@ class NativeSparseAttention(nn.Module):
         ValueError: a size or number of heads below 1, heads that do not divide one another, a `dim` that `num_heads`
             does not divide, an unknown backend or activation.
     """
+
+    _joined: Joined | None = None
 
     def __init__(
         self,
@@ -308,6 +313,23 @@ class NativeSparseAttention(nn.Module):
         """Queries, keys and values of the three branches, and gates of `x`."""
         return self.by_head(self.wq(x), self.wk(x), self.wv(x), self.wg(x))
 
+    def join_projections(self) -> None:
+        """Lays the weights of `project` behind one another, so that over a cache one product is enough.
+
+        They stay parameters as they were. Where one gets other memory later, there are four products again.
+        """
+        layers = self._projections()
+        self._joined = Joined.of(layers) if all(type(layer) is nn.Linear for layer in layers) else None
+
+    def _projections(self) -> list[Any]:
+        return [self.wq, self.wk, self.wv, self.wg]
+
+    def _project_at_once(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """`project` by one product, where weights lie as `join_projections` laid them."""
+        if self._joined is None or not self._joined.holds(self._projections()):
+            return self.project(x)
+        return self.by_head(*self._joined(x))
+
     def by_head(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
@@ -357,8 +379,12 @@ class NativeSparseAttention(nn.Module):
 
     def compress(self, k: Tensor, v: Tensor, packed: PackedSequences | None = None) -> tuple[Tensor, Tensor]:
         """Blocks `[B, C, Hk, D]` of keys and of values `[B, T, Hk, D]`, each as one vector."""
-        params = _params(self.compress_k), _params(self.compress_v)
+        params = self._compression()
         return compress_keys_and_values(k, v, *params, self.config, cu_seqlens=packed, backend=self.backend)
+
+    def _compression(self) -> tuple[_Params, _Params]:
+        """What `compress` takes for keys and for values."""
+        return _params(self.compress_k), _params(self.compress_v)
 
     def make_cache(
         self,
@@ -387,25 +413,30 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"cache must be for the configuration of the layer, {self.config}, got {cache.config}")
         new = [x.shape[1]] * x.shape[0] if packed is None else packed.varlen.cu_seqlens_q.diff().tolist()
         cache.check_room(len(new), new)
-        q, keys, values, gates = self.project(x)
+        q, keys, values, gates = self._project_at_once(x)
         cache.check_like(keys[0])
         load_backend(self.backend, self.config, q, values[0])  # refuses what it does not support
         if rope is not None:
             check_rope(rope, q)
             check_rope_length(rope, max(map(sum, zip(cache.lengths, new, strict=True))))
 
+        kind: dict[str, Any] = {"interleaved": self.rope_interleaved, "backend": self.backend}
         if packed is None and x.shape[1] == 1:
-            return self._step(q, keys, values, gates, rope, cache)
+            query, stores = cache.step(q, keys, values, self._compression(), rope, **kind)
+            out, used = decode_attention(query, stores, gates, self.config, backend=self.backend)
+            return out.flatten(2), used
 
-        def rotated(tensor: Tensor, first: int, step: int = 1) -> Tensor:
+        def rotated(q: Tensor, k_cmp: Tensor, k_slc: Tensor, k_win: Tensor, first: int) -> tuple[Tensor, ...]:
             if rope is None:
-                return tensor
-            return rotate(tensor, rope[first : first + tensor.shape[1] * step : step], self.rope_interleaved)
+                return q, k_cmp, k_slc, k_win
+            token, block = (torch.arange(x.shape[1], device=x.device) for x in (q, k_cmp))
+            kind["positions"], kind["block_positions"] = first + token, first + block * self.config.compress_stride
+            return apply_rope(q, k_cmp, k_slc, k_win, rope, self.config, **kind)
 
         def compressed(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
             k_cmp, v_cmp = self.compress(k, v)
-            stride = self.config.compress_stride
-            return rotated(k_cmp, block * stride, stride), v_cmp
+            no = k_cmp[:, :0]
+            return rotated(no, k_cmp, no, no, block * self.config.compress_stride)[1], v_cmp
 
         every, parts = slice(None), []
         places: list[tuple[slice, tuple[slice, slice]]]
@@ -418,38 +449,11 @@ class NativeSparseAttention(nn.Module):
         for rows, here in places:
             first = cache.lengths[rows.start]
             k_raw, k_slc, k_win = (k[here] for k in keys)
-            k = k_raw, rotated(k_slc, first), rotated(k_win, first)
-            cached = cache.append(rows, k, [v[here] for v in values], compressed)
-            query = rotated(q[here], first)
+            query, _, k_slc, k_win = rotated(q[here], k_slc[:, :0], k_slc, k_win, first)
+            cached = cache.append(rows, (k_raw, k_slc, k_win), [v[here] for v in values], compressed)
             parts.append(cached_attention(query, cached, gates[here], self.config, backend=self.backend))
-        out, used = (torch.cat(x, 0 if packed is None else 1) for x in zip(*parts, strict=True))
-        return out.flatten(2), used
-
-    def _step(
-        self,
-        q: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        gates: Tensor,
-        rope: Tensor | None,
-        cache: KVCache,
-    ) -> tuple[Tensor, Tensor]:
-        """`attend` of one token of every sequence of a cache."""
-
-        def rotated(tensor: Tensor, positions: Tensor) -> Tensor:
-            if rope is None:
-                return tensor
-            return rotate(tensor.transpose(0, 1), rope[positions], self.rope_interleaved).transpose(0, 1)
-
-        def compressed(k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-            k_cmp, v_cmp = self.compress(k, v)
-            return rotated(k_cmp, first.clamp(min=0)), v_cmp
-
-        positions = cache.lengths_on_device()
-        query, k_slc, k_win = (rotated(tensor, positions) for tensor in (q, keys[1], keys[2]))
-        cached = cache.step((keys[0], k_slc, k_win), values, compressed)
-        out, used = decode_attention(query, cached, gates, self.config, backend=self.backend)
-        return out.flatten(2), used
+        whole = [x[0] if len(x) == 1 else torch.cat(x, 0 if packed is None else 1) for x in zip(*parts, strict=True)]
+        return whole[0].flatten(2), whole[1]
 
     def _branches(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Keys or values of the three branches, `[B, T, Hk, D]` each, from one projection."""

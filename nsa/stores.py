@@ -18,6 +18,14 @@ def computed_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def put_next(pair: Pair, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """Writes keys and values `[B, 1, Hk, D]` of the next token of every sequence, at its place in a ring."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+    for store, x in zip(pair, (k, v), strict=True):
+        if store.shape[1]:
+            store.index_put_((rows, lengths % store.shape[1]), x[:, 0])
+
+
 class Stores:
     """Keeps keys and values of sequences, each of its own length; all memory is taken at once.
 
@@ -86,9 +94,10 @@ class Stores:
         """
         if batch != self.batch:
             raise ValueError(f"cache must be for a batch of {batch}, got one for {self.batch}")
-        each = [tokens] * batch if isinstance(tokens, int) else tokens
-        length, count = max(zip(self._lengths, each, strict=True), key=sum)
-        self._check_capacity(length, count, most)
+        if isinstance(tokens, int):
+            self._check_capacity(max(self._lengths), tokens, most)
+        else:
+            self._check_capacity(*max(zip(self._lengths, tokens, strict=True), key=sum), most)
 
     def check_like(self, x: Tensor) -> None:
         """Refuses a cache of another dtype or device than `x`.
@@ -145,18 +154,6 @@ class Stores:
             store[rows, first:stop] = x
         keys, values = self._pairs[name]
         return keys[rows, :stop], values[rows, :stop]
-
-    def _put_next(self, name: str, k: Tensor, v: Tensor) -> None:
-        """Writes keys and values `[B, 1, Hk, D]` of the next token of every sequence, at its place in a ring."""
-        lengths = self._lengths_on_device
-        rows = torch.arange(self.batch, device=lengths.device)
-        for store, x in zip(self._pairs[name], (k, v), strict=True):
-            if store.shape[1]:
-                store.index_put_((rows, lengths % store.shape[1]), x[:, 0])
-
-    def completes_block(self) -> bool:
-        """Whether the next step starts something else on the device than most do: it completes a compressed block."""
-        return False
 
     def count_step(self) -> None:
         """Counts on the host a token of every sequence that a replayed graph takes in.

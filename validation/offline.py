@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from nsa import (
+    KVCache,
     NSAConfig,
     StepKeys,
     apply_rope,
@@ -145,6 +146,12 @@ def shared_memory(architecture: str, dtype: torch.dtype, head_dim: int) -> dict[
     for settings, learned in ((replace(config, compression="mean"), None), (config, params)):
         pair = compress_keys_and_values(k_slc, v_slc, learned, learned, settings, backend="triton")
         torch.autograd.grad(pair, [k_slc, v_slc], [torch.zeros_like(x) for x in pair])
+        with torch.no_grad():
+            cache = KVCache(settings, 1, TOKENS, 1, head_dim, dtype=dtype)
+            query, k, v = (x[:, :1].detach() for x in (q, k_slc, v_slc))
+            for interleaved in (True, False):
+                options: Any = {"interleaved": interleaved, "backend": "triton"}
+                cache.step(query, [k] * 3, [v] * 3, [learned] * 2, table, **options)
     stores = (x.detach() for x in (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
     steps = StepKeys._make([*stores, torch.zeros(1, dtype=torch.int64)])
     decode_attention(q[:, :1], steps, gates[:, :1], config, backend="triton")

@@ -21,6 +21,7 @@ from nsa.eager.gates import combine
 from nsa.eager.rope import apply_rope
 from nsa.eager.select import select_blocks
 from nsa.eager.selected import selected_attention
+from nsa.eager.step import take_in
 from nsa.eager.window import sliding_window_attention
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "take_in",
 ]

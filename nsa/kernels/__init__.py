@@ -16,6 +16,7 @@ from nsa.kernels.flash_attention import compressed_attention, sliding_window_att
 from nsa.kernels.rope import apply_rope
 from nsa.kernels.select import select_blocks
 from nsa.kernels.selected_attention import selected_attention
+from nsa.kernels.step import take_in
 
 cache.use_writable()
 
@@ -50,5 +51,6 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "take_in",
     "why_not",
 ]

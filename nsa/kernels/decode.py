@@ -64,7 +64,7 @@ _FEW = 32
 """Pairs of a query and a KV head up to which programs of the last kernel start at once; of more, after what is read."""
 
 _SUMS = 4096
-"""Sums over compressed blocks that a program has at a time when it chooses."""
+"""Sums over compressed blocks that a program has at a time when it chooses; of more, the next are read meanwhile."""
 
 _MOST_CANDIDATES = 512
 """Selection blocks among which every part of the selected branch chooses for itself."""
@@ -233,7 +233,7 @@ def _choose(
     scores += of_head * 2 * num_shares
     share = tl.arange(0, SHARES)
     member = row[None, None, :]
-    for first in tl.range(0, tl.cdiv(count, KEYS), TILES, num_stages=3):
+    for first in tl.range(0, tl.cdiv(count, KEYS), TILES, num_stages=1 if TILES * KEYS >= CANDIDATES * RATIO else 3):
         tile = first + tl.arange(0, TILES)
         within = tile[:, None] * SHARES + share[None, :]
         seen = within * SHARE < count

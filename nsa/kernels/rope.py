@@ -33,6 +33,37 @@ _LENGTHS = ("batch", "num_tokens", "num_blocks", "num_angles", "query_tiles", "b
 
 
 @triton.jit
+def rotate_rows(
+    source, target, angles, live, known, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ACC: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rotates the rows that are `live [ROWS]`, from `source [ROWS, 1]` to `target`, by `angles`; NaN unless `known`."""
+    if INTERLEAVED:
+        column = tl.arange(0, WIDTH)[None, :]
+        inside = live[:, None] & (column < DIM)
+        a, b = tl.split(tl.load(source + column, mask=inside, other=0.0).to(ACC).reshape(ROWS, WIDTH // 2, 2))
+        both = tl.load(angles + column, mask=inside & known[:, None], other=float("nan"))
+        cos, sin = tl.split(both.to(ACC).reshape(ROWS, WIDTH // 2, 2))
+    else:
+        column = tl.arange(0, WIDTH // 2)[None, :]
+        inside = live[:, None] & (column < DIM // 2)
+        a = tl.load(source + column, mask=inside, other=0.0).to(ACC)
+        b = tl.load(source + DIM // 2 + column, mask=inside, other=0.0).to(ACC)
+        cos = tl.load(angles + 2 * column, mask=inside & known[:, None], other=float("nan")).to(ACC)
+        sin = tl.load(angles + 2 * column + 1, mask=inside & known[:, None], other=float("nan")).to(ACC)
+    if INVERSE:
+        sin = -sin
+    first = a * cos - b * sin
+    second = a * sin + b * cos
+    if INTERLEAVED:
+        rotated = tl.join(first, second).reshape(ROWS, WIDTH)
+        tl.store(target + column, rotated.to(target.dtype.element_ty), mask=inside)
+    else:
+        tl.store(target + column, first.to(target.dtype.element_ty), mask=inside)
+        tl.store(target + DIM // 2 + column, second.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rotate_tile(
     program, tiles, x, out, table, positions, batch, num_tokens, num_angles, x_batch, x_token, x_head,
     STRIDE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -53,29 +84,7 @@ def _rotate_tile(
         source = x + batch_row * x_batch + (token * x_token + row % HEADS * x_head)[:, None]
         target = out + ((batch_row * num_tokens * HEADS + row) * DIM)[:, None]
         angles = table + position[:, None] * DIM
-        if INTERLEAVED:
-            column = tl.arange(0, WIDTH)[None, :]
-            inside = live[:, None] & (column < DIM)
-            a, b = tl.split(tl.load(source + column, mask=inside, other=0.0).to(ACC).reshape(ROWS, WIDTH // 2, 2))
-            both = tl.load(angles + column, mask=inside & known[:, None], other=float("nan"))
-            cos, sin = tl.split(both.to(ACC).reshape(ROWS, WIDTH // 2, 2))
-        else:
-            column = tl.arange(0, WIDTH // 2)[None, :]
-            inside = live[:, None] & (column < DIM // 2)
-            a = tl.load(source + column, mask=inside, other=0.0).to(ACC)
-            b = tl.load(source + DIM // 2 + column, mask=inside, other=0.0).to(ACC)
-            cos = tl.load(angles + 2 * column, mask=inside & known[:, None], other=float("nan")).to(ACC)
-            sin = tl.load(angles + 2 * column + 1, mask=inside & known[:, None], other=float("nan")).to(ACC)
-        if INVERSE:
-            sin = -sin
-        first = a * cos - b * sin
-        second = a * sin + b * cos
-        if INTERLEAVED:
-            rotated = tl.join(first, second).reshape(ROWS, WIDTH)
-            tl.store(target + column, rotated.to(out.dtype.element_ty), mask=inside)
-        else:
-            tl.store(target + column, first.to(out.dtype.element_ty), mask=inside)
-            tl.store(target + DIM // 2 + column, second.to(out.dtype.element_ty), mask=inside)
+        rotate_rows(source, target, angles, live, known, DIM, WIDTH, ROWS, ACC, INVERSE, INTERLEAVED)
 
 
 @recordable(do_not_specialize=_LENGTHS)
@@ -108,6 +117,12 @@ def _rope_kernel(
     )  # fmt: skip
 
 
+def angle_accumulator(x: Tensor, table: Tensor | None) -> Any:
+    """The Triton dtype of a rotation: angles of a wider dtype than what they turn are not rounded."""
+    dtypes = [accumulator(y.dtype) for y in (x, table) if y is not None]
+    return max(dtypes, key=lambda dtype: dtype.primitive_bitwidth)
+
+
 Rotated = tuple[Tensor, Tensor, Tensor, Tensor]
 """Queries and the keys of the compressed, the selected and the window branch."""
 
@@ -136,15 +151,13 @@ def _rotate(
     tiles = [cdiv(x.shape[1] * x.shape[2], rows) for x in (q, k_cmp, k_slc)]
     programs = batch * (tiles[0] + tiles[1] + 2 * tiles[2])
     if programs:
-        # Angles of a wider dtype than what they turn are not rounded.
-        acc = max(accumulator(q.dtype), accumulator(table.dtype), key=lambda dtype: dtype.primitive_bitwidth)
         strides = (*q.stride()[:3], *k_cmp.stride()[:3], *k_slc.stride()[:3], *k_win.stride()[:3])
         with torch.cuda.device_of(q):
             _rope_kernel[(programs, 1, 1)](
                 q, k_cmp, k_slc, k_win, *outs, table.contiguous(), positions, block_positions, batch, q.shape[1],
                 k_cmp.shape[1], table.shape[0], *tiles, *strides, STRIDE=stride, QUERY_HEADS=query_heads,
-                KEY_HEADS=k_slc.shape[2], DIM=dim, WIDTH=width, ROWS=rows, ACC=acc, INVERSE=inverse,
-                INTERLEAVED=interleaved, num_warps=4,
+                KEY_HEADS=k_slc.shape[2], DIM=dim, WIDTH=width, ROWS=rows, ACC=angle_accumulator(q, table),
+                INVERSE=inverse, INTERLEAVED=interleaved, num_warps=4,
             )  # fmt: skip
     return outs
 

@@ -19,7 +19,7 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.protocols.train_spec import get_train_spec
 
 from nsa.config import NSAConfig
-from nsa.module import INIT_STD
+from nsa.module import INIT_STD, NativeSparseAttention
 from nsa.titan import runs
 from nsa.titan.data import ByteTokenizer, padded_vocab_size, tokenizer_name
 from nsa.titan.hugging_face import CONFIG_FILE, HuggingFaceAdapter, read_config
@@ -191,6 +191,9 @@ def _empty(arguments: ModelArgs, dtype: torch.dtype, device: str | None) -> Tran
 def _finished(model: Transformer, dtype: torch.dtype | None) -> Transformer:
     if dtype is not None:
         _convert(model, dtype)
+    for layer in model.modules():
+        if isinstance(layer, NativeSparseAttention):
+            layer.join_projections()
     return model.requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """The key/value cache: chunks and steps give what the whole sequence does, and bad use leaves it as it was."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,12 +135,49 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_kind_of_layer_goes_on_from_a_cache(name: str) -> None:
+def test_every_kind_of_layer_goes_on_from_a_cache(name: str, joined: bool) -> None:
     layer, x = make(CONFIGS["mlp"], **OPTIONS[name]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    if joined:
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        layer.join_projections()
+        for key, value in layer.state_dict().items():
+            assert_equal(value, before[key], what=key)
     check(layer, feed(layer, layer.make_cache(2, TOKENS), x, 40, 1, 1, TOKENS - 42), x)
+
+
+class Doubled(torch.nn.Linear):
+    """What somebody may put in place of a layer: its own weight, and something more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled(layer: NativeSparseAttention) -> None:
+    other = Doubled(DIM, layer.wq.out_features, bias=False)
+    other.weight, layer.wq = layer.wq.weight, other
+
+
+CHANGES: dict[str, Callable[[NativeSparseAttention], Any]] = {
+    "in_place": lambda layer: layer.wq.weight.data.mul_(2),
+    "other_memory": lambda layer: setattr(layer.wq.weight, "data", 2 * layer.wq.weight),
+    "other_bias": lambda layer: setattr(layer.wg.bias, "data", 1 + layer.get_parameter("wg.bias")),
+    "another_layer": doubled,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_joined_projections_are_those_of_the_layer(name: str) -> None:
+    """Whatever becomes of a weight, or of a layer, after they have been joined."""
+    layer, x = make(CONFIGS["mlp"]), torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    layer.join_projections()
+    expected = layer(x, rope_table(TOKENS, HEAD_DIM))
+    CHANGES[name](layer)
+    assert not torch.equal(layer(x, rope_table(TOKENS, HEAD_DIM)), expected)
+    check(layer, feed(layer, layer.make_cache(2, TOKENS), x, 40, 1, TOKENS - 41), x)
 
 
 @each_config
@@ -346,6 +384,7 @@ def test_all_that_the_rings_hold_can_be_taken_back() -> None:
             cache = layer.make_cache(1, TOKENS, spare=spare)
             feed(layer, cache, x[:, :total], total)
             try:
+                cache.truncate(min(length + 1, total))  # what the rings have lost is lost, however it is asked for
                 cache.truncate(length)
             except ValueError:
                 found.append(length)
