@@ -104,11 +104,12 @@ perf-baseline: $(READY)  ## make this machine's figures those that `make perf` c
 	$(BENCHMARKS) --perf-baseline $(PYTEST_ARGS)
 	$(PICTURES)
 
-perf-docs: $(READY)  ## make docs/performance.md, its pictures, the README's table and that of results from RUNS
+perf-docs: $(READY)  ## make docs/performance.md, its pictures, and figures in the README and other pages from RUNS
 	$(PLOTS) $(RUNS) --history --out docs/img --prefix perf-
 	$(REPORT) $(RUNS) > docs/performance.md
 	$(REPORT) $(RUNS) --readme README.md
 	$(REPORT) $(RUNS) --results docs/results.md
+	$(REPORT) $(RUNS) --notes docs/kernel-notes.md
 
 faults: $(READY)  ## do unit tests notice when something is wrong? every seeded fault must make one fail
 	$(PY) -m validation.faults

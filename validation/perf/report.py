@@ -421,6 +421,24 @@ def results_page(reports: Sequence[dict[str, Any]], text: str) -> str:
     return _between_marks(text, f"{made}\n\n{of_run}\n\n```sh\n{_commands(machine)}\n```")
 
 
+NOTED = ("W", (8 * 1024, 64 * 1024))
+"""The workload and the lengths of which the notes on kernels have figures."""
+
+
+def notes_page(reports: Sequence[Mapping[str, Any]], text: str) -> str:
+    """The notes on kernels with the stages' times between its marks: of the first run, and of the second as before."""
+    workload, lengths = NOTED
+    now, before = (Results(report, WORKLOADS[workload]) for report in reports[:2])
+    rows = []
+    for stage, direction in dict.fromkeys((stage, direction) for stage, direction, *_ in now.records):
+        places = [(stage, direction, length, now.subject) for length in lengths]
+        if all(now.get(*place) for place in places):
+            cells = [(before.get(*p), now.get(*p), now.get(*p, "floor")) for p in places]
+            rows.append((stage, direction, *(_ms(ms) for cell in cells for ms in cell)))
+    head = [f"{_tokens(length)}: {what}" for length in lengths for what in ("before", "now", "floor")]
+    return _between_marks(text, table(("stage", "pass", *head), rows))
+
+
 def _commands(machine: Mapping[str, Any]) -> str:
     """The commands of a run, one a line: it may be made of several."""
     return "\n".join(map(shlex.join, machine.get("commands") or [machine["command"]]))
@@ -652,12 +670,15 @@ def main() -> int:
     parser.add_argument("files", type=Path, nargs="+", help="saved runs, by paths from the repository's root")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put figures into this file instead")
     parser.add_argument("--results", type=Path, metavar="FILE", help="put figures of generation into this file instead")
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="put times of stages into this file")
     options = parser.parse_args()
     reports = {file.as_posix(): records.read(file) for file in options.files}
     if options.readme:
         options.readme.write_text(readme(list(reports.values()), options.readme.read_text()))
     elif options.results:
         options.results.write_text(results_page(list(reports.values()), options.results.read_text()))
+    elif options.notes:
+        options.notes.write_text(notes_page(list(reports.values()), options.notes.read_text()))
     else:
         sys.stdout.write(render(reports))
     return 0

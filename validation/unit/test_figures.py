@@ -14,7 +14,7 @@ from nsa.kernels import configs
 from validation import numerics
 from validation.integration import throughput
 from validation.perf import records
-from validation.perf.report import BEGIN, END, readme, render, results_page
+from validation.perf.report import BEGIN, END, notes_page, readme, render, results_page
 from validation.runs import ACTIVE_GIB, LOSS, MEMORY_GIB, VALIDATION_LOSS, Metrics, read_log
 from validation.system import repeats, tasks, variations, watch
 from validation.system.twins import LAST_STEPS
@@ -58,6 +58,11 @@ def test_the_table_in_the_readme_is_that_of_the_same_runs() -> None:
     assert made == text, "make perf-docs"
     # Nothing else in there is a figure, in no other table either.
     assert not figures(text.partition(BEGIN)[0] + text.partition(END)[2], tables=True)
+
+
+def test_the_notes_on_kernels_have_the_times_of_the_same_runs() -> None:
+    text = (ROOT / "docs" / "kernel-notes.md").read_text()
+    assert notes_page([records.read(ROOT / name) for name in sources()], text) == text, "make perf-docs"
 
 
 def test_generation_among_the_results_is_that_of_the_same_runs() -> None:
