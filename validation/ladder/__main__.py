@@ -118,7 +118,7 @@ OURS = "triton" if torch.cuda.is_available() else "eager"
 """The implementation that the ladder is about unless another is named."""
 
 RUNGS: Mapping[str, Rung] = {
-    "unit": Rung("is each stage right?", _unit, _of_verdict, True, 15),
+    "unit": Rung("is each stage right?", _unit, _of_verdict, True, 10),
     "integration": Rung(
         "do the parts work together, over processes?",
         _pytest("integration", "validation/integration", "-m", "smoke"),
@@ -126,8 +126,8 @@ RUNGS: Mapping[str, Rung] = {
         False,
         90,
     ),
-    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 375),
-    "perf": Rung("how long does each stage take?", _perf, _of_stages, True, 40),
+    "system": Rung("does it learn what dense attention learns?", _system, _of_junit("system"), True, 320),
+    "perf": Rung("how long does each stage take?", _perf, _of_stages, True, 35),
 }
 
 

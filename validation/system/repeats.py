@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -259,10 +260,21 @@ def read(file: Path) -> Runs:
 
 
 def write(folder: Path, runs: Runs, command: str) -> None:
-    """Saves runs, with the command that made them and the versions."""
-    records = {name: {seed: metrics.records for seed, metrics in by_seed.items()} for name, by_seed in runs.items()}
+    """Saves runs, with the command that made them and the versions: what pages show, six digits of each figure."""
+    records = {
+        name: {seed: [_shortened(record) for record in metrics.records] for seed, metrics in by_seed.items()}
+        for name, by_seed in runs.items()
+    }
     saved = {"command": command, "torch": torch.__version__, "runs": records}
     write_whole(folder / FILE, json.dumps(saved) + "\n")
+
+
+_SHOWN = re.compile(r"step|.*loss|grad_norm|throughput|memory/max_active\(GiB|selection/|gates/")
+
+
+def _shortened(record: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {name: x for name, x in record.items() if _SHOWN.match(name)}
+    return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in shown.items()}
 
 
 def save(folder: Path, runs: Runs, command: str) -> None:
